@@ -1,0 +1,37 @@
+"""The errors that proxyq raises on purpose: one clear sentence each, and an exit code."""
+
+
+class ProxyqError(Exception):
+    """Something could not be done; the message is one sentence with a remedy.
+
+    The command line prints the message alone, without a traceback, and exits with
+    `exit_code`.
+    """
+
+    exit_code = 1
+
+
+class UsageError(ProxyqError, ValueError):
+    """An argument is wrong: which one, what it must be, and what it was."""
+
+    exit_code = 2
+
+
+class MissingExtra(ProxyqError, ImportError):
+    """An optional package is not installed; the message holds the install line."""
+
+    def __init__(self, package: str, extra: str, purpose: str):
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed: "
+            f"run `pip install 'proxyq[{extra}]'`."
+        )
+
+
+def near(name: str, known: "list[str] | tuple[str, ...]") -> str:
+    """`did you mean …?` for a mistyped name, or the list of what there is."""
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(match) for match in close) + "?"
+    return "known are " + ", ".join(sorted(known)) + "."
