@@ -1,0 +1,283 @@
+"""`Graph`: a model traced to one list of equations, the only graph in the house.
+
+A model is traced to a jaxpr, calls that contain layers are spliced in, and the equations
+are split in two: the *prelude* depends on parameters alone (batch-norm folding, position
+tables, weight standardisation) and runs once per set of parameters; *main* depends on the
+inputs and runs per batch. This file alone touches the internals of JAX.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+
+from proxyq.errors import ProxyqError
+from proxyq.model.model import Apply, Model
+
+Var = jex.Var
+Equation = jex.JaxprEqn
+Env = dict[Var, Any]
+Rule = Callable[[Equation, list[Any]], Sequence[Any] | None]
+
+# The primitives that can hold a layer's weight.
+LAYER_PRIMITIVES = frozenset({"conv_general_dilated", "dot_general"})
+
+# Calls by primitive name, and under which parameter their body lies. JAX has renamed some
+# of them between releases (`pjit` became `jit`), so both names stand here.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+_CONTROL_FLOW = frozenset({"scan", "while", "cond"})
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an operand is a constant written into the equation."""
+    return isinstance(atom, jex.Literal)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Graph:
+    """A traced model, for one batch size.
+
+    - `prelude`, `main`: equations in execution order; see the module's first lines.
+    - `params`: the variable of each parameter by name; `constants`: values that the
+      function closed over.
+    - `frontier`: the prelude's values (and parameters, constants) that main reads.
+    - `leaves`: for each variable known before any input, the names of the parameters it
+      depends on.
+    - `producer`, `consumers`: the main equation that makes a variable; the indices of
+      those that read it.
+    """
+
+    prelude: tuple[Equation, ...]
+    main: tuple[Equation, ...]
+    params: Mapping[str, Var]
+    inputs: tuple[Var, ...]
+    outputs: tuple[Any, ...]
+    constants: Mapping[Var, Any]
+    frontier: tuple[Var, ...]
+    leaves: Mapping[Var, frozenset[str]]
+    producer: Mapping[Var, int]
+    consumers: Mapping[Var, tuple[int, ...]]
+    out_tree: Any
+    batch_size: int
+
+    def is_data(self, atom: Any) -> bool:
+        """Whether an operand depends on the network's inputs."""
+        return not is_literal(atom) and atom not in self.leaves
+
+    def run_prelude(self, params: Mapping[str, Any], rule: Rule | None = None) -> Env:
+        """Values of all `frontier` variables, from parameters by name."""
+        env: Env = dict(self.constants)
+        env.update({var: params[name] for name, var in self.params.items()})
+        evaluate(self.prelude, env, rule)
+        return {var: env[var] for var in self.frontier}
+
+    def run_main(self, frontier: Env, inputs: Any, rule: Rule | None = None) -> Any:
+        """The network's outputs from the prelude's values and a batch."""
+        env: Env = dict(frontier)
+        env.update(zip(self.inputs, jax.tree.leaves(inputs), strict=True))
+        evaluate(self.main, env, rule)
+        return jax.tree.unflatten(self.out_tree, [read(env, atom) for atom in self.outputs])
+
+    def __call__(self, params: Mapping[str, Any], inputs: Any, rule: Rule | None = None) -> Any:
+        """The same outputs as the traced function."""
+        return self.run_main(self.run_prelude(params), inputs, rule)
+
+
+def read(env: Mapping[Var, Any], atom: Any) -> Any:
+    """The value of an operand."""
+    return atom.val if is_literal(atom) else env[atom]
+
+
+def bind(eqn: Equation, values: Sequence[Any]) -> Sequence[Any]:
+    """Run one equation as JAX would."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    if isinstance(params, tuple):  # JAX before 0.10 returns (sub-functions, parameters)
+        subfuns, params = params
+        out = eqn.primitive.bind(*subfuns, *values, **params)
+    else:
+        out = eqn.primitive.bind(*values, **params)
+    return out if eqn.primitive.multiple_results else [out]
+
+
+def evaluate(eqns: Iterable[Equation], env: Env, rule: Rule | None = None) -> None:
+    """Run equations in order, writing into `env`.
+
+    `rule(equation, operand values)` may return the outputs itself, or `None` to have the
+    equation run as it is: recording, replacing weights and faster lowerings are all rules.
+    """
+    for eqn in eqns:
+        values = [read(env, atom) for atom in eqn.invars]
+        outs = rule(eqn, values) if rule is not None else None
+        if outs is None:
+            outs = bind(eqn, values)
+        env.update(zip(eqn.outvars, outs, strict=True))
+
+
+def bodies(eqn: Equation) -> list[jex.Jaxpr]:
+    """All jaxprs inside an equation's parameters."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            inner = getattr(item, "jaxpr", item)
+            if isinstance(inner, jex.Jaxpr):
+                found.append(inner)
+    return found
+
+
+def primitives(eqn: Equation) -> set[str]:
+    """Names of the primitives that an equation runs, those inside calls included."""
+    inner = bodies(eqn)
+    if not inner:
+        return {eqn.primitive.name}
+    return set().union(*(primitives(e) for body in inner for e in body.eqns), set())
+
+
+def _body(eqn: Equation) -> tuple[jex.Jaxpr, Sequence[Any]] | None:
+    """A call's body and the constants it closes over, when a layer is inside."""
+    name = eqn.primitive.name
+    if not bodies(eqn) or not primitives(eqn) & LAYER_PRIMITIVES:
+        return None
+    if name in _CONTROL_FLOW:
+        raise ProxyqError(
+            f"the model runs layers inside a `{name}` (for example `nn.scan`), which proxyq "
+            "cannot take apart yet: build it with the layers written out (unrolled)."
+        )
+    if name not in _CALLS:
+        return None
+    # Splicing a call without a layer would lose custom derivatives (relu at 0) for nothing.
+    body = eqn.params[_CALLS[name]]
+    return (body.jaxpr, body.consts) if isinstance(body, jex.ClosedJaxpr) else (body, ())
+
+
+def _inline(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    env: Env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+    def splice(eqn: Equation, values: list[Any]) -> Sequence[Any] | None:
+        body = _body(eqn)
+        return None if body is None else _inline(*body, values)
+
+    evaluate(jaxpr.eqns, env, splice)
+    return [read(env, atom) for atom in jaxpr.outvars]
+
+
+def trace(model: Model, batch_size: int, *, apply: Apply | None = None) -> Graph:
+    """Trace `model` (or `apply` in its place) at one batch size."""
+    names = list(model.params)
+    function = apply or model.apply
+
+    def flat(params: list[Any], leaves: list[Any]) -> Any:
+        inputs = jax.tree.unflatten(jax.tree.structure(model.inputs), leaves)
+        return function(dict(zip(names, params, strict=True)), inputs)
+
+    shapes = [jax.typeof(model.params[name]) for name in names]
+    params = [jax.ShapeDtypeStruct(s.shape, s.dtype) for s in shapes]
+    inputs = jax.tree.leaves(model.example(batch_size))
+    return trace_function(flat, names, params, inputs, batch_size)
+
+
+def trace_function(
+    function: Callable[[list[Any], list[Any]], Any],
+    names: Sequence[str],
+    params: Sequence[Any],
+    inputs: Sequence[Any],
+    batch_size: int,
+) -> Graph:
+    """Trace `function(params, inputs)`, both flat lists, and split it; see `Graph`."""
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(list(params), list(inputs))
+    spliced = jax.make_jaxpr(lambda *args: _inline(closed.jaxpr, closed.consts, args))(
+        *params, *inputs
+    )
+    jaxpr = spliced.jaxpr
+    param_vars = jaxpr.invars[: len(names)]
+    input_vars = tuple(jaxpr.invars[len(names) :])
+    constants = dict(zip(jaxpr.constvars, spliced.consts, strict=True))
+
+    # Dead code: keep what an output needs, backwards.
+    needed = {atom for atom in jaxpr.outvars if not is_literal(atom)}
+    live: list[Equation] = []
+    for eqn in reversed(jaxpr.eqns):
+        if any(var in needed for var in eqn.outvars):
+            live.append(eqn)
+            needed.update(atom for atom in eqn.invars if not is_literal(atom))
+    live.reverse()
+
+    # What depends on an input is main; all else is prelude, with its set of parameters.
+    leaves: dict[Var, frozenset[str]] = {var: frozenset() for var in constants}
+    leaves.update({var: frozenset({name}) for name, var in zip(names, param_vars, strict=True)})
+    prelude: list[Equation] = []
+    main: list[Equation] = []
+    for eqn in live:
+        operands = [atom for atom in eqn.invars if not is_literal(atom)]
+        if all(var in leaves for var in operands):
+            depends = frozenset().union(*(leaves[var] for var in operands))
+            leaves.update({var: depends for var in eqn.outvars})
+            prelude.append(eqn)
+        else:
+            main.append(eqn)
+
+    # A parameter repeated along the batch (a class token, an old-style broadcast) would be
+    # held at full size: such growing broadcasts are cheaper inside main.
+    made_by = {var: eqn for eqn in prelude for var in eqn.outvars}
+    sunk: dict[int, Equation] = {}
+    queue = [atom for eqn in main for atom in eqn.invars if not is_literal(atom)]
+    queue += [atom for atom in jaxpr.outvars if not is_literal(atom)]
+    while queue:
+        eqn = made_by.get(queue.pop())
+        if eqn is not None and id(eqn) not in sunk and _grows(eqn):
+            sunk[id(eqn)] = eqn
+            queue += [atom for atom in eqn.invars if not is_literal(atom)]
+    if sunk:
+        main = [eqn for eqn in prelude if id(eqn) in sunk] + main
+
+    made_in_main = {var for eqn in main for var in eqn.outvars}
+    reads = [atom for eqn in main for atom in eqn.invars if not is_literal(atom)]
+    reads += [atom for atom in jaxpr.outvars if not is_literal(atom)]
+    frontier = dict.fromkeys(var for var in reads if var in leaves and var not in made_in_main)
+    consumers: dict[Var, list[int]] = {}
+    for index, eqn in enumerate(main):
+        for atom in dict.fromkeys(a for a in eqn.invars if not is_literal(a)):
+            consumers.setdefault(atom, []).append(index)
+    return Graph(
+        prelude=_needed_for(prelude, frontier),
+        main=tuple(main),
+        params=dict(zip(names, param_vars, strict=True)),
+        inputs=input_vars,
+        outputs=tuple(jaxpr.outvars),
+        constants=constants,
+        frontier=tuple(frontier),
+        leaves=leaves,
+        producer={var: index for index, eqn in enumerate(main) for var in eqn.outvars},
+        consumers={var: tuple(indices) for var, indices in consumers.items()},
+        out_tree=jax.tree.structure(shape),
+        batch_size=batch_size,
+    )
+
+
+def _grows(eqn: Equation) -> bool:
+    """Whether an equation only repeats its operand."""
+    if eqn.primitive.name != "broadcast_in_dim" or is_literal(eqn.invars[0]):
+        return False
+    return eqn.outvars[0].aval.size > eqn.invars[0].aval.size
+
+
+def _needed_for(eqns: Sequence[Equation], wanted: Iterable[Var]) -> tuple[Equation, ...]:
+    needed = set(wanted)
+    kept = []
+    for eqn in reversed(eqns):
+        if any(var in needed for var in eqn.outvars):
+            kept.append(eqn)
+            needed.update(atom for atom in eqn.invars if not is_literal(atom))
+    return tuple(reversed(kept))

@@ -1,0 +1,242 @@
+"""Find the quantizable layers of a graph: what has a weight that comes from parameters.
+
+A *site* is one convolution or dot product, one of whose operands is made from parameters
+alone and the other from data. A *layer* is a weight with all the sites that use it: a
+weight used twice (tied) is one layer with two sites and one choice of bits.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from proxyq.model.graph import LAYER_PRIMITIVES, Equation, Graph, Var
+
+_SUFFIXES = (".weight", ".kernel", ".embedding")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """One equation that multiplies data by a layer's weight.
+
+    - `position`: index in `graph.main`; `operand`: which operand is the weight.
+    - `weight`: the variable of that operand, after all parameter-only arithmetic (folded
+      batch norm, transposes): what hardware would store.
+    - `channel_axes`: axes of the weight that count output channels; `output_axes`: where
+      the same axes lie in the output, in the same order (there they always ascend);
+      `channel_shape`: their sizes.
+    """
+
+    position: int
+    operand: int
+    weight: Var
+    layer: str
+    channel_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
+    channel_shape: tuple[int, ...]
+    output_ndim: int
+
+    def columns(self, weight: Any) -> Any:
+        """The weight as `[fan_in, channels]`: one column an output channel."""
+        order = self._order(weight.ndim)
+        channels = math.prod(weight.shape[axis] for axis in self.channel_axes)
+        return weight.transpose(order).reshape(-1, channels)
+
+    def from_columns(self, columns: Any, shape: tuple[int, ...]) -> Any:
+        """The inverse of `columns`, for a weight of this shape."""
+        order = self._order(len(shape))
+        moved = columns.reshape([shape[axis] for axis in order])
+        return moved.transpose(sorted(range(len(shape)), key=order.__getitem__))
+
+    def on_output(self, vector: Any) -> Any:
+        """A vector `[channels]`, shaped to broadcast over the site's output."""
+        sizes = [1] * self.output_ndim
+        for axis, size in zip(self.output_axes, self.channel_shape, strict=True):
+            sizes[axis] = size
+        return vector.reshape(sizes)
+
+    def output_columns(self, output: Any) -> Any:
+        """The output as `[examples, positions, channels]`, from a batch of examples.
+
+        The batch is the output's first axis that is no channel axis (several windows of one
+        example may be folded into it).
+        """
+        rest = [axis for axis in range(output.ndim) if axis not in self.output_axes]
+        moved = output.transpose((*rest, *self.output_axes))
+        return moved.reshape(output.shape[rest[0]], -1, math.prod(self.channel_shape))
+
+    def _order(self, ndim: int) -> tuple[int, ...]:
+        rest = (axis for axis in range(ndim) if axis not in self.channel_axes)
+        return (*rest, *self.channel_axes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A quantizable layer, as the allocation and the reports see it.
+
+    `weights` counts elements, `macs` multiply-accumulates for ONE example, and
+    `output_shape` leaves the batch axis out. Layers with the same `group` feed the same
+    residual sum; `shares_input` names those that read the same tensor.
+    """
+
+    name: str
+    kind: str
+    parameter: str
+    weights: int
+    macs: int
+    channels: int
+    output_shape: tuple[int, ...]
+    group: str | None = None
+    shares_input: str | None = None
+
+
+def find_sites(
+    graph: Graph, frozen: frozenset[str], parameters: Mapping[str, Any]
+) -> tuple[tuple[Site, ...], dict[str, str]]:
+    """All sites in execution order, and the parameter that each layer is named after."""
+    found: list[tuple[int, int, Var, str]] = []
+    for position, eqn in enumerate(graph.main):
+        operand = _weight_operand(eqn, graph, frozen)
+        if operand is not None:
+            weight = eqn.invars[operand]
+            leaf = _primary(graph.leaves[weight] - frozen, weight.aval.size, parameters)
+            found.append((position, operand, weight, leaf))
+    names = _layer_names({leaf for *_, leaf in found}, parameters)
+    sites = tuple(
+        Site(
+            position=position,
+            operand=operand,
+            weight=weight,
+            layer=names[leaf],
+            **_axes(graph.main[position], operand),
+        )
+        for position, operand, weight, leaf in found
+    )
+    return sites, {names[leaf]: leaf for *_, leaf in found}
+
+
+def _weight_operand(eqn: Equation, graph: Graph, frozen: frozenset[str]) -> int | None:
+    if eqn.primitive.name not in LAYER_PRIMITIVES:
+        return None
+
+    def is_weight(atom: Any) -> bool:
+        return (
+            not graph.is_data(atom)
+            and atom in graph.leaves
+            and bool(graph.leaves[atom] - frozen)
+            and jnp.issubdtype(atom.aval.dtype, jnp.floating)
+        )
+
+    left, right = eqn.invars[:2]
+    if graph.is_data(left) and is_weight(right):
+        return 1
+    if graph.is_data(right) and is_weight(left) and eqn.primitive.name == "dot_general":
+        return 0
+    return None
+
+
+def _primary(leaves: frozenset[str], size: int, parameters: Mapping[str, Any]) -> str:
+    """The parameter a weight is named after, among all that it is made from."""
+
+    def rank(name: str) -> tuple[bool, bool, int, str]:
+        shape = parameters[name].shape
+        count = math.prod(shape)
+        # A gain or a scale enters many weights; the weight proper has its element count.
+        return (count != size, len(shape) < 2, -count, name)
+
+    return min(leaves, key=rank)
+
+
+def _layer_names(leaves: set[str], parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Names as users know them: the module's, when nothing else would have the same."""
+    short = {}
+    for leaf in parameters:
+        if leaf in leaves:
+            suffix = next((s for s in _SUFFIXES if leaf.endswith(s)), "")
+            short[leaf] = leaf.removesuffix(suffix)
+    taken = list(short.values())
+    return {leaf: name if taken.count(name) == 1 else leaf for leaf, name in short.items()}
+
+
+def _axes(eqn: Equation, operand: int) -> dict[str, Any]:
+    weight, data = eqn.invars[operand].aval, eqn.invars[1 - operand].aval
+    if eqn.primitive.name == "conv_general_dilated":
+        numbers = eqn.params["dimension_numbers"]
+        channel_axes, output_axes = (numbers.rhs_spec[0],), (numbers.out_spec[1],)
+    else:
+        contract, batch = eqn.params["dimension_numbers"]
+        bound = {*contract[operand], *batch[operand]}
+        free = [axis for axis in range(weight.ndim) if axis not in bound]
+        batches = len(batch[operand])
+        # The output of a dot product is (batch, free axes of the left, free of the right).
+        data_free = data.ndim - len(contract[1 - operand]) - batches
+        start = batches + (data_free if operand == 1 else 0)
+        channel_axes = (*batch[operand], *free)
+        output_axes = (*range(batches), *range(start, start + len(free)))
+    return {
+        "channel_axes": channel_axes,
+        "output_axes": output_axes,
+        "channel_shape": tuple(weight.shape[axis] for axis in channel_axes),
+        "output_ndim": eqn.outvars[0].aval.ndim,
+    }
+
+
+def describe(
+    graph: Graph, sites: tuple[Site, ...], named: Mapping[str, str], parameters: Mapping[str, Any]
+) -> tuple[Layer, ...]:
+    """One `Layer` for each weight, in the order of first use."""
+    layers = []
+    for name in dict.fromkeys(site.layer for site in sites):
+        own = [site for site in sites if site.layer == name]
+        parameter = named[name]
+        operands = {site.weight: site.weight.aval.size for site in own}
+        # Slices of one tensor add up; the same tensor seen twice (transposed) does not.
+        weights = sum(operands.values())
+        if len(own) > 1:
+            weights = min(weights, math.prod(parameters[parameter].shape))
+        first = graph.main[own[0].position]
+        layers.append(
+            Layer(
+                name=name,
+                kind=_kind(first),
+                parameter=parameter,
+                weights=weights,
+                macs=sum(_macs(graph, site) for site in own),
+                channels=math.prod(own[0].channel_shape),
+                output_shape=_per_example(first.outvars[0].aval.shape, graph.batch_size),
+            )
+        )
+    return tuple(layers)
+
+
+def _kind(eqn: Equation) -> str:
+    if eqn.primitive.name == "dot_general":
+        return "linear"
+    groups = eqn.params["feature_group_count"]
+    numbers = eqn.params["dimension_numbers"]
+    if groups > 1:
+        channels = eqn.invars[0].aval.shape[numbers.lhs_spec[1]]
+        return "depthwise-conv" if groups == channels else "grouped-conv"
+    if any(step != 1 for step in eqn.params["lhs_dilation"]):
+        return "transposed-conv"
+    return "conv"
+
+
+def _macs(graph: Graph, site: Site) -> int:
+    """Multiply-accumulates of one site for one example."""
+    eqn = graph.main[site.position]
+    outputs = eqn.outvars[0].aval.size
+    weight = eqn.invars[site.operand].aval
+    # Every output element sums over the fan-in of its channel.
+    fan_in = weight.size // math.prod(site.channel_shape)
+    return outputs * fan_in // graph.batch_size
+
+
+def _per_example(shape: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    if shape and shape[0] == batch:
+        return tuple(shape[1:])
+    if shape and shape[0] % batch == 0:  # windows folded into the batch axis
+        return (shape[0] // batch, *shape[1:])
+    return tuple(shape)
