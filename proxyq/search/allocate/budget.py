@@ -1,0 +1,129 @@
+"""Budgets as users write them: `size=3bit`, `size=1.5MiB`, `bops=75G`, `macs-bits=12G`.
+
+Amounts are exact fractions of what was typed; a budget in whole bits (or operations) is that
+amount rounded down, so rounding never grants more than was asked.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from proxyq.errors import UsageError, near
+
+BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+# Raw amounts (bits or operations) per unit; None: per searched weight.
+UNITS: dict[str, dict[str, int | None]] = {
+    "size": {"bit": None, **{unit: 8 * count for unit, count in BYTES.items()}},
+    "bops": dict(COUNTS),
+    "macs-bits": dict(COUNTS),
+}
+LATER = ("latency", "activation-memory")
+MEANING = {
+    "size": "bits of the quantizable weights (scales and biases not counted)",
+    "bops": "MACs × weight bits × activation bits (float activations count as 32)",
+    "macs-bits": "MACs × weight bits",
+}
+_AMOUNT = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\s*([A-Za-z]*)\s*\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """At most `amount` of `unit` of `kind`; `text` is what the user typed."""
+
+    kind: str
+    amount: Fraction
+    unit: str
+    text: str
+
+    def per_unit(self, searched_weights: int) -> Fraction:
+        """Raw amounts (bits, operations) in one unit; `size` in `bit` is per searched weight."""
+        raw = UNITS[self.kind][self.unit]
+        return Fraction(searched_weights if raw is None else raw)
+
+    @property
+    def is_average(self) -> bool:
+        """Whether this is an average per searched weight, which leaves pinned layers out."""
+        return UNITS[self.kind][self.unit] is None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def parse_budget(text: str) -> Budget:
+    """`KIND=AMOUNT UNIT` to a `Budget`.
+
+    **Raises** `UsageError`: unknown kind or unit (with near misses), an amount that is not a
+    positive finite number, a kind that this version does not have.
+    """
+    kind, equals, rest = text.partition("=")
+    kind = kind.strip()
+    if not equals:
+        raise UsageError(f"a budget must look like 'size=3bit' or 'bops=75G', got {text!r}.")
+    if kind in LATER:
+        raise UsageError(
+            f"budgets on {kind!r} are not available in this version; use {_list(UNITS)}."
+        )
+    if kind not in UNITS:
+        raise UsageError(f"unknown budget {kind!r}: {near(kind, list(UNITS))}")
+    return Budget(kind=kind, text=text.strip(), **_amount(kind, rest, text))
+
+
+def parse_budgets(texts: str | Iterable[str]) -> tuple[Budget, ...]:
+    """One budget or several."""
+    return tuple(map(parse_budget, [texts] if isinstance(texts, str) else texts))
+
+
+def parse_budget_range(text: str) -> tuple[Budget, Budget]:
+    """`size=2.5bit..6bit` to the budgets at its ends, in one unit, the smaller first."""
+    kind, _, rest = text.partition("=")
+    ends = rest.split("..")
+    if len(ends) != 2:
+        raise UsageError(f"a range of budgets must look like 'size=2.5bit..6bit', got {text!r}.")
+    low, high = (parse_budget(f"{kind}={end}") for end in ends)
+    if low.unit != high.unit:
+        raise UsageError(f"both ends of {text!r} must have the same unit.")
+    if low.amount >= high.amount:
+        raise UsageError(f"a range of budgets must grow from left to right, got {text!r}.")
+    return low, high
+
+
+def budget_steps(text: str, points: int) -> tuple[Budget, ...]:
+    """`points` budgets evenly from one end of a range to the other, both included."""
+    low, high = parse_budget_range(text)
+    if points < 2:
+        raise UsageError(f"`points` must be at least 2, got {points}.")
+    steps = []
+    for step in range(points):
+        amount = low.amount + (high.amount - low.amount) * Fraction(step, points - 1)
+        shown = f"{low.kind}={float(amount):.6g}{low.unit}"
+        steps.append(Budget(kind=low.kind, amount=amount, unit=low.unit, text=shown))
+    return tuple(steps)
+
+
+def _amount(kind: str, rest: str, text: str) -> dict:
+    """`amount` and `unit` of `3bit`."""
+    match = _AMOUNT.match(rest)
+    if match is None:
+        raise UsageError(
+            f"the amount in the budget {text!r} must be a positive number and a unit, like "
+            f"{'3bit or 1.5MiB' if kind == 'size' else '75G'}."
+        )
+    number, exponent, unit = match[1], match[2] or "", match[3]
+    if kind == "size" and unit == "bits":
+        unit = "bit"
+    if unit not in UNITS[kind]:
+        known = [name for name in UNITS[kind] if name]
+        if not unit:
+            raise UsageError(f"the budget {text!r} needs a unit: {_list(known)}.")
+        raise UsageError(f"unknown unit {unit!r} in the budget {text!r}: {near(unit, known)}")
+    amount = Fraction(number + exponent)
+    if amount <= 0:
+        raise UsageError(f"the budget {text!r} must be more than zero.")
+    return {"amount": amount, "unit": unit}
+
+
+def _list(names: Iterable[str]) -> str:
+    *most, last = names
+    return ", ".join(most) + " or " + last

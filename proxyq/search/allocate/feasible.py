@@ -1,0 +1,161 @@
+"""Whether a problem can be met at all, what is reachable, and whose fault it is if not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import NoReturn
+
+import numpy as np
+
+from proxyq.errors import ProxyqError
+from proxyq.search.allocate.highs import integer_program
+from proxyq.search.allocate.problem import InfeasibleError, Limit, Pin, Problem
+from proxyq.search.allocate.reduce import Reduced, candidates, merged, reduce
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """The least and most of one limit that any choice uses, alone, in the limit's unit."""
+
+    name: str
+    unit: str
+    low: Fraction
+    high: Fraction
+    asked: Fraction
+
+
+def extremes(problem: Problem, limit: Limit, allowed: np.ndarray | None = None) -> tuple[int, int]:
+    """Least and most raw amount of `limit`, the other limits left out; Python ints."""
+    open_ = candidates(problem, allowed)
+    usage = merged(problem, limit.usage)
+    low = np.where(open_, usage, np.iinfo(np.int64).max).min(axis=1)
+    high = np.where(open_, usage, -1).max(axis=1)
+    return limit.fixed + sum(map(int, low)), limit.fixed + sum(map(int, high))
+
+
+def reachable(problem: Problem) -> tuple[Reach, ...]:
+    """What each limit can be, in the order of `problem.limits`."""
+    found = []
+    for limit in problem.limits:
+        low, high = extremes(problem, limit)
+        found.append(
+            Reach(
+                name=limit.name,
+                unit=limit.unit,
+                low=limit.in_units(low),
+                high=limit.in_units(high),
+                asked=limit.asked_in_units,
+            )
+        )
+    return tuple(found)
+
+
+def require_reachable(problem: Problem, reduced: Reduced) -> None:
+    """Raise `InfeasibleError` when some limit cannot be met even alone."""
+    for limit, room in zip(problem.limits, reduced.room, strict=True):
+        if room < 0:
+            raise InfeasibleError(_alone(problem, limit))
+
+
+def feasible_point(problem: Problem, reduced: Reduced, *, time_limit: float) -> np.ndarray:
+    """Some answer within all limits, columns `[variables]`.
+
+    **Raises** `InfeasibleError` when there is none, `ProxyqError` when time ran out first.
+    """
+    require_reachable(problem, reduced)
+    found = integer_program(reduced, time_limit=time_limit, any_point=True)
+    if found.picked is not None:
+        return found.picked
+    if found.infeasible:
+        _jointly(problem, time_limit)
+    raise ProxyqError(
+        f"no plan within all limits was found in {time_limit:g} s, and none was ruled out; "
+        "allow more time or loosen a budget."
+    )
+
+
+def _lifted(problem: Problem, pins: Sequence[Pin]) -> np.ndarray:
+    """`allowed` as it would be without these pins."""
+    assert problem.allowed is not None
+    allowed = problem.allowed.copy()
+    for pin in pins:
+        for layer in pin.layers:
+            allowed[layer, list(pin.free)] = True
+    return allowed
+
+
+def _alone(problem: Problem, limit: Limit) -> str:
+    """The sentence on a limit that no choice can meet, with the pins that cause it."""
+    low, high = extremes(problem, limit)
+    least, most, asked = limit.show_units(
+        limit.in_units(low), limit.in_units(high), limit.asked_in_units
+    )
+    text = (
+        f"the budget {limit.name} = {asked} cannot be met: with the bit-widths allowed the "
+        f"smallest reachable is {least} and the largest {most}"
+    )
+
+    def least_without(pins: Sequence[Pin]) -> int:
+        return extremes(problem, limit, _lifted(problem, pins))[0]
+
+    guilty = [pin for pin in problem.pins if least_without([pin]) <= limit.budget]
+    if guilty:
+        best = min(least_without([pin]) for pin in guilty)
+        text += f"; the pin {_names(guilty, 'or')} causes it: lifted, {limit.show(best)[0]}"
+        return text + " is reachable."
+    effective = [pin for pin in problem.pins if least_without([pin]) < low]
+    if effective and (best := least_without(effective)) <= limit.budget:
+        text += f"; the pins {_names(effective, 'and')} cause it together: lifted, "
+        return text + f"{limit.show(best)[0]} is reachable."
+    return text + "; ask for more, or allow smaller bit-widths."
+
+
+def _names(pins: Sequence[Pin], word: str) -> str:
+    return f" {word} ".join(repr(pin.text) for pin in pins)
+
+
+def _infeasible(problem: Problem, time_limit: float) -> bool:
+    reduced = reduce(problem)
+    if any(room < 0 for room in reduced.room):
+        return True
+    return integer_program(reduced, time_limit=time_limit, any_point=True).infeasible
+
+
+def _jointly(problem: Problem, time_limit: float) -> NoReturn:
+    """Raise for limits that hold one by one but not together, naming a smallest such set."""
+    core = list(problem.limits)
+    for limit in problem.limits:
+        rest = [other for other in core if other is not limit]
+        if len(rest) > 1 and _infeasible(replace(problem, limits=tuple(rest)), time_limit):
+            core = rest
+    last, rest = core[-1], core[:-1]
+    # The least of the last limit within the others: an allocation whose cost is that usage.
+    cost = np.where(problem.allowed, last.usage.astype(np.float64), np.inf)
+    inner = reduce(replace(problem, cost=cost, limits=tuple(rest)))
+    found = integer_program(inner, time_limit=time_limit)
+    asked = " and ".join(f"{lim.name} = {lim.show_units(lim.asked_in_units)[0]}" for lim in core)
+    text = f"the budgets {asked} cannot hold together, though each can alone"
+    if found.picked is not None:
+        choice = inner.expand(found.picked)
+        low = last.fixed + sum(int(last.usage[i, k]) for i, k in enumerate(choice))
+        within = " and ".join(
+            f"{lim.name} = {lim.show_units(lim.asked_in_units)[0]}" for lim in rest
+        )
+        high = extremes(problem, last)[1]
+        least, most = last.show(low, high)
+        text += (
+            f": within {within} the smallest reachable {last.name} is {least} (the largest, "
+            f"without other budgets, {most})"
+        )
+    if problem.pins:
+        free = replace(
+            problem,
+            allowed=_lifted(problem, problem.pins),
+            limits=tuple(core),
+            cost=np.zeros(problem.cost.shape),
+            pins=(),
+        )
+        if not _infeasible(free, time_limit):
+            word = "pin" if len(problem.pins) == 1 else "pins"
+            text += f"; without the {word} {_names(problem.pins, 'and')} they can"
+    raise InfeasibleError(text + "; loosen one of them.")
