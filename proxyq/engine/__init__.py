@@ -1,1 +1,12 @@
+"""The engine: segmented execution, taps, perturbation sweeps."""
 
+from proxyq.engine.engine import Edits as Edits
+from proxyq.engine.engine import Engine as Engine
+from proxyq.engine.segments import NO_EDIT as NO_EDIT
+from proxyq.engine.segments import Edit as Edit
+from proxyq.engine.segments import compiled_count as compiled_count
+from proxyq.engine.taps import NEEDS as NEEDS
+from proxyq.engine.taps import LayerTap as LayerTap
+from proxyq.engine.taps import TapOptions as TapOptions
+from proxyq.engine.taps import Taps as Taps
+from proxyq.engine.taps import collect as collect

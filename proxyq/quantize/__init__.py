@@ -1,1 +1,11 @@
+"""Uniform quantization as pure array functions."""
 
+from proxyq.quantize.grid import BITS as BITS
+from proxyq.quantize.grid import Grid as Grid
+from proxyq.quantize.grid import Range as Range
+from proxyq.quantize.grid import check_bits as check_bits
+from proxyq.quantize.grid import dequantize as dequantize
+from proxyq.quantize.grid import fake_quantize as fake_quantize
+from proxyq.quantize.grid import fit_grid as fit_grid
+from proxyq.quantize.grid import quantize as quantize
+from proxyq.quantize.grid import quantize_columns as quantize_columns

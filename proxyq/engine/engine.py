@@ -1,0 +1,187 @@
+"""`Engine`: run a network segment by segment, with weights replaced and tensors recorded.
+
+Changing layer `l` leaves everything before it as it was: keep the state at the cut before
+`l`, and run only what follows. Plain suffix runs, one state at a time, are the fastest way
+on CPU; stacking several states is for accelerators.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proxyq.engine.memory import images_at_once
+from proxyq.engine.segments import NO_EDIT, Edit, Segment, State, call, cut
+from proxyq.model.graph import Var
+from proxyq.model.model import Model, logits_of
+from proxyq.model.network import Network, network
+
+Edits = Mapping[int, Edit]
+"""What is changed at which site, by the site's index."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Engine:
+    """A network ready to run: parameters on the device, segments cut.
+
+    `batch_size` images run at once; `chunks` cuts a larger set into batches of just that
+    size, so that nothing is compiled twice.
+    """
+
+    network: Network
+
+    @classmethod
+    def build(
+        cls,
+        model: Model,
+        images: int,
+        *,
+        batch_norm: str = "running",
+        memory: int | None = None,
+        batch_size: int | None = None,
+    ) -> "Engine":
+        """An engine for a set of `images`, as many at once as `memory` bytes allow."""
+        if batch_size is None:
+            batch_size = images_at_once(model, images, memory)
+        return cls(network=network(model, batch_size, batch_norm=batch_norm))
+
+    @property
+    def batch_size(self) -> int:
+        """Images in one run."""
+        return self.network.graph.batch_size
+
+    @cached_property
+    def frontier(self) -> Mapping[Var, Any]:
+        """Folded weights, biases and tables on the device."""
+        names = list(self.network.model.params)
+        values = [jnp.asarray(self.network.model.params[name]) for name in names]
+        graph = self.network.graph
+
+        def prelude(values: list[Any]) -> list[Any]:
+            env = graph.run_prelude(dict(zip(names, values, strict=True)))
+            return [env[var] for var in graph.frontier]
+
+        return dict(zip(graph.frontier, jax.jit(prelude)(values), strict=True))
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The head, then one segment for each site."""
+        return cut(self.network)
+
+    def weight(self, site: int) -> Any:
+        """A site's weight in floating point, batch norm folded in."""
+        return self.frontier[self.network.sites[site].weight]
+
+    def columns(self, site: int) -> Any:
+        """The same as `[fan_in, channels]`."""
+        return self.network.sites[site].columns(self.weight(site))
+
+    def chunks(self, inputs: Any) -> Iterator[tuple[Any, int]]:
+        """Batches of `batch_size`, the last one padded by repeating its first example.
+
+        Yields the batch and how many of its examples are real. Nothing may depend on the
+        padding, so batch statistics need a set that fits one batch.
+        """
+        leaves, tree = jax.tree.flatten(inputs)
+        total, size = len(leaves[0]), self.batch_size
+        for start in range(0, total, size):
+            count = min(size, total - start)
+            rows = np.minimum(np.arange(start, start + size), total - 1)
+            whole = count == size
+            batch = [leaf[start : start + size] if whole else leaf[rows] for leaf in leaves]
+            yield jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in batch]), count
+
+    def start(self, inputs: Any) -> State:
+        """The state before the first site."""
+        graph = self.network.graph
+        state = dict(zip(graph.inputs, jax.tree.leaves(inputs), strict=True))
+        return self._run(self.segments[0], state, NO_EDIT, ())[0]
+
+    def step(
+        self, state: State, site: int, edit: Edit = NO_EDIT, capture: tuple[Var, ...] = ()
+    ) -> tuple[State, list[Any]]:
+        """Run the segment that begins with `site`: the state after it, and what is captured."""
+        return self._run(self.segments[site + 1], state, edit, capture)
+
+    def outputs(self, state: State) -> Any:
+        """The network's outputs, from the state after the last segment."""
+        graph = self.network.graph
+        known = {**self.frontier, **state}
+        leaves = [getattr(a, "val", None) if a not in known else known[a] for a in graph.outputs]
+        return jax.tree.unflatten(graph.out_tree, leaves)
+
+    def resume(self, state: State, site: int, edits: Edits) -> Any:
+        """The outputs, from the state before `site`, with `edits` at it and after it."""
+        for index in range(site, len(self.network.sites)):
+            state, _ = self.step(state, index, edits.get(index, NO_EDIT))
+        return self.outputs(state)
+
+    def run(self, inputs: Any, edits: Edits | None = None) -> Any:
+        """The outputs on one batch of `batch_size` inputs, with layers edited."""
+        return self.resume(self.start(inputs), 0, edits or {})
+
+    def logits(
+        self, inputs: Any, edits: Edits | None = None, tick: Callable[[], None] | None = None
+    ) -> np.ndarray:
+        """The first output on a set of any size: `[images, …]`."""
+        parts = []
+        for batch, count in self.chunks(inputs):
+            parts.append(np.asarray(logits_of(self.run(batch, edits)))[:count])
+            if tick is not None:
+                tick()
+        return np.concatenate(parts)
+
+    def resume_stacked(self, state: State, site: int, alternatives: list[Edit]) -> Any:
+        """`resume` for several edits of ONE site at once, stacked along a new first axis.
+
+        For accelerators: on CPU it gains nothing over one `resume` an edit, and sums run in
+        another order, so results of the two ways should not be mixed.
+        """
+        after = [self.step(state, site, edit)[0] for edit in alternatives]
+        stacked = {var for var in after[0] if any(s[var] is not after[0][var] for s in after)}
+        current = {
+            var: jnp.stack([s[var] for s in after]) if var in stacked else after[0][var]
+            for var in after[0]
+        }
+        for index in range(site + 1, len(self.network.sites)):
+            segment = self.segments[index + 1]
+            flags = tuple(var in stacked for var in segment.reads)
+            if not any(flags):
+                current, _ = self._run(segment, current, NO_EDIT, ())
+                continue
+            current, _ = self._run(segment, current, NO_EDIT, (), flags)
+            stacked |= set(segment.writes)
+        return self.outputs(current)
+
+    def _run(
+        self,
+        segment: Segment,
+        state: State,
+        edit: Edit,
+        capture: tuple[Var, ...],
+        stacked: tuple[bool, ...] | None = None,
+    ) -> tuple[State, list[Any]]:
+        weight = None
+        if segment.site is not None:
+            weight = self.weight(segment.site) if edit.weight is None else edit.weight
+        # What is not made here is known already: a segment's input or a kept tensor.
+        made = {var for eqn in segment.eqns for var in eqn.outvars}
+        ahead = tuple(var for var in capture if var in made)
+        written, recorded = call(
+            self.network,
+            segment,
+            edit,
+            weight,
+            [self.frontier[var] for var in segment.constants],
+            [state[var] for var in segment.reads],
+            ahead,
+            stacked,
+        )
+        after = {var: state[var] for var in segment.keeps}
+        after.update(zip(segment.writes, written, strict=True))
+        known = dict(zip(ahead, recorded, strict=True))
+        return after, [known[var] if var in known else state[var] for var in capture]

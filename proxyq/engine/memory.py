@@ -1,0 +1,45 @@
+"""How many images fit at once under a bound on memory."""
+
+import math
+
+from proxyq.model.graph import Graph, is_literal
+from proxyq.model.model import Model
+from proxyq.model.network import network
+
+DEFAULT_MEMORY = 1 << 30
+"""Bytes of activations that the engine lets live at once, unless told otherwise (1 GiB)."""
+
+
+def bytes_per_image(graph: Graph) -> int:
+    """The largest sum of activations alive at one equation, for one image.
+
+    An upper bound on what XLA holds apart from its scratch space: fusion never lets some of
+    them exist.
+    """
+    last_use = {var: max(uses) for var, uses in graph.consumers.items()}
+    for atom in graph.outputs:
+        if not is_literal(atom):
+            last_use[atom] = len(graph.main)
+    alive = {var: var.aval.size * var.aval.dtype.itemsize for var in graph.inputs}
+    peak = total = sum(alive.values())
+    ends: dict[int, list] = {}
+    for var, end in last_use.items():
+        ends.setdefault(end, []).append(var)
+    for index, eqn in enumerate(graph.main):
+        for var in eqn.outvars:
+            alive[var] = var.aval.size * var.aval.dtype.itemsize
+            total += alive[var]
+        peak = max(peak, total)
+        for var in ends.get(index, ()):
+            total -= alive.pop(var, 0)
+    return math.ceil(peak / graph.batch_size)
+
+
+def images_at_once(model: Model, images: int, memory: int | None = None) -> int:
+    """The batch size for a set of `images`: as few, equally large batches as fit `memory`.
+
+    Two states live at once (the clean one and a perturbed one), hence the factor of two.
+    """
+    per_image = bytes_per_image(network(model, min(images, 8)).graph)
+    most = max(1, (DEFAULT_MEMORY if memory is None else memory) // (2 * per_image))
+    return math.ceil(images / math.ceil(images / most))
