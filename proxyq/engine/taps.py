@@ -24,14 +24,13 @@ from proxyq.quantize import Range, quantize_columns
 
 NEEDS = {
     "weight": "the layer's weight, batch norm folded in",
-    "input": "the tensor that the layer reads, [images, …]",
-    "output": "the layer's output before bias and activation, [images, …]",
-    "feature": "what the layer hands on (see option `feature`), [images, …]",
+    "input": "the tensor that the layer reads, as the graph lays it out",
+    "output": "the layer's output before bias and activation, [images, positions, channels]",
+    "feature": "what the layer hands on (option `feature`), [images, positions, channels]",
     "gram": "Gram matrix of the images' features, [images, images]",
     "pooled": "the feature after ReLU, averaged over positions, [images, channels]",
     "output-error": "mean squared change of the output at each bit-width over its variance",
 }
-_TENSORS = ("input", "output", "feature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,33 +200,28 @@ def _record(
     errors: dict[str, list[tuple[np.ndarray, float]]] = {}
     for index, site in enumerate(network.sites):
         eqn = graph.main[site.position]
-        out = eqn.outvars[0]
+        out, data = eqn.outvars[0], eqn.invars[1 - site.operand]
         made = {var for e in engine.segments[index + 1].eqns for var in e.outvars}
         capture = tuple(dict.fromkeys([out, *(var for var in features if var in made)]))
-        wrong = None
-        if "output-error" in needs:
-            # Convolution and dot are linear: the output's change is that of the weight.
-            deltas = _weight_changes(engine, index, bits, method)
+        measured = "output-error" in needs
+        # Convolution and dot are linear: the output's change is that of the weight.
+        deltas = _weight_changes(engine, index, bits, method) if measured else []
         captured: dict[Var, list[Any]] = {var: [] for var in capture}
         reads: list[Any] = []
-        sums = np.zeros((3,))
+        wrong, moments = np.zeros(len(bits)), np.zeros(3)
         for chunk, state in enumerate(states):
             count = counts[chunk]
-            data = eqn.invars[1 - site.operand]
             if "input" in needs and index in first:
-                reads.append(state[data][:count])
-            if "output-error" in needs:
-                env = {data: state[data]} if data in state else dict(engine.frontier)
-                changes = _squares(engine, index, env, deltas)
-                changes = changes[:, :count].sum(axis=1)
-                wrong = changes if wrong is None else wrong + changes
+                reads.append(state[data][:count] if count < engine.batch_size else state[data])
             states[chunk], values = engine.step(state, index, NO_EDIT, capture)
             for var, value in zip(capture, values, strict=True):
-                captured[var].append(value[:count])
-            if "output-error" in needs:
-                sums = sums + _moments(captured[out][-1])
-        if wrong is not None:
-            number, total, square = sums
+                captured[var].append(value)
+            if measured:
+                x = state[data] if data in state else engine.frontier[data]
+                wrong += _squares(engine, index, x, deltas)[:, :count].sum(axis=1)
+                moments += _moments(site.rows(captured[out][-1], engine.batch_size)[:count])
+        if measured:
+            number, total, square = moments
             variance = square / number - (total / number) ** 2
             errors.setdefault(site.layer, []).append((wrong / number, variance))
         if index in first:
@@ -235,64 +229,76 @@ def _record(
             if "input" in needs:
                 recorded[name]["input"] = jnp.concatenate(reads)
             if "output" in needs:
-                recorded[name]["output"] = jnp.concatenate(captured[out])
+                parts = _columns(site, captured[out], counts, engine.batch_size)
+                recorded[name]["output"] = parts
         for var, owners in features.items():
             if var in captured:
-                _reduce_feature(captured[var], owners, network, needs, options, recorded)
+                for owner in owners:
+                    site = network.sites[owner]
+                    own = _feature(site, captured[var], counts, engine.batch_size, needs, options)
+                    recorded[site.layer].update(own)
         progress("record", index + 1, len(network.sites))
     for name, parts in errors.items():
         # A tied weight acts at several places; each place counts alike.
-        ratios = [wrong / max(variance, np.finfo(np.float64).tiny) for wrong, variance in parts]
+        tiny = np.finfo(np.float64).tiny
+        ratios = [wrong / max(variance, tiny) for wrong, variance in parts]
         recorded[name]["output-error"] = np.mean(ratios, axis=0)
 
 
-def _reduce_feature(
+def _columns(site: Site, parts: list[Any], counts: list[int], batch: int) -> Any:
+    columns = [
+        site.output_columns(part, batch)[:count] for part, count in zip(parts, counts, strict=True)
+    ]
+    return columns[0] if len(columns) == 1 else jnp.concatenate(columns)
+
+
+def _feature(
+    site: Site,
     parts: list[Any],
-    owners: list[int],
-    network: Any,
+    counts: list[int],
+    batch: int,
     needs: tuple[str, ...],
     options: TapOptions,
-    recorded: dict[str, dict[str, Any]],
-) -> None:
-    feature = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-    gram = _gram(feature, options.centre) if "gram" in needs else None
-    for owner in owners:
-        site = network.sites[owner]
-        own = recorded[site.layer]
-        if "feature" in needs:
-            own["feature"] = feature
-        if gram is not None:
-            own["gram"] = np.asarray(gram, np.float64)
-        if "pooled" in needs:
-            own["pooled"] = np.asarray(_pooled(feature, site.output_axes), np.float64)
+) -> dict[str, Any]:
+    """What the needs ask of one layer's feature."""
+    own: dict[str, Any] = {}
+    if "feature" in needs:
+        own["feature"] = _columns(site, parts, counts, batch)
+    if "gram" in needs:
+        rows = [site.rows(part, batch)[:count] for part, count in zip(parts, counts, strict=True)]
+        x = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
+        own["gram"] = np.asarray(_gram(x, options.centre), np.float64)
+    if "pooled" in needs:
+        pooled = [np.asarray(_pooled(site.output_columns(part, batch))) for part in parts]
+        real = [part[:count] for part, count in zip(pooled, counts, strict=True)]
+        own["pooled"] = np.concatenate(real).astype(np.float64)
+    return own
 
 
 @partial(jax.jit, static_argnames="centre")
-def _gram(feature: Any, centre: bool) -> Any:
-    """`X X'` for features flattened to `[images, p]`; centring X first loses no digits."""
-    x = feature.reshape(feature.shape[0], -1)
+def _gram(x: Any, centre: bool) -> Any:
+    """`X X'` of features `[images, p]`; centring X first loses no digits to large means."""
     if centre:
         x = x - jnp.mean(x, axis=0)
     return jnp.dot(x, x.T, precision=jax.lax.Precision.HIGHEST)
 
 
-@partial(jax.jit, static_argnames="channel_axes")
-def _pooled(feature: Any, channel_axes: tuple[int, ...]) -> Any:
-    axes = tuple(a for a in range(1, feature.ndim) if a not in channel_axes)
-    return jnp.mean(jax.nn.relu(feature), axis=axes).reshape(feature.shape[0], -1)
+@jax.jit
+def _pooled(feature: Any) -> Any:
+    return jnp.mean(jax.nn.relu(feature), axis=1)
 
 
 @jax.jit
-def _moments_jit(x: Any) -> Any:
+def _row_moments(rows: Any) -> Any:
     # Sums over one image stay small; images are added in float64 by the caller.
-    rows = x.reshape(x.shape[0], -1)
     return jnp.sum(rows, axis=1), jnp.sum(rows * rows, axis=1)
 
 
-def _moments(x: Any) -> np.ndarray:
+def _moments(rows: Any) -> np.ndarray:
     """Count, sum and sum of squares, accumulated in float64 over the images."""
-    total, square = _moments_jit(x)
-    return np.array([x.size, np.sum(total, dtype=np.float64), np.sum(square, dtype=np.float64)])
+    total, square = _row_moments(rows)
+    sums = (np.sum(np.asarray(part, np.float64)) for part in (total, square))
+    return np.array([rows.size, *sums])
 
 
 def _weight_changes(engine: Engine, index: int, bits: tuple[int, ...], method: Range) -> list[Any]:
@@ -307,7 +313,7 @@ def _weight_changes(engine: Engine, index: int, bits: tuple[int, ...], method: R
 _SITES: dict[Any, Any] = {}
 
 
-def _squares(engine: Engine, index: int, env: Mapping[Var, Any], deltas: list[Any]) -> np.ndarray:
+def _squares(engine: Engine, index: int, x: Any, deltas: list[Any]) -> np.ndarray:
     """`[bits, images]`: squared change of a site's output, for each changed weight."""
     site = engine.network.sites[index]
     eqn = engine.network.graph.main[site.position]
@@ -315,18 +321,11 @@ def _squares(engine: Engine, index: int, env: Mapping[Var, Any], deltas: list[An
     images = engine.batch_size
     params = str(sorted((name, str(value)) for name, value in eqn.params.items()))
     key = (eqn.primitive.name, params, data.aval.str_short(), site.operand, images)
-    function = _SITES.get(key)
-    if function is None:
+    if key not in _SITES:
 
-        def function(x: Any, delta: Any) -> Any:
-            change = run_site(site, eqn, {data: x}, delta, Edit())
-            # Windows of one image lie side by side on the first axis.
-            change = jnp.moveaxis(change, _example_axis(site), 0).reshape(images, -1)
+        def squares(x: Any, delta: Any) -> Any:
+            change = site.rows(run_site(site, eqn, {data: x}, delta, Edit()), images)
             return jnp.sum(change * change, axis=1)
 
-        function = _SITES.setdefault(key, jax.jit(function))
-    return np.stack([np.asarray(function(env[data], delta), np.float64) for delta in deltas])
-
-
-def _example_axis(site: Site) -> int:
-    return next(axis for axis in range(site.output_ndim) if axis not in site.output_axes)
+        _SITES[key] = jax.jit(squares)
+    return np.stack([np.asarray(_SITES[key](x, delta), np.float64) for delta in deltas])

@@ -57,15 +57,23 @@ class Site:
             sizes[axis] = size
         return vector.reshape(sizes)
 
-    def output_columns(self, output: Any) -> Any:
-        """The output as `[examples, positions, channels]`, from a batch of examples.
+    @property
+    def example_axis(self) -> int:
+        """The output's axis that counts examples (or examples times windows)."""
+        return next(axis for axis in range(self.output_ndim) if axis not in self.output_axes)
 
-        The batch is the output's first axis that is no channel axis (several windows of one
-        example may be folded into it).
+    def rows(self, output: Any, batch: int) -> Any:
+        """The output (or a tensor of its shape) as `[batch, elements]`.
+
+        Windows of one example that were folded into the batch axis lie side by side there.
         """
-        rest = [axis for axis in range(output.ndim) if axis not in self.output_axes]
+        return jnp.moveaxis(output, self.example_axis, 0).reshape(batch, -1)
+
+    def output_columns(self, output: Any, batch: int) -> Any:
+        """The output (or a tensor of its shape) as `[batch, positions, channels]`."""
+        rest = [axis for axis in range(self.output_ndim) if axis not in self.output_axes]
         moved = output.transpose((*rest, *self.output_axes))
-        return moved.reshape(output.shape[rest[0]], -1, math.prod(self.channel_shape))
+        return moved.reshape(batch, -1, math.prod(self.channel_shape))
 
     def _order(self, ndim: int) -> tuple[int, ...]:
         rest = (axis for axis in range(ndim) if axis not in self.channel_axes)
