@@ -4,6 +4,13 @@ from proxyq.search.allocate.assignment import Assignment as Assignment
 from proxyq.search.allocate.assignment import Status as Status
 from proxyq.search.allocate.assignment import finish as finish
 from proxyq.search.allocate.assignment import verify as verify
+from proxyq.search.allocate.budget import Budget as Budget
+from proxyq.search.allocate.budget import budget_steps as budget_steps
+from proxyq.search.allocate.budget import parse_budget as parse_budget
+from proxyq.search.allocate.budget import parse_budgets as parse_budgets
+from proxyq.search.allocate.build import LayerLike as LayerLike
+from proxyq.search.allocate.build import build_problem as build_problem
+from proxyq.search.allocate.build import shared_by as shared_by
 from proxyq.search.allocate.dispatch import SOLVERS as SOLVERS
 from proxyq.search.allocate.dispatch import Solver as Solver
 from proxyq.search.allocate.dispatch import solve as solve

@@ -124,7 +124,6 @@ def verify(problem: Problem, choice: Sequence[int]) -> None:
         raise ProxyqError(
             f"an answer must choose for {len(problem.layers)} layers, got {len(choice)} choices."
         )
-    assert problem.allowed is not None
     for i, k in enumerate(choice):
         if not 0 <= k < len(problem.bits) or not problem.allowed[i, k]:
             raise ProxyqError(f"the choice {k} for layer {problem.layers[i]!r} is not allowed.")

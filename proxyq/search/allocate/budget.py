@@ -25,7 +25,7 @@ MEANING = {
     "bops": "MACs × weight bits × activation bits (float activations count as 32)",
     "macs-bits": "MACs × weight bits",
 }
-_AMOUNT = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\s*([A-Za-z]*)\s*\Z")
+_AMOUNT = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?\s*([A-Za-z]*)\s*\Z")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,10 @@
 
 - The bits axis holds the candidates and every pinned bit-width, ascending. A pinned layer
   stays in the problem with one candidate, so the answer covers every layer.
-- Layers with the same `group`, and all layers that a tie matches, share one bit-width.
-  Where one of them is pinned, all are.
+- All layers that a tie matches, and those that are named together in `shared`, take one
+  bit-width. Where one of them is pinned, all are. A layer's own `group` (layers that feed one
+  residual sum) binds only when asked for: it concerns the grid of activations, and weights
+  there may differ.
 - `size` in `bit` is the average over the searched layers: pinned layers take no part, neither
   in the sum nor in the count of weights. Every other budget counts all layers.
 - Where several pins (or several lists of candidates) match a layer, the last one wins.
@@ -15,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from proxyq.errors import UsageError
+from proxyq.errors import UsageError, near
 from proxyq.search.allocate.budget import Budget, parse_budget
 from proxyq.search.allocate.patterns import matching, split_bits
 from proxyq.search.allocate.problem import Limit, Pin, Problem, check_bits, exact_integer
@@ -24,7 +26,7 @@ FLOAT_BITS = 32
 
 
 class LayerLike(Protocol):
-    """What is needed of a layer: name, number of weights, multiply-adds, what it shares with."""
+    """What is needed of a layer; `weights` are elements, `macs` are for one example."""
 
     @property
     def name(self) -> str: ...
@@ -47,6 +49,7 @@ def build_problem(
     *,
     pins: Sequence[str] = (),
     ties: Sequence[str] = (),
+    shared: Sequence[Sequence[str]] = (),
     candidates: Sequence[str] = (),
     activation_bits: ActivationBits = None,
 ) -> Problem:
@@ -56,6 +59,7 @@ def build_problem(
       allowed may be anything; a layer pinned to a bit-width outside `bits` costs 0.
     - `pins`: `'PATTERN=8'`; `ties`: `'PATTERN'`; `candidates`: `'PATTERN=2,4'`, of `bits`.
       Patterns are shell globs on layer names, or `re:` and a regular expression.
+    - `shared`: sets of layer names that take one bit-width, such as `shared_by(layers, "group")`.
     - `activation_bits`: for all layers, or by layer name; `None` is float.
 
     **Raises** `UsageError` for whatever is wrong, in one sentence.
@@ -70,7 +74,7 @@ def build_problem(
         )
     weights = [exact_integer(layer.weights, f"weights of {layer.name!r}") for layer in layers]
     macs = [exact_integer(layer.macs, f"macs of {layer.name!r}") for layer in layers]
-    groups = _groups(layers, names, ties)
+    groups = _groups(names, ties, shared)
     free = _candidates(names, bits, candidates)
     pinned = _pinned(names, pins, groups)
     axis = tuple(sorted({*bits, *(b for b, _ in pinned.values())}))
@@ -117,8 +121,18 @@ def _activation(activation_bits: ActivationBits, name: str) -> int:
     return FLOAT_BITS if value is None else check_bits([value], "`activation_bits`")[0]
 
 
+def shared_by(layers: Sequence[Any], attribute: str) -> tuple[tuple[str, ...], ...]:
+    """Names of the layers with the same non-empty `attribute`, two or more each, for `shared`."""
+    found: dict[Any, list[str]] = {}
+    for layer in layers:
+        value = getattr(layer, attribute)
+        if value:
+            found.setdefault(value, []).append(layer.name)
+    return tuple(tuple(names) for names in found.values() if len(names) > 1)
+
+
 def _groups(
-    layers: Sequence[LayerLike], names: list[str], ties: Sequence[str]
+    names: list[str], ties: Sequence[str], shared: Sequence[Sequence[str]]
 ) -> tuple[tuple[int, ...], ...]:
     """Connected sets of layers that share bits, two or more each, in layer order."""
     parent = list(range(len(names)))
@@ -128,11 +142,13 @@ def _groups(
             parent[i] = i = parent[parent[i]]
         return i
 
-    shared: dict[str, list[int]] = {}
-    for i, layer in enumerate(layers):
-        if layer.group:
-            shared.setdefault(layer.group, []).append(i)
-    sets = [*shared.values(), *(matching(tie, names, "a tie") for tie in ties)]
+    index = {name: i for i, name in enumerate(names)}
+    sets = [matching(tie, names, "a tie") for tie in ties]
+    for together in shared:
+        for name in together:
+            if name not in index:
+                raise UsageError(f"`shared` names an unknown layer {name!r}: {near(name, names)}")
+        sets.append(tuple(index[name] for name in together))
     for members in sets:
         for i in members[1:]:
             a, b = sorted((root(members[0]), root(i)))
@@ -168,7 +184,7 @@ def _pinned(
     pinned: dict[int, tuple[int, str]] = {}
     for text in pins:
         pattern, wanted = split_bits(text, "a pin")
-        if len(wanted) > 1:
+        if len(wanted) != 1:
             raise UsageError(
                 f"a pin names one bit-width, got {text!r}; give several as candidates instead."
             )

@@ -30,7 +30,6 @@ def exhaustive(
     """
     del time_limit, gap_limit
     started = time.perf_counter()
-    assert problem.allowed is not None
     units = problem.units
     open_ = [
         [k for k in range(len(problem.bits)) if all(problem.allowed[i, k] for i in members)]

@@ -76,7 +76,6 @@ def feasible_point(problem: Problem, reduced: Reduced, *, time_limit: float) -> 
 
 def _lifted(problem: Problem, pins: Sequence[Pin]) -> np.ndarray:
     """`allowed` as it would be without these pins."""
-    assert problem.allowed is not None
     allowed = problem.allowed.copy()
     for pin in pins:
         for layer in pin.layers:

@@ -95,7 +95,9 @@ def integer_program(
     one_hot, limit_rows, rooms, _ = rows(reduced, variable, column)
     constraints = [LinearConstraint(one_hot, 1.0, 1.0)]
     if limit_rows:
-        constraints.append(LinearConstraint(np.stack(limit_rows), -np.inf, np.array(rooms)))
+        constraints.append(
+            LinearConstraint(np.stack(limit_rows), -np.inf, np.array(rooms))  # type: ignore[arg-type]
+        )
     for _ in range(MAX_CUTS):
         left = deadline - time.perf_counter()
         if left <= 0:

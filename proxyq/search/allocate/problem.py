@@ -152,7 +152,7 @@ class Problem:
     layers: tuple[str, ...]
     bits: tuple[int, ...]
     cost: np.ndarray
-    allowed: np.ndarray | None = None
+    allowed: np.ndarray = None  # type: ignore[assignment]
     limits: tuple[Limit, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     pins: tuple[Pin, ...] = ()
@@ -206,7 +206,6 @@ class Problem:
             raise UsageError("the costs are too large to be summed; divide them by a constant.")
 
     def _check_candidates(self) -> None:
-        assert self.allowed is not None
         seen: set[int] = set()
         for group in self.groups:
             for i in group:

@@ -76,7 +76,6 @@ def merged(problem: Problem, table: np.ndarray) -> np.ndarray:
 def candidates(problem: Problem, allowed: np.ndarray | None = None) -> np.ndarray:
     """Columns open to each variable, bool `[variables, bits]`."""
     table = problem.allowed if allowed is None else allowed
-    assert table is not None
     return np.stack([table[list(members)].all(axis=0) for members in problem.units])
 
 

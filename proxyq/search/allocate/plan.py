@@ -1,0 +1,302 @@
+"""plan.json: the answer as people and other programs read it, and how it came about.
+
+The file is JSON with the tag `"schema": "proxyq/plan/1"`. Written twice from the same plan it
+is the same bytes: fields in a fixed order, free-form objects sorted by key, layers in network
+order. Read and written again it is the same plan.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from proxyq.errors import ProxyqError
+from proxyq.files import read_json, write_atomic
+from proxyq.search.allocate.assignment import Assignment
+from proxyq.search.allocate.build import ActivationBits, LayerLike
+
+SCHEMA = "proxyq/plan/1"
+FLOAT_BITS = 32
+
+
+def _bits(value: int | None) -> int | None:
+    if value is not None and not (1 <= value <= 8 or value == 16):
+        raise ValueError(f"a bit-width must be 1 to 8, 16 or null, got {value}")
+    return value
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """Free-form JSON: finite numbers, text keys, keys sorted at every level."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False, sort_keys=True))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"must be plain JSON without NaN or infinity ({error})") from None
+
+
+Bits = Annotated[int | None, AfterValidator(_bits)]
+Count = Annotated[int, Field(ge=0)]
+Json = Annotated[dict[str, Any], AfterValidator(_plain)]
+Number = Annotated[int | float, Field(allow_inf_nan=False)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class PlannedLayer(_Record):
+    """One layer; `None` bits mean that it stays float."""
+
+    weight_bits: Bits
+    activation_bits: Bits = None
+    weights: Count
+    macs: Count
+    group: str | None = None
+    pinned: bool = False
+
+
+class PlannedBudget(_Record):
+    """A budget and what the plan takes of it, both in `unit`."""
+
+    name: str
+    asked: Number
+    achieved: Number
+    unit: str = ""
+
+
+class SolverRecord(_Record):
+    """How the answer was found; `optimal` is proven within the gap limit."""
+
+    name: str
+    status: Literal["optimal", "feasible"]
+    objective: Number
+    bound: Number | None = None
+    gap: Number | None = None
+    seconds: Number | None = None
+    notes: list[str] = []
+
+
+class Plan(_Record):
+    """A bit-width for every layer, with its budgets and its origin.
+
+    `model`, `method`, `provenance`, `predicted` and `measured` are free-form JSON objects.
+    """
+
+    schema_: Literal["proxyq/plan/1"] = Field(SCHEMA, alias="schema")
+    model: Json = {}
+    method: Json = {}
+    layers: dict[str, PlannedLayer] = Field(min_length=1)
+    budgets: list[PlannedBudget] = []
+    solver: SolverRecord | None = None
+    provenance: Json = {}
+    predicted: Json | None = None
+    measured: Json | None = None
+
+    def bits(self) -> dict[str, int | None]:
+        """Weight bit-width by layer name, in network order."""
+        return {name: layer.weight_bits for name, layer in self.layers.items()}
+
+    @property
+    def size_bits(self) -> int:
+        """Bits of all layers' weights, float layers at 32; scales and biases not counted."""
+        return sum(
+            layer.weights * (FLOAT_BITS if layer.weight_bits is None else layer.weight_bits)
+            for layer in self.layers.values()
+        )
+
+    @property
+    def average_bits(self) -> float:
+        """Average bits per weight as `size=…bit` counts it: over the layers not pinned.
+
+        Over all layers when every one is pinned.
+        """
+        free = [layer for layer in self.layers.values() if not layer.pinned and layer.weights]
+        counted = free or list(self.layers.values())
+        weights = sum(layer.weights for layer in counted)
+        bits = sum(
+            layer.weights * (FLOAT_BITS if layer.weight_bits is None else layer.weight_bits)
+            for layer in counted
+        )
+        return bits / weights if weights else 0.0
+
+    def to_json(self) -> str:
+        """The text of the file: stable, a line per layer."""
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=False)
+        for optional in ("predicted", "measured", "solver"):
+            if data[optional] is None:
+                del data[optional]
+        if self.solver is not None and not self.solver.notes:
+            del data["solver"]["notes"]
+        parts = []
+        for key, value in data.items():
+            if key == "layers":
+                rows = [f"    {_line(name)}: {_line(layer)}" for name, layer in value.items()]
+                text = "{\n" + ",\n".join(rows) + "\n  }"
+            elif key == "budgets" and value:
+                text = "[\n" + ",\n".join(f"    {_line(item)}" for item in value) + "\n  ]"
+            else:
+                text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
+                text = text.replace("\n", "\n  ")
+            parts.append(f"  {_line(key)}: {text}")
+        return "{\n" + ",\n".join(parts) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, data: Any, what: str = "plan") -> "Plan":
+        """A plan from parsed JSON; raises `ProxyqError` naming the first wrong field."""
+        if not isinstance(data, dict):
+            raise ProxyqError(f"the {what} is not a plan: it must be a JSON object.")
+        schema = data.get("schema")
+        if schema != SCHEMA:
+            if isinstance(schema, str) and schema.startswith("proxyq/plan/"):
+                raise ProxyqError(
+                    f"the {what} has the schema {schema!r}, which this version does not read; it "
+                    f"reads {SCHEMA!r}: use the version of proxyq that wrote it."
+                )
+            raise ProxyqError(
+                f"the {what} is not a plan: its field 'schema' must be {SCHEMA!r}, got {schema!r}."
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ProxyqError(f"the {what} has a bad field {first_problem(error)}.") from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """Read a plan; raises `ProxyqError` when it is missing, cut short or wrong."""
+        return cls.from_json(read_json(path, "plan"), f"plan {str(path)!r}")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan, wholly or not at all."""
+        return write_atomic(path, self.to_json())
+
+    def __repr__(self) -> str:
+        return f"<Plan: {len(self.layers)} layers, {self.average_bits:.3g} bits on average>"
+
+    def __str__(self) -> str:
+        """The whole in a line or two, then a table with a line per layer, 88 columns wide."""
+        head = []
+        if self.solver is not None:
+            head += [self.solver.status, self.solver.name]
+        head += [
+            f"{b.name} {b.achieved:.4g} of {b.asked:.4g} {b.unit}".rstrip() for b in self.budgets
+        ]
+        head.append(f"{self.average_bits:.4g} bits on average")
+        lines = _wrapped(head)
+        total = self.size_bits or 1
+        lines.append(f"{'layer':<44} weight  act.     weights        size   share")
+        for name, layer in self.layers.items():
+            bits = FLOAT_BITS if layer.weight_bits is None else layer.weight_bits
+            size = layer.weights * bits
+            shown = name if len(name) <= 44 else name[:20] + "…" + name[-23:]
+            lines.append(
+                f"{shown:<44} {_shown(layer.weight_bits):>5}{'*' if layer.pinned else ' '} "
+                f"{_shown(layer.activation_bits):>5} {layer.weights:>11,} {size / 8192:>7.1f} KiB "
+                f"{100 * size / total:>5.1f} %"
+            )
+        if any(layer.pinned for layer in self.layers.values()):
+            lines.append("* pinned")
+        return "\n".join(lines)
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _shown(bits: int | None) -> str:
+    return "float" if bits is None else str(bits)
+
+
+def _wrapped(parts: Sequence[str], width: int = 88) -> list[str]:
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = f"{lines[-1]} · {part}"
+        lines = [*lines[:-1], longer] if len(longer) <= width else [*lines, part]
+    return lines
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of a pydantic error as `'layers.fc.weight_bits': what is wrong`."""
+    problem = error.errors()[0]
+    # Branches of unions and names of wrappers are no part of the path that people know.
+    path = ".".join(
+        str(step) for step in problem["loc"] if step not in ("int", "float", "constrained-int")
+    )
+    message = problem["msg"].removeprefix("Value error, ")
+    got = problem.get("input")
+    if problem["type"] == "missing":
+        return f"{path!r}: it is missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{path!r}: no such field is known"
+    if isinstance(got, (str, int, float, bool)) and "got" not in message:
+        message += f", got {got!r}"
+    return f"{path!r}: {message[:1].lower()}{message[1:]}"
+
+
+def plan_from(
+    assignment: Assignment,
+    layers: Sequence[LayerLike],
+    *,
+    model: Mapping[str, Any] | None = None,
+    method: Mapping[str, Any] | None = None,
+    activation_bits: ActivationBits = None,
+    provenance: Mapping[str, Any] | None = None,
+    predicted: Mapping[str, Any] | None = None,
+    measured: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan of an `Assignment`; `layers` are those that the problem was built from.
+
+    **Raises** `ProxyqError` when the names differ or a free-form part is no plain JSON.
+    """
+    problem = assignment.problem
+    if tuple(layer.name for layer in layers) != problem.layers:
+        raise ProxyqError("the layers of the plan are not those of the assignment.")
+    pinned = {i for pin in problem.pins for i in pin.layers}
+    of_layer = activation_bits if isinstance(activation_bits, Mapping) else None
+    planned = {
+        layer.name: PlannedLayer(
+            weight_bits=assignment.bits[i],
+            activation_bits=activation_bits if of_layer is None else of_layer.get(layer.name),  # type: ignore[arg-type]
+            weights=int(layer.weights),
+            macs=int(layer.macs),
+            group=layer.group,
+            pinned=i in pinned,
+        )
+        for i, layer in enumerate(layers)
+    }
+    budgets = [
+        PlannedBudget(
+            name=limit.name,
+            asked=_number(limit.asked_in_units),
+            achieved=_number(limit.in_units(amount)),
+            unit=limit.unit,
+        )
+        for limit, amount in zip(problem.limits, assignment.usage, strict=True)
+    ]
+    try:
+        return Plan(
+            model=dict(model or {}),
+            method=dict(method or {}),
+            layers=planned,
+            budgets=budgets,
+            solver=SolverRecord(
+                name=assignment.solver,
+                status=assignment.status.short,  # type: ignore[arg-type]
+                objective=assignment.objective,
+                bound=assignment.bound,
+                gap=assignment.gap,
+                seconds=round(assignment.seconds, 6),
+                notes=list(assignment.notes),
+            ),
+            provenance=dict(provenance or {}),
+            predicted=None if predicted is None else dict(predicted),
+            measured=None if measured is None else dict(measured),
+        )
+    except ValidationError as error:
+        raise ProxyqError(f"the plan has a bad field {first_problem(error)}.") from None
+
+
+def _number(value: Any) -> int | float:
+    """An exact fraction as an int where it is whole, else as the nearest float."""
+    return int(value) if value.denominator == 1 else float(value)
