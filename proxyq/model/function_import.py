@@ -54,7 +54,9 @@ def from_function(
 
     def bind(function: Callable[[Any, Any], Any]) -> Apply:
         def bound(params: Mapping[str, Any], inputs: Any) -> Any:
-            return function(rebuild({**constants, **{name: params[name] for name in arrays}}), inputs)
+            return function(
+                rebuild({**constants, **{name: params[name] for name in arrays}}), inputs
+            )
 
         return bound
 
