@@ -1,0 +1,111 @@
+"""Recipes: published methods as data, one TOML file each on the shelf `search/recipes`.
+
+A recipe says which proxy with which options, how scores become costs, bits, solver, rounding,
+ties and pins. It holds no code; names of proxies, cost mappings and solvers are looked up
+where they are used.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from proxyq.errors import ProxyqError, UsageError, near
+from proxyq.files import read_bytes
+from proxyq.search.allocate.lp import ROUNDINGS
+from proxyq.search.allocate.plan import first_problem
+from proxyq.search.allocate.problem import check_bits
+from proxyq.shelf import shelf
+
+FOLDER = "search/recipes"
+SAME_FEATURE = "same-feature"
+
+
+def _one_of_roundings(value: str | None) -> str | None:
+    if value is not None and value not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {value!r}: {near(value, ROUNDINGS)}")
+    return value
+
+
+Option = bool | int | float | str
+
+
+class Recipe(BaseModel):
+    """One published method.
+
+    - `proxy`, `options`, `samples`: what is measured, and on how many images.
+    - `cost`: how scores become costs; `linear-bits` is cost = -score × bits.
+    - `ties`: `same-feature` (layers whose measured feature is one tensor share bits), or
+      patterns as for `--tie`; `pins` as for `--pin`.
+    - `correction`: what is corrected before the network is run quantized.
+    - `note`: where this differs from the paper.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = Field(min_length=1)
+    title: str = ""
+    reference: str = Field(min_length=1)
+    proxy: str = Field(min_length=1)
+    options: dict[str, Option] = {}
+    samples: int = Field(32, ge=1)
+    cost: str = "linear-bits"
+    bits: Annotated[list[int], AfterValidator(lambda b: list(check_bits(b)))]
+    activation_bits: Annotated[int | None, Field(ge=1, le=16)] = None
+    solver: str = "auto"
+    rounding: Annotated[str | None, AfterValidator(_one_of_roundings)] = None
+    ties: list[str] = []
+    pins: list[str] = []
+    correction: Literal["auto", "none", "weights", "statistics"] = "none"
+    note: str = ""
+
+    @property
+    def ties_features(self) -> bool:
+        """Whether layers that are measured on one tensor share bits."""
+        return SAME_FEATURE in self.ties
+
+    @property
+    def tie_patterns(self) -> list[str]:
+        """The ties that are patterns on layer names."""
+        return [tie for tie in self.ties if tie != SAME_FEATURE]
+
+    def solver_options(self) -> dict[str, Any]:
+        """Keyword arguments for `solve` beside the method."""
+        return {} if self.rounding is None else {"rounding": self.rounding}
+
+
+def available_recipes() -> list[str]:
+    """Names of the recipes on the shelf, sorted."""
+    return sorted(file.stem for file in shelf(FOLDER).glob("*.toml"))
+
+
+def load_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
+    """A recipe from the shelf by name, or from a file (a path, or a name ending in `.toml`).
+
+    **Raises** `UsageError` for an unknown name, with near misses; `ProxyqError` for a file that
+    cannot be read or has a wrong field, which it names.
+    """
+    text = os.fspath(name_or_path)
+    if text.endswith(".toml") or os.sep in text:
+        return _read(Path(text))
+    names = available_recipes()
+    if text not in names:
+        raise UsageError(f"unknown recipe {text!r}: {near(text, names)}")
+    return _read(shelf(FOLDER) / f"{text}.toml")
+
+
+def _read(path: Path) -> Recipe:
+    try:
+        data = tomllib.loads(read_bytes(path, "recipe").decode())
+    except UnicodeDecodeError as error:
+        raise ProxyqError(f"the recipe {str(path)!r} is not UTF-8 text.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ProxyqError(f"the recipe {str(path)!r} is not valid TOML: {error}.") from error
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ProxyqError(
+            f"the recipe {str(path)!r} has a bad field {first_problem(error)}."
+        ) from None
