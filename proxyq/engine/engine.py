@@ -7,7 +7,7 @@ on CPU; stacking several states is for accelerators.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.engine.memory import images_at_once
-from proxyq.engine.segments import NO_EDIT, Edit, Segment, State, call, cut
+from proxyq.engine.segments import NO_EDIT, Edit, Segment, State, call, call_site, cut
 from proxyq.model.graph import Var
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import Network, network
@@ -47,7 +47,7 @@ class Engine:
         """An engine for a set of `images`, as many at once as `memory` bytes allow."""
         if batch_size is None:
             batch_size = images_at_once(model, images, memory)
-        return cls(network=network(model, batch_size, batch_norm=batch_norm))
+        return _engine(cls, model, batch_size, batch_norm)
 
     @property
     def batch_size(self) -> int:
@@ -106,6 +106,14 @@ class Engine:
     ) -> tuple[State, list[Any]]:
         """Run the segment that begins with `site`: the state after it, and what is captured."""
         return self._run(self.segments[site + 1], state, edit, capture)
+
+    def site_output(self, state: State, site: int, edit: Edit = NO_EDIT) -> Any:
+        """A site's own output under an edit, from the state before it."""
+        weight = self.weight(site) if edit.weight is None else edit.weight
+        where = self.network.sites[site]
+        data = self.network.graph.main[where.position].invars[1 - where.operand]
+        x = state[data] if data in state else self.frontier[data]
+        return call_site(self.network, site, x, weight, edit)
 
     def outputs(self, state: State) -> Any:
         """The network's outputs, from the state after the last segment."""
@@ -185,3 +193,9 @@ class Engine:
         after.update(zip(segment.writes, written, strict=True))
         known = dict(zip(ahead, recorded, strict=True))
         return after, [known[var] if var in known else state[var] for var in capture]
+
+
+@lru_cache(maxsize=8)
+def _engine(kind: type[Engine], model: Model, batch_size: int, batch_norm: str) -> Engine:
+    """Engines are kept, so that folding the same weights again compiles nothing."""
+    return kind(network=network(model, batch_size, batch_norm=batch_norm))

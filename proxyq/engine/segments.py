@@ -143,6 +143,20 @@ def _compile(network: Network, segment: Segment, capture: tuple[Var, ...], stack
     return jax.jit(function)
 
 
+_SITES: dict[str, Any] = {}
+
+
+def call_site(network: Network, index: int, x: Any, weight: Any, edit: Edit) -> Any:
+    """One site alone, jitted once for all equal sites."""
+    site = network.sites[index]
+    eqn = network.graph.main[site.position]
+    data = eqn.invars[1 - site.operand]
+    key = _key([eqn], [data], eqn.outvars, site.operand)
+    if key not in _SITES:
+        _SITES[key] = jax.jit(lambda x, weight, edit: run_site(site, eqn, {data: x}, weight, edit))
+    return _SITES[key](x, weight, edit._replace(weight=None))
+
+
 def run_site(site: Any, eqn: Equation, env: Mapping[Var, Any], weight: Any, edit: Edit) -> Any:
     """A site's output under an edit: `f(Q(x), W) + offset`."""
     data = eqn.invars[1 - site.operand]

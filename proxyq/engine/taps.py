@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.engine.engine import Engine
-from proxyq.engine.segments import NO_EDIT, Edit, State, run_site
+from proxyq.engine.segments import NO_EDIT, Edit, State
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.elementwise import feature_of
 from proxyq.model.graph import Var
@@ -172,6 +172,9 @@ def collect(
     return Taps(taps=taps, bits=tuple(bits), images=images, options=options)
 
 
+_WHOLE = frozenset({"gram", "feature", "input", "output"})
+
+
 def _record(
     engine: Engine,
     inputs: Any,
@@ -182,67 +185,97 @@ def _record(
     recorded: dict[str, dict[str, Any]],
     progress: Progress,
 ) -> None:
-    """Walk all chunks in step, segment by segment, reducing what each one makes."""
-    network, graph = engine.network, engine.network.graph
+    """Walk the network segment by segment, reducing what each one makes.
+
+    What relates images to each other (a Gram matrix) needs all of them at one layer, so all
+    chunks walk in step and their states are held together; all else adds up over chunks,
+    one after the other, and memory holds a single chunk.
+    """
+    chunks = engine.chunks(inputs)
+    walks = [list(chunks)] if set(needs) & _WHOLE else ([chunk] for chunk in chunks)
+    total = len(engine.network.sites) * (
+        1 if set(needs) & _WHOLE else -(-len(jax.tree.leaves(inputs)[0]) // engine.batch_size)
+    )
+    sums: dict[int, np.ndarray] = {}
+    pooled: dict[str, list[np.ndarray]] = {}
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress("record", done, total)
+
+    for walk in walks:
+        _walk(engine, walk, needs, bits, options, method, recorded, sums, pooled, tick)
+    for name, parts in pooled.items():
+        recorded[name]["pooled"] = np.concatenate(parts).astype(np.float64)
+    if "output-error" in needs:
+        for name in engine.network.names:
+            ratios = []
+            for site in engine.network.sites_of(name):
+                number, first, square, *wrong = sums[site]
+                variance = square / number - (first / number) ** 2
+                ratios.append(np.array(wrong) / number / max(variance, np.finfo(float).tiny))
+            # A tied weight acts at several places; each place counts alike.
+            recorded[name]["output-error"] = np.mean(ratios, axis=0)
+
+
+def _walk(
+    engine: Engine,
+    chunks: list[tuple[Any, int]],
+    needs: tuple[str, ...],
+    bits: tuple[int, ...],
+    options: TapOptions,
+    method: Range,
+    recorded: dict[str, dict[str, Any]],
+    sums: dict[int, np.ndarray],
+    pooled: dict[str, list[np.ndarray]],
+    tick: Callable[[], None],
+) -> None:
+    network, graph, batch = engine.network, engine.network.graph, engine.batch_size
     first = {network.sites_of(name)[0]: name for name in network.names}
-    # Which layers' features or outputs are which variable.
-    features: dict[Var, list[int]] = {}
+    features: dict[Var, list[int]] = {}  # which layers' feature a variable is
     if set(needs) & {"feature", "gram", "pooled"}:
-        for site in first:
-            out = graph.main[network.sites[site].position].outvars[0]
+        for index in first:
+            out = graph.main[network.sites[index].position].outvars[0]
             var = feature_of(graph, out) if options.feature == "post-activation" else out
-            features.setdefault(var, []).append(site)
-    states: list[State] = []
-    counts: list[int] = []
-    for batch, count in engine.chunks(inputs):
-        states.append(engine.start(batch))
-        counts.append(count)
-    errors: dict[str, list[tuple[np.ndarray, float]]] = {}
+            features.setdefault(var, []).append(index)
+    states: list[State] = [engine.start(inputs) for inputs, _ in chunks]
+    counts = [count for _, count in chunks]
+    measured = "output-error" in needs
     for index, site in enumerate(network.sites):
         eqn = graph.main[site.position]
         out, data = eqn.outvars[0], eqn.invars[1 - site.operand]
         made = {var for e in engine.segments[index + 1].eqns for var in e.outvars}
         capture = tuple(dict.fromkeys([out, *(var for var in features if var in made)]))
-        measured = "output-error" in needs
         # Convolution and dot are linear: the output's change is that of the weight.
         deltas = _weight_changes(engine, index, bits, method) if measured else []
         captured: dict[Var, list[Any]] = {var: [] for var in capture}
         reads: list[Any] = []
-        wrong, moments = np.zeros(len(bits)), np.zeros(3)
-        for chunk, state in enumerate(states):
-            count = counts[chunk]
+        for chunk, (state, count) in enumerate(zip(states, counts, strict=True)):
             if "input" in needs and index in first:
-                reads.append(state[data][:count] if count < engine.batch_size else state[data])
+                reads.append(state[data][:count] if count < batch else state[data])
             states[chunk], values = engine.step(state, index, NO_EDIT, capture)
             for var, value in zip(capture, values, strict=True):
                 captured[var].append(value)
             if measured:
-                x = state[data] if data in state else engine.frontier[data]
-                wrong += _squares(engine, index, x, deltas)[:, :count].sum(axis=1)
-                moments += _moments(site.rows(captured[out][-1], engine.batch_size)[:count])
-        if measured:
-            number, total, square = moments
-            variance = square / number - (total / number) ** 2
-            errors.setdefault(site.layer, []).append((wrong / number, variance))
+                wrong = _squares(engine, index, state, deltas)[:, :count].sum(axis=1)
+                moments = _moments(site.rows(captured[out][-1], batch)[:count])
+                sums[index] = sums.get(index, 0) + np.concatenate([moments, wrong])
         if index in first:
-            name = first[index]
+            own = recorded[first[index]]
             if "input" in needs:
-                recorded[name]["input"] = jnp.concatenate(reads)
+                own["input"] = jnp.concatenate(reads)
             if "output" in needs:
-                parts = _columns(site, captured[out], counts, engine.batch_size)
-                recorded[name]["output"] = parts
-        for var, owners in features.items():
-            if var in captured:
-                for owner in owners:
-                    site = network.sites[owner]
-                    own = _feature(site, captured[var], counts, engine.batch_size, needs, options)
-                    recorded[site.layer].update(own)
-        progress("record", index + 1, len(network.sites))
-    for name, parts in errors.items():
-        # A tied weight acts at several places; each place counts alike.
-        tiny = np.finfo(np.float64).tiny
-        ratios = [wrong / max(variance, tiny) for wrong, variance in parts]
-        recorded[name]["output-error"] = np.mean(ratios, axis=0)
+                own["output"] = _columns(site, captured[out], counts, batch)
+        for var in features.keys() & captured.keys():
+            for owner in features[var]:
+                own = recorded[network.sites[owner].layer]
+                part = _feature(network.sites[owner], captured[var], counts, batch, needs, options)
+                if "pooled" in part:
+                    pooled.setdefault(network.sites[owner].layer, []).append(part.pop("pooled"))
+                own.update(part)
+        tick()
 
 
 def _columns(site: Site, parts: list[Any], counts: list[int], batch: int) -> Any:
@@ -271,7 +304,7 @@ def _feature(
     if "pooled" in needs:
         pooled = [np.asarray(_pooled(site.output_columns(part, batch))) for part in parts]
         real = [part[:count] for part, count in zip(pooled, counts, strict=True)]
-        own["pooled"] = np.concatenate(real).astype(np.float64)
+        own["pooled"] = np.concatenate(real)
     return own
 
 
@@ -310,22 +343,8 @@ def _weight_changes(engine: Engine, index: int, bits: tuple[int, ...], method: R
     ]
 
 
-_SITES: dict[Any, Any] = {}
-
-
-def _squares(engine: Engine, index: int, x: Any, deltas: list[Any]) -> np.ndarray:
+def _squares(engine: Engine, index: int, state: State, deltas: list[Any]) -> np.ndarray:
     """`[bits, images]`: squared change of a site's output, for each changed weight."""
-    site = engine.network.sites[index]
-    eqn = engine.network.graph.main[site.position]
-    data = eqn.invars[1 - site.operand]
-    images = engine.batch_size
-    params = str(sorted((name, str(value)) for name, value in eqn.params.items()))
-    key = (eqn.primitive.name, params, data.aval.str_short(), site.operand, images)
-    if key not in _SITES:
-
-        def squares(x: Any, delta: Any) -> Any:
-            change = site.rows(run_site(site, eqn, {data: x}, delta, Edit()), images)
-            return jnp.sum(change * change, axis=1)
-
-        _SITES[key] = jax.jit(squares)
-    return np.stack([np.asarray(_SITES[key](x, delta), np.float64) for delta in deltas])
+    site, batch = engine.network.sites[index], engine.batch_size
+    changes = (engine.site_output(state, index, Edit(weight=delta)) for delta in deltas)
+    return np.stack([np.asarray(_row_moments(site.rows(c, batch))[1], np.float64) for c in changes])

@@ -71,13 +71,18 @@ class Site:
 
     def output_columns(self, output: Any, batch: int) -> Any:
         """The output (or a tensor of its shape) as `[batch, positions, channels]`."""
-        rest = [axis for axis in range(self.output_ndim) if axis not in self.output_axes]
-        moved = output.transpose((*rest, *self.output_axes))
-        return moved.reshape(batch, -1, math.prod(self.channel_shape))
+        return columns_of(output, self.output_axes, batch)
 
     def _order(self, ndim: int) -> tuple[int, ...]:
         rest = (axis for axis in range(ndim) if axis not in self.channel_axes)
         return (*rest, *self.channel_axes)
+
+
+def columns_of(output: Any, channel_axes: tuple[int, ...], batch: int) -> Any:
+    """`Site.output_columns`, from plain numbers (a site would not hash by value)."""
+    rest = [axis for axis in range(output.ndim) if axis not in channel_axes]
+    channels = math.prod(output.shape[axis] for axis in channel_axes)
+    return output.transpose((*rest, *channel_axes)).reshape(batch, -1, channels)
 
 
 @dataclass(frozen=True, kw_only=True)
