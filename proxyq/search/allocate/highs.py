@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from proxyq.search.allocate.quiet import c_prints_to_stderr
+from proxyq.search.allocate.quiet import quiet_highs
 from proxyq.search.allocate.reduce import Reduced
 
 STAKE = 2.0**20
@@ -102,7 +102,7 @@ def integer_program(
         left = deadline - time.perf_counter()
         if left <= 0:
             break
-        with c_prints_to_stderr():
+        with quiet_highs():
             result = milp(
                 regret * scale,
                 integrality=np.ones(len(variable)),

@@ -30,7 +30,7 @@ from proxyq.search.allocate.feasible import feasible_point, require_reachable
 from proxyq.search.allocate.greedy import repair
 from proxyq.search.allocate.highs import STAKE, power_of_two, rows
 from proxyq.search.allocate.problem import Problem
-from proxyq.search.allocate.quiet import c_prints_to_stderr
+from proxyq.search.allocate.quiet import quiet_highs
 from proxyq.search.allocate.reduce import Reduced, reduce
 
 ROUNDINGS = ("closest-below", "nearest", "down")
@@ -94,7 +94,7 @@ def relax(problem: Problem, reduced: Reduced, *, time_limit: float = 60.0) -> Re
     regret = reduced.regret[variable, column]
     one_hot, limit_rows, rooms, scales = rows(reduced, variable, column)
     scale = power_of_two(float(regret.max()), STAKE)
-    with c_prints_to_stderr():
+    with quiet_highs():
         result = linprog(
             regret * scale,
             A_ub=np.stack(limit_rows) if limit_rows else None,
