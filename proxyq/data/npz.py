@@ -1,0 +1,136 @@
+"""Images and labels in a NumPy archive."""
+
+import zipfile
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from proxyq.data.data import Data
+from proxyq.errors import ProxyqError, UsageError, near
+from proxyq.files import read_bytes
+
+# How the arrays of a split are usually called; the first that fits is taken.
+WORDS = {
+    "calibration": ("calib", "train"),
+    "validation": ("val", "test", "eval"),
+    "test": ("test", "eval", "val"),
+}
+Header = tuple[tuple[int, ...], np.dtype]
+
+
+def load_npz(
+    path: Path, keys: tuple[str, ...], *, split: str, layout: str | None, name: str
+) -> Data:
+    """The arrays `keys` (images, and perhaps labels) of an archive; only they are read.
+
+    Without keys the arrays with the shape of images and of labels are taken; where there are
+    several, the one whose name tells of `split`.
+
+    **Raises** `ProxyqError` when the file is damaged, `UsageError` when the arrays cannot be
+    told or do not fit.
+    """
+    if not path.is_file():
+        read_bytes(path, "data file")  # the common sentence for what cannot be read
+    try:
+        with zipfile.ZipFile(path) as archive:
+            headers = {
+                entry.filename.removesuffix(".npy"): _header(archive.open(entry))
+                for entry in archive.infolist()
+                if entry.filename.endswith(".npy")
+            }
+        if not headers:
+            raise UsageError(f"the file {str(path)!r} holds no arrays.")
+        image_key, label_key = _chosen(headers, keys, split, str(path))
+        with np.load(path, allow_pickle=False) as arrays:
+            images = arrays[image_key]
+            labels = arrays[label_key] if label_key else None
+    except UsageError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy each raise their own kinds
+        raise ProxyqError(
+            f"the data file {str(path)!r} is not an intact .npz archive of plain arrays "
+            f"({type(error).__name__}: {str(error).rstrip('.') or 'cut short'}): make it again "
+            "with `numpy.savez`."
+        ) from error
+    label = f"{name}:{image_key}" + (f",{label_key}" if label_key else "")
+    return Data(name=label, images=channels_last(images, layout, label), labels=labels)
+
+
+def _header(file: IO[bytes]) -> Header:
+    """Shape and type of an array from its first bytes."""
+    with file:
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _chosen(
+    headers: dict[str, Header], keys: tuple[str, ...], split: str, path: str
+) -> tuple[str, str | None]:
+    for key in keys:
+        if key not in headers:
+            raise UsageError(f"{path!r} holds no array {key!r}: {near(key, list(headers))}")
+    if keys:
+        return keys[0], keys[1] if len(keys) > 1 else None
+    listing = ", ".join(f"{key} {shape}" for key, (shape, _) in headers.items())
+    remedy = f"name them, as in `{path}:IMAGES,LABELS` (there are {listing})."
+
+    numbers = {key: head for key, head in headers.items() if head[1].kind in "buif"}
+    images = [key for key, (shape, _) in numbers.items() if len(shape) in (3, 4)]
+    image = _pick(images, split)
+    if image is None:
+        found = "several arrays may be" if images else "no array has the shape of"
+        raise UsageError(f"{found} the images of {path!r}: {remedy}")
+    count = numbers[image][0][0]
+    labels = [
+        key
+        for key, (shape, dtype) in numbers.items()
+        if shape in ((count,), (count, 1)) and dtype.kind in "ui"
+    ]
+    label = _pick(labels, split)
+    if label is None and labels:
+        raise UsageError(f"several arrays may be the labels of {path!r}: {remedy}")
+    return image, label
+
+
+def _pick(names: list[str], split: str) -> str | None:
+    """The only name, or the only one that tells of the split."""
+    if len(names) == 1:
+        return names[0]
+    for word in WORDS[split]:
+        told = [name for name in names if word in name.lower()]
+        if told:
+            return told[0] if len(told) == 1 else None
+    return None
+
+
+def channels_last(images: np.ndarray, layout: str | None, name: str) -> np.ndarray:
+    """Images of either layout as (N, height, width, channels).
+
+    The channels are the axis of size 1, 3 or 4. **Raises** `UsageError` where both or
+    none could be it and `layout` does not say.
+    """
+    if images.ndim == 3:
+        return images[..., None]
+    if images.ndim != 4:
+        raise UsageError(
+            f"the images of {name!r} must have 3 or 4 axes, the first for the images, got shape "
+            f"{images.shape}."
+        )
+    first, last = (images.shape[axis] in (1, 3, 4) for axis in (1, 3))
+    if layout is None:
+        if first == last:
+            which = "both the second and the last" if first else "neither the second nor the last"
+            raise UsageError(
+                f"the layout of the images {name!r} of shape {images.shape} is not clear: {which} "
+                "axis may be the channels (1, 3 or 4); store them as (N, height, width, "
+                "channels) and give `layout='NHWC'` in Python."
+            )
+        layout = "NCHW" if first else "NHWC"
+    return np.moveaxis(images, 1, -1) if layout == "NCHW" else images
