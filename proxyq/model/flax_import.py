@@ -236,10 +236,17 @@ def _normalise_by_batch(
     next_method: Callable[..., Any], args: Any, kwargs: dict[str, Any], context: Any
 ) -> Any:
     """Interceptor: batch norm takes the statistics of the batch, whatever it was told."""
-    if isinstance(context.module, linen.BatchNorm) and context.method_name == "__call__":
-        # The flag may come by position, after the inputs.
+    module = context.module
+    if not isinstance(module, linen.BatchNorm) or context.method_name != "__call__":
+        return next_method(*args, **kwargs)
+    # The flag may come by position, after the inputs, or from the constructor, which linen
+    # refuses beside one in the call; the instance is bound to this very application.
+    told = module.use_running_average
+    object.__setattr__(module, "use_running_average", None)
+    try:
         return next_method(*args[:1], **{**kwargs, "use_running_average": False})
-    return next_method(*args, **kwargs)
+    finally:
+        object.__setattr__(module, "use_running_average", told)
 
 
 def _call(module: Callable[..., Any], inputs: Any, kwargs: Mapping[str, Any]) -> Any:
