@@ -9,6 +9,7 @@ from functools import cached_property
 
 from proxyq.errors import ProxyqError
 from proxyq.search.allocate.problem import Limit, Problem
+from proxyq.search.allocate.text import elided, wrapped
 
 # A solver's proof is arithmetic in float64: gaps below this share of what is at stake (the
 # cost above every layer's cheapest choice) are rounding, not missing proof.
@@ -87,15 +88,14 @@ class Assignment:
             have, budget = limit.show_units(limit.in_units(amount), limit.asked_in_units)
             parts.append(f"{limit.name} {have} of {budget}")
         parts += [f"cost {self.objective:.4g}", f"bound {self.bound:.4g}"]
-        lines = [" · ".join(parts)]
+        lines = wrapped(parts)
         lines += [f"note: {note}" for note in self.notes]
         columns = [limit.name[:9] for limit in self.problem.limits][:3]
-        head = f"{'layer':<40} bits {'cost':>10}"
+        head = f"{'layer':<36} bits {'cost':>10}"
         lines.append(head + "".join(f" {name + ' %':>11}" for name in columns))
         for i, name in enumerate(self.layers):
             k = self.choice[i]
-            shown = name if len(name) <= 40 else name[:18] + "…" + name[-21:]
-            line = f"{shown:<40} {self.bits[i]:>4} {self.problem.cost[i, k]:>10.3g}"
+            line = f"{elided(name, 36):<36} {self.bits[i]:>4} {self.problem.cost[i, k]:>10.3g}"
             for limit, amount in zip(self.problem.limits[:3], self.usage, strict=False):
                 share = 100 * int(limit.usage[i, k]) / amount if amount else 0.0
                 line += f" {share:>11.1f}"

@@ -30,7 +30,7 @@ def exhaustive(
     """
     del time_limit, gap_limit
     started = time.perf_counter()
-    units = problem.units
+    units = problem.decisions
     open_ = [
         [k for k in range(len(problem.bits)) if all(problem.allowed[i, k] for i in members)]
         for members in units

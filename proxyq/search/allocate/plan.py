@@ -17,6 +17,7 @@ from proxyq.errors import ProxyqError
 from proxyq.files import read_json, write_atomic
 from proxyq.search.allocate.assignment import Assignment
 from proxyq.search.allocate.build import ActivationBits, LayerLike
+from proxyq.search.allocate.text import elided, wrapped
 
 SCHEMA = "proxyq/plan/1"
 FLOAT_BITS = 32
@@ -183,15 +184,15 @@ class Plan(_Record):
             f"{b.name} {b.achieved:.4g} of {b.asked:.4g} {b.unit}".rstrip() for b in self.budgets
         ]
         head.append(f"{self.average_bits:.4g} bits on average")
-        lines = _wrapped(head)
+        lines = wrapped(head)
         total = self.size_bits or 1
-        lines.append(f"{'layer':<44} weight  act.     weights        size   share")
+        lines.append(f"{'layer':<42} weight  act.     weights        size   share")
         for name, layer in self.layers.items():
             bits = FLOAT_BITS if layer.weight_bits is None else layer.weight_bits
             size = layer.weights * bits
-            shown = name if len(name) <= 44 else name[:20] + "…" + name[-23:]
+            star = "*" if layer.pinned else " "
             lines.append(
-                f"{shown:<44} {_shown(layer.weight_bits):>5}{'*' if layer.pinned else ' '} "
+                f"{elided(name, 42):<42} {_shown(layer.weight_bits):>5}{star} "
                 f"{_shown(layer.activation_bits):>5} {layer.weights:>11,} {size / 8192:>7.1f} KiB "
                 f"{100 * size / total:>5.1f} %"
             )
@@ -206,14 +207,6 @@ def _line(value: Any) -> str:
 
 def _shown(bits: int | None) -> str:
     return "float" if bits is None else str(bits)
-
-
-def _wrapped(parts: Sequence[str], width: int = 88) -> list[str]:
-    lines = [parts[0]]
-    for part in parts[1:]:
-        longer = f"{lines[-1]} · {part}"
-        lines = [*lines[:-1], longer] if len(longer) <= width else [*lines, part]
-    return lines
 
 
 def first_problem(error: ValidationError) -> str:

@@ -239,7 +239,7 @@ class Problem:
             raise UsageError(f"the limit {name!r} in {unit or 'one unit'} is given twice.")
 
     @property
-    def units(self) -> tuple[tuple[int, ...], ...]:
+    def decisions(self) -> tuple[tuple[int, ...], ...]:
         """What is decided together: every group, and every layer alone, in layer order."""
         grouped = {i: tuple(sorted(group)) for group in self.groups for i in group}
         return tuple(dict.fromkeys(grouped.get(i, (i,)) for i in range(len(self.layers))))

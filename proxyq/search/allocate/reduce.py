@@ -70,13 +70,13 @@ class Reduced:
 
 def merged(problem: Problem, table: np.ndarray) -> np.ndarray:
     """A `[layers, bits]` table summed over the layers that decide together."""
-    return np.stack([table[list(members)].sum(axis=0) for members in problem.units])
+    return np.stack([table[list(members)].sum(axis=0) for members in problem.decisions])
 
 
 def candidates(problem: Problem, allowed: np.ndarray | None = None) -> np.ndarray:
     """Columns open to each variable, bool `[variables, bits]`."""
     table = problem.allowed if allowed is None else allowed
-    return np.stack([table[list(members)].all(axis=0) for members in problem.units])
+    return np.stack([table[list(members)].all(axis=0) for members in problem.decisions])
 
 
 def _undominated(open_: np.ndarray, regret: np.ndarray, usage: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ def _undominated(open_: np.ndarray, regret: np.ndarray, usage: np.ndarray) -> np
 
 def reduce(problem: Problem) -> Reduced:
     """`problem` merged, shifted and divided; see the module."""
-    members = problem.units
+    members = problem.decisions
     open_ = candidates(problem)
     cost = merged(problem, problem.cost)
     cost[~open_] = np.inf

@@ -1,0 +1,142 @@
+"""Recipes on the shelf, recipes from files, and the shelves inside a wheel."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from proxyq.errors import ProxyqError, UsageError
+from proxyq.search.allocate import SOLVERS
+from proxyq.search.recipes import available_recipes, load_recipe
+from proxyq.shelf import SHELVES, shelf
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_recipe_on_the_shelf_loads() -> None:
+    names = available_recipes()
+    assert {"ompq", "csmpq"} <= set(names)
+    for name in names:
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert recipe.reference and recipe.note
+        assert recipe.solver in ("auto", "iqp") or recipe.solver in SOLVERS
+
+
+def test_the_published_settings() -> None:
+    ompq = load_recipe("ompq")
+    assert (ompq.proxy, ompq.bits, ompq.solver) == ("orthogonality", [2, 3, 4], "lp")
+    assert ompq.solver_options() == {"rounding": "closest-below"}
+    assert ompq.options["batch_norm"] == "batch" and ompq.options["suffix_mean"] is True
+    assert ompq.ties_features and ompq.tie_patterns == []
+    csmpq = load_recipe("csmpq")
+    assert (csmpq.proxy, csmpq.options["form"]) == ("separability", "exp")
+    assert csmpq.samples == 32 and csmpq.correction == "none"
+
+
+def test_unknown_names_get_near_misses() -> None:
+    with pytest.raises(UsageError, match="did you mean 'ompq'"):
+        load_recipe("ompk")
+    with pytest.raises(UsageError, match="ompq"):
+        load_recipe("zzz")
+    with pytest.raises(ProxyqError, match="cannot read the recipe"):
+        load_recipe("missing.toml")
+
+
+def test_a_recipe_from_a_file(tmp_path: Path) -> None:
+    text = 'name = "mine"\nreference = "me"\nproxy = "snip"\nbits = [2, 8]\nties = ["a.*"]\n'
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    recipe = load_recipe(path)
+    assert recipe.solver == "auto" and recipe.solver_options() == {}
+    assert recipe.tie_patterns == ["a.*"] and not recipe.ties_features
+    assert load_recipe(str(path)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("bits = [2, 9]", "'bits'.*1 to 8 or 16, got 9"),
+        ("bits = []", "'bits'.*at least one"),
+        ("bits = 4", "'bits'"),
+        ('bits = ["4"]', r"'bits\.0'"),
+        ('rounding = "closest"', "'rounding'.*did you mean 'closest-below'"),
+        ("samples = 0", "'samples'"),
+        ('correction = "some"', "'correction'"),
+        ("colour = 1", "'colour': no such field"),
+        ("proxy = 3", "'proxy'"),
+        ("proxy =", "not valid TOML"),
+        ("[options]\nbeta = [1]", r"'options\.beta"),
+    ],
+)
+def test_a_bad_recipe_is_named_in_one_sentence(tmp_path: Path, line: str, words: str) -> None:
+    keys = {"name": '"mine"', "reference": '"me"', "proxy": '"snip"', "bits": "[2, 4]"}
+    keys.pop(line.split(" =")[0], None)
+    path = tmp_path / "mine.toml"
+    path.write_text("\n".join([*(f"{key} = {value}" for key, value in keys.items()), line, ""]))
+    with pytest.raises(ProxyqError, match=words) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_shelves_hold_no_python_and_a_readme() -> None:
+    for name in SHELVES:
+        assert (shelf(name) / "README.md").is_file()
+        assert not list(shelf(name).rglob("*.py"))
+    with pytest.raises(ProxyqError, match="missing"):
+        shelf("tests")
+    with pytest.raises(ProxyqError, match="missing"):
+        shelf("search/nothing")
+
+
+def test_a_wheel_carries_the_shelves_and_one_name(tmp_path: Path) -> None:
+    """Built from a copy of the tracked kinds of files, so the checkout stays clean."""
+    import shutil
+
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("proxyq", *SHELVES):
+        ignored = shutil.ignore_patterns("__pycache__", "*.npz", "*.safetensors")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for command in ("wheel", "sdist"):
+        build = (
+            f"import setuptools.build_meta as b, sys; print(b.build_{command}({str(tmp_path)!r}))"
+        )
+        subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"proxyq"}
+    for recipe in available_recipes():
+        assert f"proxyq/_shelf/search/recipes/{recipe}.toml" in names
+    for name in SHELVES:
+        assert f"proxyq/_shelf/{name}/README.md" in names
+    # The installed package finds them, with the checkout out of sight.
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        "import proxyq.search.recipes as r; print(r.__file__); "
+        "print(r.load_recipe('ompq').name, *r.available_recipes())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=site,
+        env={"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    where, listed = done.stdout.splitlines()
+    assert where.startswith(str(site))
+    assert listed.split()[0] == "ompq"
+    # So does a wheel made from the source distribution.
+    import tarfile
+
+    (archive,) = tmp_path.glob("*.tar.gz")
+    inside = tarfile.open(archive).getnames()  # noqa: SIM115
+    assert any(name.endswith("/search/recipes/ompq.toml") for name in inside)
+    assert any(name.endswith("/setup.py") for name in inside)
