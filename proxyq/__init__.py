@@ -1,3 +1,89 @@
-"""proxyq: a bit-width for every layer of a trained network, in seconds, without training."""
+"""proxyq: a bit-width for every layer of a trained network, in seconds, without training.
 
+`proxyq.search(model, data, proxy="orthogonality", budget="size=3bit")` walks the whole road.
+Names are loaded when they are first used, so that `import proxyq` takes no time.
+"""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import proxyq.search as _search_package
+from proxyq.errors import ProxyqError as ProxyqError
+from proxyq.errors import UsageError as UsageError
 from proxyq.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from proxyq.api import Evaluation as Evaluation
+    from proxyq.api import evaluate as evaluate
+    from proxyq.api import inspect as inspect
+    from proxyq.api import quantize_model as quantize_model
+    from proxyq.data import Data as Data
+    from proxyq.data import load_data as load_data
+    from proxyq.engine import Engine as Engine
+    from proxyq.model.flax_import import from_linen as from_linen
+    from proxyq.model.flax_import import from_nnx as from_nnx
+    from proxyq.model.function_import import from_function as from_function
+    from proxyq.model.load import load_model as load_model
+    from proxyq.model.model import Model as Model
+    from proxyq.model.model import Preprocessing as Preprocessing
+    from proxyq.model.network import Network as Network
+    from proxyq.model.network import network as network
+    from proxyq.model.torch_import import from_torch as from_torch
+    from proxyq.proxies import Proxy as Proxy
+    from proxyq.proxies import Scores as Scores
+    from proxyq.proxies import register as register
+    from proxyq.search.allocate import Assignment as Assignment
+    from proxyq.search.allocate import InfeasibleError as InfeasibleError
+    from proxyq.search.allocate import Limit as Limit
+    from proxyq.search.allocate import Problem as Problem
+    from proxyq.search.allocate import Status as Status
+    from proxyq.search.allocate import solve as solve
+    from proxyq.search.allocate.plan import Plan as Plan
+
+# Public names by the module that defines them, in the order of the walk.
+_PUBLIC = {
+    "proxyq.model.model": ("Model", "Preprocessing"),
+    "proxyq.model.load": ("load_model",),
+    "proxyq.model.torch_import": ("from_torch",),
+    "proxyq.model.flax_import": ("from_nnx", "from_linen"),
+    "proxyq.model.function_import": ("from_function",),
+    "proxyq.model.network": ("Network", "network"),
+    "proxyq.data": ("Data", "load_data"),
+    "proxyq.engine": ("Engine",),
+    "proxyq.proxies": ("Proxy", "Scores", "register"),
+    "proxyq.search.allocate": (
+        "Problem",
+        "Limit",
+        "Status",
+        "Assignment",
+        "InfeasibleError",
+        "solve",
+    ),
+    "proxyq.search.allocate.plan": ("Plan",),
+    "proxyq.api": ("inspect", "evaluate", "quantize_model", "Evaluation"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'proxyq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, "search"})
+
+
+class _Search(ModuleType):
+    """`proxyq.search` is a package and, as people expect, the function too."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        from proxyq.api import search
+
+        return search(*args, **options)
+
+
+_search_package.__class__ = _Search
+del _search_package
