@@ -198,6 +198,11 @@ def _checked_labels(labels: Any, name: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
+def known_labels(labels: np.ndarray) -> np.ndarray | None:
+    """`None` for labels that are −1 throughout, the custom of collections for "not told"."""
+    return None if labels.size and (labels < 0).all() else labels
+
+
 def check_labels(data: Data, classes: int) -> None:
     """Refuse data without labels, or with labels that a network of `classes` outputs has not."""
     if data.labels is None:

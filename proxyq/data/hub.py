@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from proxyq.data.data import Data, LazyImages
+from proxyq.data.data import Data, LazyImages, known_labels
 from proxyq.data.folder import image_array
 from proxyq.errors import MissingExtra, ProxyqError, UsageError, near
 
@@ -90,6 +90,6 @@ def from_table(table: Any, *, name: str) -> Data:
             if state
             else (lambda index: decode(index).tobytes()),
         ),
-        labels=np.asarray(list(table[column])) if column else None,
+        labels=known_labels(np.asarray(list(table[column]))) if column else None,
         class_names=tuple(names) if names else None,
     )

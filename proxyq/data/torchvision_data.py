@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from proxyq.data.data import Data, LazyImages
+from proxyq.data.data import Data, LazyImages, known_labels
 from proxyq.data.folder import image_array, image_files
 from proxyq.errors import MissingExtra, ProxyqError, UsageError, near
 
@@ -55,7 +55,7 @@ def load_torchvision(dataset: str, root: Path, *, split: str, name: str) -> Data
     return Data(
         name=name,
         images=_images(source),
-        labels=_labels(source),
+        labels=known_labels(_labels(source)),
         class_names=tuple(map(str, names)) if names else None,
     )
 
