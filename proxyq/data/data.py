@@ -103,10 +103,10 @@ class Data:
                     f"the data {self.name!r} has no image {int(where.max())}: it holds {len(self)}."
                 )
         where = where.astype(np.int64)
-        lazy = isinstance(self.images, LazyImages)
+        images = self.images
         return replace(
             self,
-            images=self.images.select(where) if lazy else self.images[where],
+            images=images.select(where) if isinstance(images, LazyImages) else images[where],
             labels=None if self.labels is None else self.labels[where],
         )
 

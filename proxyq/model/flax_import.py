@@ -91,7 +91,9 @@ def _nnx_function(
     """`(leaves by name, names of weights, function of leaves and inputs)` of a module."""
     definition, state = nnx.split(module)
     paths, structure = jax.tree_util.tree_flatten_with_path(state)
-    variables = {tuple(path): variable for path, variable in nnx.to_flat_state(state)}
+    variables: dict[tuple[Any, ...], Any] = {
+        tuple(path): variable for path, variable in nnx.to_flat_state(state)
+    }
     leaves: dict[str, Any] = {}
     weights: set[str] = set()
     random: dict[str, Any] = {}

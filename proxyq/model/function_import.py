@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.model.model import Apply, Model, Preprocessing
@@ -162,7 +163,7 @@ def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array of numbers: no random key, no Python scalar."""
     return (
         isinstance(leaf, np.ndarray | np.generic | jax.Array)
-        and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+        and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
         and np.dtype(leaf.dtype).kind not in "OSUMm"
     )
 
@@ -175,7 +176,7 @@ def split_arrays(leaves: Mapping[str, Any]) -> tuple[dict[str, jax.Array], dict[
     arrays: dict[str, jax.Array] = {}
     constants: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             raise UsageError(
                 f"the parameter {name!r} is being traced: load the model outside `jax.jit`, "
                 "`jax.grad` and `jax.vmap`."
