@@ -5,6 +5,7 @@ from proxyq.engine.engine import Engine as Engine
 from proxyq.engine.segments import NO_EDIT as NO_EDIT
 from proxyq.engine.segments import Edit as Edit
 from proxyq.engine.segments import compiled_count as compiled_count
+from proxyq.engine.sweep import single_layer_sweep as single_layer_sweep
 from proxyq.engine.taps import NEEDS as NEEDS
 from proxyq.engine.taps import LayerTap as LayerTap
 from proxyq.engine.taps import TapOptions as TapOptions
