@@ -8,11 +8,13 @@ images, one of them is redundant. With centred Gram matrices `K_i = X_i X_i'`
     theta_i   = exp(-beta gamma_i)
     c_i       = mean of theta_j over j >= i                 (suffix mean)
 
-The authors' program then maximises `sum_i c_i b_i`. Ours differs from it in three ways: each
+The authors' program then maximises `sum_i c_i b_i`. Ours differs from it in four ways: each
 Gram matrix is normalised once instead of for every pair, `exp` is taken relative to the
 smallest gamma (a factor common to all layers, without which a beta of 100 underflows to
 zeros), and the network runs with running batch-norm statistics unless
-`batch_norm="batch"`.
+`batch_norm="batch"`. Beta is 1 here: gammas of a real network lie several units apart, so that
+with the published 10 to 100 all layers but one have theta 0 and the plan is left to ties (the
+recipe `ompq` keeps the published value).
 """
 
 from typing import Any
@@ -30,7 +32,7 @@ from proxyq.proxies.proxy import register
     reference="OMPQ: Ma et al. 2023, arXiv:2109.07865",
 )
 def orthogonality(
-    taps: Taps, *, key: Any, beta: float = 10.0, suffix_mean: bool = True
+    taps: Taps, *, key: Any, beta: float = 1.0, suffix_mean: bool = True
 ) -> np.ndarray:
     """Layers whose features are most orthogonal to all others (OMPQ)."""
     del key
@@ -55,7 +57,7 @@ def orthogonality_matrix(grams: list[np.ndarray]) -> np.ndarray:
     return orm
 
 
-def importance(orm: np.ndarray, *, beta: float = 10.0, suffix_mean: bool = True) -> np.ndarray:
+def importance(orm: np.ndarray, *, beta: float = 1.0, suffix_mean: bool = True) -> np.ndarray:
     """`c_i` of the module's formulas, up to one common positive factor: `[layers]`."""
     # gamma_i = sum over j != i of ORM(i, j)
     gamma = orm.sum(axis=1) - np.diag(orm)

@@ -43,16 +43,12 @@ class Scores:
 
     def __str__(self) -> str:
         """A table, the most sensitive layer first."""
-        rank = self.values if self.values.ndim == 1 else self.values[:, 0]
-        head = (
-            "score" if self.values.ndim == 1 else "  ".join(f"{b} bit".rjust(10) for b in self.bits)
-        )
-        lines = [f"{'layer':<44}{head:>12}"]
-        for index in np.argsort(-rank, kind="stable"):
-            row = np.atleast_1d(self.values[index])
-            lines.append(
-                f"{self.layers[index].name[:43]:<44}" + "  ".join(f"{v:10.4g}" for v in row)
-            )
+        columns = self.values.reshape(len(self.layers), -1)
+        heads = ["score"] if self.shape == "layers" else [f"{b} bit" for b in self.bits]
+        lines = [f"{'layer':<44}" + "".join(f"{head:>11}" for head in heads)]
+        for index in np.argsort(-columns[:, 0], kind="stable"):
+            numbers = "".join(f"{value:11.4g}" for value in columns[index])
+            lines.append(f"{self.layers[index].name[:43]:<44}{numbers}")
         return "\n".join(lines)
 
 
