@@ -23,6 +23,7 @@ from proxyq.data import (
     model_inputs,
     sample,
 )
+from proxyq.data.npz import channels_last
 from proxyq.engine import Engine
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.model.features import layers_by_feature
@@ -77,6 +78,11 @@ def as_data(data: Any, model: Model, *, split: str = "calibration") -> Data | No
     if isinstance(data, str):
         return load_data(data, split=split, shape=image_shape(model))  # type: ignore[arg-type]
     images, labels = data if isinstance(data, tuple) else (data, None)
+    images = np.asarray(images)
+    # The model's own layout decides only where the shape leaves it open.
+    first, last = (images.shape[axis] in (1, 3, 4) for axis in (1, -1))
+    layout = model.image_layout if images.ndim == 4 and first == last else None
+    images = channels_last(images, layout, "arrays")
     return Data(name="arrays", images=images, labels=labels)
 
 

@@ -1,0 +1,157 @@
+"""The whole road: from a model that the library does not ship to a plan and its accuracy."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from networks import mixer, small_net
+
+import proxyq
+from proxyq.api import evaluate, quantize_model
+from proxyq.errors import ProxyqError, UsageError
+from proxyq.search.allocate.plan import Plan
+
+
+def images(model, count=40, seed=1):
+    rng = np.random.default_rng(seed)
+    x = rng.random((count, *model.input_shape)).astype(np.float32)
+    return x, np.asarray(model(x)).argmax(axis=1)  # the float network is right by definition
+
+
+@pytest.mark.parametrize("proxy", ["orthogonality", "separability", "output-error", "sqnr"])
+def test_search_and_evaluate_a_flax_model(proxy):
+    model = small_net()
+    data = images(model)
+    plan = proxyq.search(
+        model, data, proxy=proxy, budget="size=4bit", bits=(2, 4, 6), eval_data=data
+    )
+    assert list(plan.layers) == [layer.name for layer in proxyq.inspect(model).layers]
+    assert plan.budgets[0].achieved <= 4
+    assert plan.solver.status == "optimal" and plan.solver.gap == 0
+    assert plan.measured["float"] == {"top1": 100.0, "n": 40}
+    assert plan.measured["uniform"]["bits"] == 4
+    assert 0 <= plan.measured["plans"][0]["top1"] <= 100
+
+
+@pytest.mark.parametrize("recipe", ["ompq", "csmpq"])
+def test_recipes_run_as_published(recipe):
+    model = small_net()
+    data = images(model)
+    plan = proxyq.search(model, data, recipe=recipe, budget="size=3bit", eval_data=data)
+    assert plan.method["options"]["batch_norm"] == "batch"
+    assert plan.method["samples"] == 32 and plan.method["correction"] == "none"
+    bits = plan.bits()
+    assert set(bits.values()) <= {2, 3, 4}
+    # The shortcut meets the last convolution of its block in one sum: one bit-width.
+    assert bits["blocks.1.conv2"] == bits["blocks.1.shortcut"]
+    assert all(layer.activation_bits == 8 for layer in plan.layers.values())
+
+
+def test_plan_file_round_trip_and_evaluation(tmp_path):
+    model = small_net()
+    data = images(model)
+    plan = proxyq.search(
+        model, data, proxy="sqnr", budget=["size=5bit", "bops=2G"], pins=["head=8"]
+    )
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again == plan and again.to_json() == plan.to_json()
+    assert again.layers["head"].weight_bits == 8 and again.layers["head"].pinned
+    result = evaluate(model, [again, again], data, data, names=["a", "b"]).to_json()
+    assert [one["file"] for one in result["plans"]] == ["a", "b"]
+    assert result["plans"][0]["top1"] == result["plans"][1]["top1"]
+    json.dumps(result, allow_nan=False)
+
+
+def test_evaluation_equals_running_the_quantized_model():
+    model = small_net()
+    data = images(model)
+    plan = proxyq.search(model, data, proxy="sqnr", budget="size=3bit", activation_bits=6)
+    measured = evaluate(model, [plan], data, data, correction="statistics")
+    quantized = quantize_model(model, plan, data[0], correction="statistics")
+    logits = quantized.logits(data[0])
+    assert measured.plans[0].top1 == pytest.approx(100 * np.mean(logits.argmax(1) == data[1]))
+    assert quantized.correction == "statistics"
+
+
+def test_same_seed_same_plan_and_another_seed_draws_other_images():
+    model = small_net()
+    data = images(model)
+
+    def find(seed):
+        plan = proxyq.search(model, data, proxy="output-error", samples=8, seed=seed)
+        return plan.predicted["scores"]
+
+    assert find(1) == find(1)
+    assert find(1) != find(2)
+
+
+def test_sixteen_bits_everywhere_changes_next_to_nothing():
+    model = small_net()
+    data = images(model)
+    plan = proxyq.search(model, data, proxy="sqnr", budget="size=16bit", bits=(16,))
+    logits = quantize_model(model, plan, correction="none").logits(data[0])
+    np.testing.assert_allclose(logits, model(data[0]), rtol=1e-2, atol=1e-3)
+
+
+def test_a_plan_for_another_model_is_refused():
+    model = small_net()
+    plan = proxyq.search(model, proxy="sqnr")
+    other = mixer()
+    with pytest.raises(ProxyqError, match="the plan is for another model"):
+        quantize_model(other, plan)
+
+
+def test_missing_data_is_asked_for():
+    with pytest.raises(UsageError, match="calibration images are needed by 'orthogonality'"):
+        proxyq.search(small_net(), proxy="orthogonality")
+    with pytest.raises(UsageError, match="give a proxy or a recipe, not both"):
+        proxyq.search(small_net(), proxy="sqnr", recipe="ompq")
+    with pytest.raises(UsageError, match="accuracy needs labelled images"):
+        proxyq.search(small_net(), images(small_net()), proxy="sqnr", evaluate=True)
+
+
+NO_TORCH = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchvision", "timm"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, sys.argv[1])
+from networks import small_net
+import numpy as np
+import proxyq
+
+model = small_net()
+x = np.random.default_rng(0).random((16, *model.input_shape)).astype(np.float32)
+plan = proxyq.search(
+    model, (x, np.asarray(model(x)).argmax(1)), proxy="orthogonality", budget="size=3bit",
+    evaluate=True, eval_data=(x, np.asarray(model(x)).argmax(1)),
+)
+assert plan.budgets[0].achieved <= 3, plan
+assert "torch" not in sys.modules
+try:
+    proxyq.load_model("torchvision:resnet18@none")
+except proxyq.ProxyqError as error:
+    assert "pip install 'proxyq[torch]'" in str(error), error
+else:
+    raise AssertionError("torch was found")
+print("found", plan.average_bits)
+"""
+
+
+def test_a_flax_model_needs_no_torch():
+    from pathlib import Path
+
+    run = subprocess.run(
+        [sys.executable, "-c", NO_TORCH, str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("found")
