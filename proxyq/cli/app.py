@@ -1,0 +1,86 @@
+"""The commands under one name, and what is around every one of them."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from proxyq.cli import evaluate, inspect, models, proxies, recipes, search
+from proxyq.cli.errors import INTERRUPTED, explain
+from proxyq.cli.output import print_text
+from proxyq.version import __version__
+
+app = typer.Typer(
+    name="proxyq",
+    add_completion=False,
+    no_args_is_help=False,
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    help="A bit-width for every layer of a trained network, in seconds, without training.",
+    epilog="`proxyq COMMAND --help` tells what a command takes. Try `proxyq search` first: it "
+    "needs nothing, and searches the embedded digits network.",
+)
+app.command()(search.search)
+app.command()(evaluate.evaluate)
+app.command()(inspect.inspect)
+app.command()(proxies.proxies)
+app.command()(models.models)
+app.command()(recipes.recipes)
+
+
+@app.callback()
+def proxyq(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """A bit-width for every layer of a trained network, in seconds, without training."""
+    if version:
+        print_text(f"proxyq {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print_text(context.get_help())
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code instead of raising.
+
+    Whatever goes wrong becomes one line on stderr.
+    """
+    try:
+        return _run(arguments)
+    except BrokenPipeError:
+        # The reader has closed the pipe (`| head`): what it wanted to see, it has seen.
+        _discard_output()
+        return 0
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    command = typer.main.get_command(app)
+    arguments = None if arguments is None else list(arguments)
+    try:
+        result = command.main(args=arguments, prog_name="proxyq", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+        error = KeyboardInterrupt() if code == INTERRUPTED else None
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except (Exception, KeyboardInterrupt) as failure:
+        code, error = 1, failure
+    if error is not None:
+        text, code = explain(error)
+        print(f"proxyq: {text}", file=sys.stderr)
+    return code
+
+
+def _discard_output() -> None:
+    """Let nothing more be written to stdout, or Python complains about it when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -1,0 +1,80 @@
+"""`proxyq evaluate`: measured accuracy of plans."""
+
+from proxyq.cli import options as o
+from proxyq.cli.arguments import byte_count
+from proxyq.cli.models import load
+from proxyq.cli.output import print_blocks, print_json
+from proxyq.cli.runtime import working
+from proxyq.errors import UsageError
+
+
+def evaluate(
+    arguments: o.ModelAndPlans,
+    data: o.CalibrationData = None,
+    eval_data: o.EvalData = None,
+    samples: o.Samples = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    size: o.Size = None,
+    resize: o.Resize = None,
+    weights: o.Weights = None,
+    input_shape: o.InputShape = None,
+    correction: o.PlanCorrection = None,
+    seed: o.Seed = None,
+    memory: o.Memory = None,
+    json: o.AsJson = False,
+    quiet: o.Quiet = False,
+    cache_dir: o.CacheDir = None,
+    no_cache: o.NoCache = False,
+    device: o.Device = None,
+) -> None:
+    """Measure plans: accuracy beside the float network and uniform bits."""
+    model, files = model_and_plans(arguments)
+    bound = None if memory is None else byte_count(memory, "--memory")
+    with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
+        from proxyq import api
+        from proxyq.search.allocate.plan import Plan
+
+        plans = [Plan.load(file) for file in files]
+        loaded = load(
+            model,
+            weights=weights,
+            input_shape=input_shape,
+            mean=mean,
+            std=std,
+            size=size,
+            resize=resize,
+        )
+        result = api.evaluate(
+            loaded,
+            plans,
+            data,
+            eval_data,
+            names=files,
+            correction=correction,
+            samples=api.DEFAULT_SAMPLES if samples is None else samples,
+            seed=seed,
+            memory=bound,
+            progress=progress,
+        ).to_json()
+
+    if json:
+        print_json(result)
+        return
+    from proxyq.report.tables import accuracy_table
+
+    print_blocks(accuracy_table(result, files))
+
+
+def model_and_plans(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """What ends in `.json` is a plan; at most one other argument names the model."""
+    plans = [argument for argument in arguments if argument.endswith(".json")]
+    others = [argument for argument in arguments if not argument.endswith(".json")]
+    if len(others) > 1:
+        raise UsageError(
+            f"name one model, got {others[0]!r} and {others[1]!r}: plans are files that end in "
+            "`.json`."
+        )
+    if not plans:
+        raise UsageError("name at least one plan to evaluate: a file that ends in `.json`.")
+    return (others[0] if others else None), plans

@@ -1,0 +1,316 @@
+"""Every option once: its name, its sign for a value and its help."""
+
+from typing import Annotated, Any
+
+import typer
+
+
+def _option(*names: str, panel: str, help: str, metavar: str | None = None, **more: Any) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, **more)
+
+
+METHOD, LAYERS, BUDGETS = "What is measured", "Layers and bits", "Budgets and solver"
+IMAGES, MODEL, RESULT, RUN = "Images", "Model", "Result", "Everywhere"
+
+# -- the model ------------------------------------------------------------------------
+ModelName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="digits (the default), torchvision:NAME[@WEIGHTS], timm:NAME[@WEIGHTS] or "
+        "path/to/file.py:factory; @none for random weights.",
+    ),
+]
+ModelAndPlans = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[MODEL] PLAN.json...",
+        show_default=False,
+        help="The plans to measure, and the model where it is not the embedded one.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    _option(
+        "--weights",
+        metavar="FILE",
+        panel=MODEL,
+        help="Weights by name, .safetensors, .pt or .pth, instead of the model's own.",
+    ),
+]
+InputShape = Annotated[
+    str | None,
+    _option(
+        "--input-shape",
+        metavar="3,224,224",
+        panel=MODEL,
+        help="Shape of one example, where neither model nor weights tell.",
+    ),
+]
+
+# -- what is measured -----------------------------------------------------------------
+ProxyName = Annotated[
+    str | None,
+    _option(
+        "--proxy",
+        metavar="NAME",
+        panel=METHOD,
+        help="What measures how sensitive a layer is; `proxyq proxies` lists them. "
+        "Default: output-error.",
+    ),
+]
+RecipeName = Annotated[
+    str | None,
+    _option(
+        "--recipe",
+        metavar="NAME|FILE",
+        panel=METHOD,
+        help="A published method as a whole; `proxyq recipes` lists them.",
+    ),
+]
+ProxyOptions = Annotated[
+    list[str] | None,
+    _option(
+        "--option",
+        metavar="KEY=VALUE",
+        panel=METHOD,
+        help="An option of the proxy; repeatable.",
+    ),
+]
+
+# -- layers and bits ------------------------------------------------------------------
+Bits = Annotated[
+    str | None,
+    _option(
+        "--bits",
+        metavar="2,3,4,8",
+        panel=LAYERS,
+        help="Bit-widths to choose from. Default: 2,3,4,8, or the recipe's.",
+    ),
+]
+ActivationBits = Annotated[
+    int | None,
+    _option(
+        "--activation-bits",
+        metavar="N",
+        panel=LAYERS,
+        help="Bits of every layer's input. Default: float, or the recipe's.",
+    ),
+]
+Pins = Annotated[
+    list[str] | None,
+    _option(
+        "--pin",
+        metavar="PATTERN=8",
+        panel=LAYERS,
+        help="Layers that keep this bit-width: shell wildcards on their names, or `re:` and a "
+        "regular expression; repeatable.",
+    ),
+]
+Ties = Annotated[
+    list[str] | None,
+    _option(
+        "--tie",
+        metavar="PATTERN",
+        panel=LAYERS,
+        help="Layers that share one bit-width; repeatable.",
+    ),
+]
+Candidates = Annotated[
+    list[str] | None,
+    _option(
+        "--candidates",
+        metavar="PATTERN=2,4",
+        panel=LAYERS,
+        help="The only bit-widths for these layers; repeatable.",
+    ),
+]
+
+# -- budgets and solver ---------------------------------------------------------------
+Budgets = Annotated[
+    list[str] | None,
+    _option(
+        "--budget",
+        metavar="KIND=AMOUNT",
+        panel=BUDGETS,
+        help="A hard limit; repeatable, all hold at once: size=3bit (average over the searched "
+        "layers), size=1.5MiB, bops=75G, macs-bits=12G. Default: size=4bit.",
+    ),
+]
+SolverName = Annotated[
+    str | None,
+    _option(
+        "--solver",
+        metavar="NAME",
+        panel=BUDGETS,
+        help="auto, ilp, dp, lp, greedy or exhaustive. Default: auto (exact), or the recipe's.",
+    ),
+]
+TimeLimit = Annotated[
+    float,
+    _option(
+        "--time-limit",
+        metavar="SECONDS",
+        panel=BUDGETS,
+        help="Time for the solver; afterwards the best plan so far, with its gap.",
+    ),
+]
+
+# -- images ---------------------------------------------------------------------------
+CalibrationData = Annotated[
+    str | None,
+    _option(
+        "--data",
+        metavar="DATA",
+        panel=IMAGES,
+        help="Calibration images, labels not read: digits, FILE.npz[:IMAGES,LABELS], dir:PATH, "
+        "torchvision:NAME@ROOT, hf:ID or random.",
+    ),
+]
+EvalData = Annotated[
+    str | None,
+    _option(
+        "--eval-data",
+        metavar="DATA",
+        panel=IMAGES,
+        help="Labelled images to report accuracy on, named as for --data.",
+    ),
+]
+Samples = Annotated[
+    int | None,
+    _option(
+        "--samples",
+        metavar="N",
+        panel=IMAGES,
+        help="How many calibration images. Default: 256, or the recipe's.",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    _option(
+        "--mean",
+        metavar="M[,M,M]",
+        panel=IMAGES,
+        help="Mean of each channel where white is 1, instead of what the model's weights say.",
+    ),
+]
+Std = Annotated[
+    str | None,
+    _option("--std", metavar="S[,S,S]", panel=IMAGES, help="Deviation of each channel, likewise."),
+]
+Size = Annotated[
+    str | None,
+    _option(
+        "--size",
+        metavar="N[,N]",
+        panel=IMAGES,
+        help="Scale and crop the images to this height and width.",
+    ),
+]
+Resize = Annotated[
+    int | None,
+    _option(
+        "--resize",
+        metavar="N",
+        panel=IMAGES,
+        min=1,
+        help="Scale the shorter side to this before cropping.",
+    ),
+]
+
+# -- accuracy and results -------------------------------------------------------------
+Correction = Annotated[
+    str | None,
+    _option(
+        "--correction",
+        metavar="HOW",
+        panel=RESULT,
+        help="auto, none, weights or statistics: what is corrected when the plan is run. "
+        "Default: auto, or the recipe's.",
+    ),
+]
+PlanCorrection = Annotated[
+    str | None,
+    _option(
+        "--correction",
+        metavar="HOW",
+        panel=RESULT,
+        help="auto, none, weights or statistics: what is corrected when a plan is run. "
+        "Default: what the plan says.",
+    ),
+]
+Evaluate = Annotated[
+    bool,
+    _option(
+        "--evaluate",
+        panel=RESULT,
+        help="Run the plan, and print its accuracy beside float and uniform bits.",
+    ),
+]
+Out = Annotated[
+    str | None,
+    _option("--out", metavar="PLAN.json", panel=RESULT, help="Write the plan to this file."),
+]
+Plot = Annotated[
+    str | None,
+    _option(
+        "--plot",
+        metavar="FILE",
+        panel=RESULT,
+        help="Draw the plan: .png, .svg or .pdf.",
+    ),
+]
+
+# -- everywhere -----------------------------------------------------------------------
+Seed = Annotated[
+    int | None,
+    _option(
+        "--seed",
+        metavar="N",
+        panel=RUN,
+        min=0,
+        max=2**31 - 1,
+        help="Draw calibration images (and whatever is random) from this seed. Default: the "
+        "first images.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    _option(
+        "--memory",
+        metavar="4GiB",
+        panel=RUN,
+        help="Bound on the activations held at once; less is slower. Default: 1GiB.",
+    ),
+]
+AsJson = Annotated[
+    bool, _option("--json", panel=RUN, help="Print JSON on stdout, and nothing else there.")
+]
+Quiet = Annotated[bool, _option("--quiet", panel=RUN, help="No progress and no notes.")]
+CacheDir = Annotated[
+    str | None,
+    _option(
+        "--cache-dir",
+        metavar="DIR",
+        panel=RUN,
+        help="Where compiled programs are kept. Default: $PROXYQ_CACHE_DIR, or proxyq in the "
+        "user's cache folder.",
+    ),
+]
+NoCache = Annotated[bool, _option("--no-cache", panel=RUN, help="Keep and use no cache.")]
+Device = Annotated[
+    str | None,
+    _option(
+        "--device",
+        metavar="cpu|gpu|tpu",
+        panel=RUN,
+        help="What computes. Default: the fastest that JAX finds.",
+    ),
+]
+
+# Listings compute nothing: they take these options, as every command does, and need no help.
+UnusedNumber = Annotated[int | None, typer.Option("--seed", hidden=True)]
+UnusedFolder = Annotated[str | None, typer.Option("--cache-dir", hidden=True)]
+UnusedFlag = Annotated[bool, typer.Option("--no-cache", hidden=True)]
+UnusedDevice = Annotated[str | None, typer.Option("--device", hidden=True)]

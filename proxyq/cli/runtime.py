@@ -1,0 +1,196 @@
+"""What surrounds the work of a command: the device, the compilation cache, progress, silence."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from proxyq.cli.output import say
+from proxyq.errors import ProxyqError, UsageError, near
+from proxyq.progress import Progress, silent
+
+DEVICES = ("cpu", "gpu", "tpu")
+CACHE_BYTES = 1 << 30
+"""Compiled programs kept at most; the oldest go first."""
+
+
+@contextlib.contextmanager
+def working(
+    *,
+    device: str | None = None,
+    cache_dir: str | None = None,
+    no_cache: bool = False,
+    quiet: bool = False,
+) -> Iterator[Progress]:
+    """Run the body on `device`, its programs cached; gives what reports progress.
+
+    What the body prints goes to stderr: stdout belongs to the result.
+
+    **Raises** `UsageError` for an unknown device, `ProxyqError` for one that is not there.
+    """
+    if device is not None and device not in DEVICES:
+        raise UsageError(f"unknown device {device!r}: {near(device, DEVICES)}")
+    with (
+        _silence(),
+        _bar(enabled=not quiet and sys.stderr.isatty()) as progress,
+        contextlib.redirect_stdout(sys.stderr),
+    ):
+        _use_device(device)
+        _use_cache(None if no_cache else cache_folder(cache_dir), quiet=quiet)
+        yield progress
+
+
+# -- the device ------------------------------------------------------------------------
+
+
+def _use_device(device: str | None) -> None:
+    import jax
+
+    if device is None:
+        return
+    # Left to itself JAX takes an accelerator first; naming "gpu" would demand every kind.
+    jax.config.update("jax_platforms", "cpu" if device == "cpu" else None)
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        raise _no_device(device, str(error)) from error
+    if found != device:
+        raise _no_device(device, f"JAX finds only: {found}")
+
+
+def _no_device(device: str, reason: str) -> ProxyqError:
+    return ProxyqError(
+        f"no {device} can be used ({reason.rstrip('.')}): install the JAX that is made for it "
+        "(`pip install 'jax[cuda]'` or `'jax[tpu]'`), or leave --device out."
+    )
+
+
+# -- the compilation cache -------------------------------------------------------------
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """The folder for caches: as given, `$PROXYQ_CACHE_DIR`, or the user's cache folder."""
+    given = cache_dir or os.environ.get("PROXYQ_CACHE_DIR")
+    if given:
+        return Path(given).expanduser()
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "proxyq"
+
+
+def _use_cache(folder: Path | None, *, quiet: bool) -> None:
+    """Let JAX keep what it compiles. Where the folder cannot be made, go on without."""
+    import jax
+
+    if folder is None:
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    # Machine code of one processor may crash another that shares the folder.
+    folder = folder / "xla" / _processor()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "not writable")
+        _shrink(folder)
+    except OSError as error:
+        jax.config.update("jax_compilation_cache_dir", None)
+        reason = error.strerror or error
+        say(f"no cache: the folder {str(folder)!r} cannot be used ({reason}).", quiet=quiet)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _processor() -> str:
+    """What tells kinds of processors apart: the features that compilers use."""
+    features = f"{platform.machine()} {platform.processor()}"
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith(("model name", "flags", "Features")):
+                features += line
+            elif not line.strip():
+                break  # the other cores are the same
+    return hashlib.sha256(features.encode()).hexdigest()[:12]
+
+
+def _shrink(folder: Path) -> None:
+    """Delete the oldest entries beyond `CACHE_BYTES`; another process may do so too."""
+    found = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(OSError):
+            info = entry.stat()
+            found.append((info.st_mtime, info.st_size, entry.path))
+    excess = sum(size for _, size, _ in found) - CACHE_BYTES
+    for _, size, path in sorted(found):
+        if excess <= 0:
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        excess -= size
+
+
+# -- silence and progress --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep libraries from talking, unless PROXYQ_DEBUG is set."""
+    if os.environ.get("PROXYQ_DEBUG"):
+        yield
+        return
+    # XLA's C++ log is read when jaxlib loads. Its errors come as exceptions as well; what else
+    # it says, such as tuning hints missing on this processor for each cached program, is noise.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    loggers = [logging.getLogger(name) for name in ("jax", "torch", "matplotlib", "timm")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _bar(*, enabled: bool) -> Iterator[Progress]:
+    """A line on the terminal: the stage, how far it is, the time that is left."""
+    if not enabled:
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Display
+
+    display = Display(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    task = display.add_task("load", total=None)
+    current: dict[str, Any] = {"stage": "load"}
+
+    def progress(stage: str, done: int, total: int, /) -> None:
+        if stage != current["stage"]:
+            current["stage"] = stage
+            display.reset(task, description=stage, total=total)
+        display.update(task, completed=done, total=total)
+
+    with display:
+        yield progress

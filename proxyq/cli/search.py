@@ -1,0 +1,109 @@
+"""`proxyq search`: a bit-width for every layer."""
+
+from proxyq.cli import options as o
+from proxyq.cli.arguments import byte_count, key_values, numbers
+from proxyq.cli.models import load
+from proxyq.cli.output import print_blocks, print_text, say
+from proxyq.cli.runtime import working
+
+
+def search(
+    model: o.ModelName = None,
+    proxy: o.ProxyName = None,
+    recipe: o.RecipeName = None,
+    option: o.ProxyOptions = None,
+    bits: o.Bits = None,
+    activation_bits: o.ActivationBits = None,
+    pin: o.Pins = None,
+    tie: o.Ties = None,
+    candidates: o.Candidates = None,
+    budget: o.Budgets = None,
+    solver: o.SolverName = None,
+    time_limit: o.TimeLimit = 60.0,
+    data: o.CalibrationData = None,
+    samples: o.Samples = None,
+    eval_data: o.EvalData = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    size: o.Size = None,
+    resize: o.Resize = None,
+    weights: o.Weights = None,
+    input_shape: o.InputShape = None,
+    correction: o.Correction = None,
+    evaluate: o.Evaluate = False,
+    out: o.Out = None,
+    plot: o.Plot = None,
+    seed: o.Seed = None,
+    memory: o.Memory = None,
+    json: o.AsJson = False,
+    quiet: o.Quiet = False,
+    cache_dir: o.CacheDir = None,
+    no_cache: o.NoCache = False,
+    device: o.Device = None,
+) -> None:
+    """Choose a bit-width for every layer within hard budgets.
+
+    Without arguments: the embedded digits network at 4 bits on average.
+    """
+    from proxyq.files import check_writable, write_atomic
+    from proxyq.report.plots import check_format, draw_plan
+
+    widths = None if bits is None else numbers(bits, "--bits")
+    settings = key_values(option, "--option")
+    bound = None if memory is None else byte_count(memory, "--memory")
+    if plot is not None:
+        check_format(plot)
+    for file in filter(None, (out, plot)):
+        check_writable(file)
+
+    with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
+        from proxyq import api
+
+        loaded = load(
+            model,
+            weights=weights,
+            input_shape=input_shape,
+            mean=mean,
+            std=std,
+            size=size,
+            resize=resize,
+        )
+        plan = api.search(
+            loaded,
+            data,
+            proxy=proxy,
+            recipe=recipe,
+            budget=budget or [api.DEFAULT_BUDGET],
+            bits=widths,
+            activation_bits=activation_bits,
+            correction=correction,
+            samples=samples,
+            pins=pin or (),
+            ties=tie or (),
+            candidates=candidates or (),
+            solver=solver,
+            time_limit=time_limit,
+            options=settings,
+            seed=seed,
+            memory=bound,
+            evaluate=evaluate,
+            eval_data=eval_data,
+            progress=progress,
+        )
+        if out is not None:
+            plan.save(out)
+        if plot is not None:
+            write_atomic(plot, draw_plan(plan, plot))
+        kinds = {layer.name: layer.kind for layer in api.inspect(loaded).layers}
+
+    if not budget:
+        say(f"no --budget given: took {api.DEFAULT_BUDGET}.", quiet=quiet)
+    if json:
+        print_text(plan.to_json())
+        return
+    from proxyq.report.tables import accuracy_table, plan_summary, plan_table
+
+    accuracy = accuracy_table(plan.measured) if plan.measured else None
+    print_blocks(plan_table(plan, kinds), plan_summary(plan), accuracy)
+    for file in filter(None, (out, plot)):
+        say(f"wrote {file}", quiet=quiet)

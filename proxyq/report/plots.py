@@ -1,0 +1,223 @@
+"""Pictures of plans, drawn with matplotlib without a display.
+
+ax = plot_plan(plan)
+ax.figure.savefig("plan.png")
+"""
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proxyq.errors import UsageError
+from proxyq.report.tables import layer_scores
+from proxyq.search.allocate.plan import FLOAT_BITS, Plan
+from proxyq.search.allocate.text import elided
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+NAME = 40
+"""Characters of a layer's name; longer ones lose their middle."""
+WIDTH, MARGIN = 10.0, 1.0  # inches
+# Few bits dark blue, many bits yellow: in order also without colour vision, and in grey.
+COLOURS = {
+    1: "#2a1a5e",
+    2: "#3b3f8f",
+    3: "#2f6fa3",
+    4: "#2a9d9a",
+    5: "#4fb47e",
+    6: "#8fc45f",
+    7: "#c6cf4e",
+    8: "#f0c53b",
+    16: "#f08a3b",
+    FLOAT_BITS: "#9a9a9a",
+}
+GREY, INK = "#b8bec8", "#2b2f36"
+
+
+def check_format(path: str | os.PathLike[str]) -> str:
+    """The format that a file's suffix asks for; `UsageError` when it is none of ours."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise UsageError(
+            f"a plot is a file that ends in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got "
+            f"{str(path)!r}."
+        )
+    return suffix[1:]
+
+
+def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> bytes:
+    """The plan's picture as the bytes of a file named `path`: its suffix is the format."""
+    kind = check_format(path)
+    ax = plot_plan(plan)
+    return _rendered(ax.figure, kind)
+
+
+def _rendered(figure: Any, kind: str) -> bytes:
+    """The same bytes for the same picture: no dates, no random identifiers."""
+    from matplotlib import rc_context
+
+    metadata: dict[str, Any] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "proxyq", "pdf.fonttype": 42}):
+        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata[kind])
+    return buffer.getvalue()
+
+
+def plot_plan(plan: Plan, ax: "Axes | None" = None) -> "Axes":
+    """Bits of every layer as bars, in network order from top to bottom.
+
+    Without `ax` a figure of its own, with two more panels: the layers' sizes, and the
+    proxy's scores where the plan holds them. With `ax` the bars alone, drawn there.
+
+    **Returns** the axes of the bars; their `figure` is the picture.
+    """
+    if ax is not None:
+        _bits(ax, plan, row=_row(len(plan.layers)))
+        return ax
+    scores, head = layer_scores(plan)
+    figure, panels = _figure(plan, 3 if scores else 2)
+    row = _row(len(plan.layers))
+    _bits(panels[0], plan, row=row)
+    _sizes(panels[1], plan)
+    if scores:
+        _scores(panels[2], plan, scores, head)
+    _title(figure, plan)
+    return panels[0]
+
+
+def _row(layers: int) -> float:
+    """Height of a layer's row in inches."""
+    return 0.32 if layers <= 16 else 0.24 if layers <= 40 else 0.18 if layers <= 120 else 0.13
+
+
+def _font(row: float) -> float:
+    """The size of letters, in points, that fits a row."""
+    return min(10.0, 72 * row * 0.62)
+
+
+def _figure(plan: Plan, panels: int) -> "tuple[Figure, list[Axes]]":
+    """Panels side by side on one axis of layers, margins and names of fixed width in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = len(plan.layers)
+    row = _row(layers)
+    # Letters are about 0.55 of their height wide.
+    longest = max(len(elided(name, NAME)) for name in plan.layers)
+    names = longest * 0.55 * _font(row) / 72 + 0.15
+    above, below = MARGIN + 0.15, MARGIN
+    height = above + layers * row + below
+    figure = Figure(figsize=(WIDTH + max(0.0, names - 2.0), height))
+    FigureCanvasAgg(figure)
+    width = figure.get_figwidth()
+    left, right = MARGIN * 0.6 + names, MARGIN * 0.6
+    shares = (1.25, 1.0, 1.0)[:panels]
+    between = 0.3
+    free = width - left - right - between * (panels - 1)
+    axes: list[Axes] = []
+    x = left
+    for share in shares:
+        wide = free * share / sum(shares)
+        box = (x / width, below / height, wide / width, layers * row / height)
+        axes.append(figure.add_axes(box, sharey=axes[0] if axes else None))
+        x += wide + between
+    return figure, axes
+
+
+def _prepare(ax: "Axes", plan: Plan, title: str) -> None:
+    count = len(plan.layers)
+    ax.set_ylim(count - 0.5, -0.5)
+    ax.set_title(title, fontsize=10, color=INK, loc="left", pad=6)
+    ax.tick_params(axis="y", length=0, labelleft=False)
+    ax.tick_params(axis="x", labelsize=9, colors=INK, length=3)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(GREY)
+    ax.grid(axis="x", color="#e6e9ee", linewidth=0.8)
+    ax.set_axisbelow(True)
+    for index in range(0, count, 2):  # stripes lead the eye from the names to the last panel
+        ax.axhspan(index - 0.5, index + 0.5, color="#f6f7f9", linewidth=0, zorder=0)
+
+
+def _colours(plan: Plan) -> list[str]:
+    return [COLOURS[layer.weight_bits or FLOAT_BITS] for layer in plan.layers.values()]
+
+
+def _bits(ax: "Axes", plan: Plan, *, row: float) -> None:
+    layers = list(plan.layers.values())
+    # A float layer's bar would dwarf all others: it ends where 8 bits do, and says `float`.
+    widest = max([8, *(layer.weight_bits or 0 for layer in layers)])
+    lengths = [layer.weight_bits or widest for layer in layers]
+    _prepare(ax, plan, "bits of the weights")
+    ax.barh(range(len(layers)), lengths, height=0.72, color=_colours(plan), zorder=2)
+    font = _font(row)
+    for index, (layer, length) in enumerate(zip(layers, lengths, strict=True)):
+        text = "float" if layer.weight_bits is None else str(layer.weight_bits)
+        text += "  pinned" if layer.pinned else ""
+        ax.text(length + 0.012 * widest, index, text, va="center", fontsize=font * 0.92, color=INK)
+    ax.set_xlim(0, widest * (1.28 if any(layer.pinned for layer in layers) else 1.1))
+    ax.set_xticks(range(0, widest + 1, 2))
+    ax.set_yticks(range(len(layers)))
+    ax.set_yticklabels([elided(name, NAME) for name in plan.layers], fontsize=font, color=INK)
+    ax.tick_params(axis="y", labelleft=True, pad=4)
+    if plan.average_bits <= widest:
+        ax.axvline(plan.average_bits, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
+        ax.annotate(
+            f"average {plan.average_bits:.3g}",
+            (plan.average_bits, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 2),
+            textcoords="offset points",
+            fontsize=8,
+            color=INK,
+        )
+
+
+def _sizes(ax: "Axes", plan: Plan) -> None:
+    """Size with the plan's bits, before the size at float."""
+    layers = list(plan.layers.values())
+    sizes = [layer.weights * (layer.weight_bits or FLOAT_BITS) / 8192 for layer in layers]
+    unit, divisor = ("MiB", 1024.0) if max(sizes) >= 1024 else ("KiB", 1.0)
+    _prepare(ax, plan, f"size, {unit}")
+    rows = range(len(layers))
+    ax.barh(rows, [size / divisor for size in sizes], height=0.72, color=_colours(plan), zorder=2)
+    ax.set_xlim(0, max(max(sizes) / divisor * 1.05, 1e-9))
+
+
+def _scores(ax: "Axes", plan: Plan, scores: dict[str, float], head: str) -> None:
+    """A dot for each layer, on a logarithmic axis where the scores span more than a decade."""
+    rows = [index for index, name in enumerate(plan.layers) if name in scores]
+    values = [scores[name] for name in plan.layers if name in scores]
+    what = "predicted cost at these bits" if head == "cost" else "score"
+    _prepare(ax, plan, what)
+    if min(values) > 0 and max(values) > 10 * min(values):
+        ax.set_xscale("log")
+    else:
+        low, high = min(0.0, min(values)), max(0.0, max(values))
+        ax.set_xlim(low - 0.03 * (high - low or 1), high + 0.06 * (high - low or 1))
+        ax.hlines(rows, 0, values, color=GREY, linewidth=1.2, zorder=2)
+    colours = _colours(plan)
+    ax.scatter(values, rows, s=26, c=[colours[index] for index in rows], zorder=3)
+
+
+def _title(figure: "Figure", plan: Plan) -> None:
+    how = plan.method.get("recipe") or plan.method.get("proxy")
+    name = str(plan.model.get("name", "plan"))
+    title = " · ".join([name, *([str(how)] if how else [])])
+    facts = [
+        f"{b.name} {b.achieved:.4g} of {b.asked:.4g} {b.unit}".rstrip() for b in plan.budgets
+    ] or [f"{plan.average_bits:.4g} bits on average"]
+    widths = {layer.activation_bits for layer in plan.layers.values()}
+    if widths != {None}:
+        shown = sorted("float" if w is None else str(w) for w in widths)
+        facts.append(f"activations {' or '.join(shown)} bit")
+    if plan.solver is not None:
+        facts.append(f"{plan.solver.status} ({plan.solver.name})")
+    height = figure.get_figheight()
+    x = MARGIN * 0.6 / figure.get_figwidth()
+    figure.text(x, 1 - 0.42 / height, title, fontsize=14, weight="bold", color=INK)
+    figure.text(x, 1 - 0.66 / height, " · ".join(facts), fontsize=9.5, color="#5b6270")
