@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model, Preprocessing
+from proxyq.model.torch_import.aten import uses_running_statistics
 from proxyq.model.torch_import.export import (
     any_batch_program,
     evaluation_mode,
@@ -50,7 +52,8 @@ def from_torch(
     - `identity`: provenance to which the versions of torch and the class are added.
 
     **Returns** the model. Its `batch_statistics_apply` normalises with the mean and the
-    biased variance of the batch wherever evaluation uses running statistics.
+    biased variance of the batch wherever evaluation uses running statistics (`None` where
+    nothing does).
 
     **Raises** `ProxyqError` when torch cannot export the module, or uses operators that
     are not mapped (all are named; add them with `register_aten`); `UsageError` for
@@ -85,9 +88,13 @@ def from_torch(
         frozen=frozen,
         image_layout="NCHW" if len(leaves) == 1 and len(leaves[0].shape) == 3 else None,
         preprocessing=preprocessing or Preprocessing(),
-        batch_statistics_apply=_apply(program, inputs, single, batch_statistics=True),
+        batch_statistics_apply=(
+            _apply(program, inputs, single, batch_statistics=True)
+            if any(uses_running_statistics(node.operator) for node in program.nodes)
+            else None
+        ),
         identity={
-            "framework": "torch",
+            "source": "torch",
             "class": f"{type(module).__module__}.{type(module).__qualname__}",
             "torch": str(torch.__version__),
             **(identity or {}),
@@ -170,7 +177,8 @@ def _apply(program: Program, inputs: Any, single: bool, *, batch_statistics: boo
             raise UsageError(
                 f"the inputs must have the structure {structure}, got {jax.tree.structure(inputs)}."
             )
-        leaves = jax.tree.leaves(inputs)
+        # asarray narrows 64-bit arrays silently, as everything here is narrowed.
+        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(inputs)]
         batch = leaves[0].shape[0] if leaves[0].ndim else 0
         for leaf, shape in zip(leaves, shapes, strict=True):
             if tuple(leaf.shape) != (batch, *shape):

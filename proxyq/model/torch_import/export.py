@@ -331,6 +331,7 @@ def _plain(outputs: Any) -> Any:
         return OrderedDict((key, _plain(item)) for key, item in outputs.items())
     if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
         return type(outputs)(*(_plain(item) for item in outputs))
-    if isinstance(outputs, list | tuple):
-        return type(outputs)(_plain(item) for item in outputs)
+    if isinstance(outputs, list | tuple):  # torch.return_types derive from tuple
+        items = [_plain(item) for item in outputs]
+        return items if isinstance(outputs, list) else tuple(items)
     return outputs

@@ -6,6 +6,7 @@ input, a parameter or a constant) and `Scaled` (an integer that is a multiple of
 size).
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,6 +87,11 @@ def refs(tree: Any) -> Iterator[int]:
         yield from refs((tree.start, tree.stop, tree.step))
 
 
+def _like(sequence: Any, items: list[Any]) -> Any:
+    """`items` as a list, a tuple or a named tuple, as `sequence` is."""
+    return sequence._make(items) if hasattr(sequence, "_make") else type(sequence)(items)
+
+
 def fill(tree: Any, values: Mapping[int, Any], batch: int) -> Any:
     """`tree` with every `Ref` looked up and every `Scaled` multiplied out."""
     if isinstance(tree, Ref):
@@ -95,10 +101,10 @@ def fill(tree: Any, values: Mapping[int, Any], batch: int) -> Any:
     if isinstance(tree, list):
         return [fill(item, values, batch) for item in tree]
     if isinstance(tree, tuple):
-        items = [fill(item, values, batch) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+        return _like(tree, [fill(item, values, batch) for item in tree])
     if isinstance(tree, Mapping):
-        return type(tree)((key, fill(item, values, batch)) for key, item in tree.items())
+        items = [(key, fill(item, values, batch)) for key, item in tree.items()]
+        return OrderedDict(items) if isinstance(tree, OrderedDict) else dict(items)
     if isinstance(tree, slice):
         return slice(*fill([tree.start, tree.stop, tree.step], values, batch))
     return tree
@@ -137,12 +143,12 @@ def _merge(a: Any, b: Any, batches: tuple[int, int], where: str) -> Any:
     if isinstance(a, list | tuple):
         if len(a) != len(b):
             raise Different(f"an argument of {where}")
-        items = [_merge(x, y, batches, where) for x, y in zip(a, b, strict=True)]
-        return type(a)(*items) if hasattr(a, "_fields") else type(a)(items)
+        return _like(a, [_merge(x, y, batches, where) for x, y in zip(a, b, strict=True)])
     if isinstance(a, Mapping):
         if list(a) != list(b):
             raise Different(f"an argument of {where}")
-        return type(a)((key, _merge(a[key], b[key], batches, where)) for key in a)
+        items = [(key, _merge(a[key], b[key], batches, where)) for key in a]
+        return OrderedDict(items) if isinstance(a, OrderedDict) else dict(items)
     if isinstance(a, slice):
         merged = _merge([a.start, a.stop, a.step], [b.start, b.stop, b.step], batches, where)
         return slice(*merged)

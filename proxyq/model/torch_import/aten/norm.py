@@ -112,10 +112,9 @@ def batch_norm_evaluation(
     var: Array,
     momentum: float,
     eps: float,
-) -> tuple[Array, Array, Array]:
-    """Batch norm with running statistics; its saved statistics are empty, as in torch."""
-    empty = jnp.zeros((0,), x.dtype)
-    return _affine_norm(x, weight, bias, mean, var, eps), empty, empty
+) -> tuple[Array, None, None]:
+    """Batch norm with running statistics; it saves none."""
+    return _affine_norm(x, weight, bias, mean, var, eps), None, None
 
 
 @register_aten("batch_norm")
@@ -146,10 +145,9 @@ def batch_norm_legit(
     training: bool,
     momentum: float,
     eps: float,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, None, None]:
     """Batch norm with running statistics and `training=False`."""
-    empty = jnp.zeros((0,), x.dtype)
-    return _affine_norm(x, weight, bias, mean, var, eps), empty, empty
+    return _affine_norm(x, weight, bias, mean, var, eps), None, None
 
 
 @register_aten("_native_batch_norm_legit.no_stats")
@@ -246,9 +244,9 @@ def rms_norm(
 @register_aten("_fused_rms_norm")
 def fused_rms_norm(
     x: Array, normalized_shape: list[int], weight: Array | None, eps: float | None
-) -> tuple[Array, Array]:
+) -> tuple[Array, None]:
     """`rms_norm` in a tuple; nothing in evaluation reads the second item."""
-    return rms_norm(x, normalized_shape, weight, eps), jnp.zeros((0,), x.dtype)
+    return rms_norm(x, normalized_shape, weight, eps), None
 
 
 @register_aten("group_norm")
@@ -278,10 +276,9 @@ def native_group_norm(
     spatial: int,
     groups: int,
     eps: float,
-) -> tuple[Array, ...]:
+) -> tuple[Array, None, None]:
     """`group_norm` in a tuple; nothing in evaluation reads the statistics."""
-    empty = jnp.zeros((0,), x.dtype)
-    return group_norm(x, groups, weight, bias, eps), empty, empty
+    return group_norm(x, groups, weight, bias, eps), None, None
 
 
 @register_aten("linalg_vector_norm")
@@ -322,3 +319,17 @@ def norm(
 ) -> Array:
     """The older name of `linalg_vector_norm`."""
     return vector_norm(x, 2 if p is None else p, dim, keepdim, dtype=dtype)
+
+
+@register_aten("_weight_norm")
+def weight_norm(direction: Array, length: Array, dim: int = 0) -> Array:
+    """A weight by its direction and its length per place along `dim` (-1: one in all)."""
+    axes = tuple(axis for axis in range(direction.ndim) if dim == -1 or axis != dim)
+    size = jnp.sqrt(jnp.sum(direction * direction, axis=axes, keepdims=True))
+    return direction * (length.reshape(size.shape) / size)
+
+
+@register_aten("_weight_norm_interface")
+def weight_norm_interface(direction: Array, length: Array, dim: int = 0) -> tuple[Array, None]:
+    """`weight_norm` in a tuple; nothing in evaluation reads the lengths."""
+    return weight_norm(direction, length, dim), None

@@ -80,6 +80,9 @@ def expand(x: Array, size: list[int], *, implicit: bool = False) -> Array:
     return jnp.broadcast_to(x, tuple(shape))
 
 
+register_aten("copy")(
+    lambda x, source, non_blocking=False: expand(cast(source, x.dtype), list(x.shape))
+)
 register_aten("expand_as")(lambda x, other: expand(x, list(other.shape)))
 register_aten("broadcast_to")(lambda x, size: expand(x, list(size)))
 register_aten("unsqueeze", "unsqueeze_copy")(lambda x, dim: jnp.expand_dims(x, dim))
