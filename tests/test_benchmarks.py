@@ -1,0 +1,28 @@
+"""Every benchmark runs with `--quick` and prints its ratios; times are never checked."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("script", "ratios"),
+    [("orthogonality_search.py", 5), ("single_layer_sweep.py", 3), ("bridge_forward.py", 7)],
+)
+def test_a_quick_run_prints_ratios(script: str, ratios: int) -> None:
+    pytest.importorskip("torch")
+    if script != "single_layer_sweep.py":
+        pytest.importorskip("proxyq.model.torch_import").import_torchvision()
+    run = subprocess.run(
+        [sys.executable, FOLDER / script, "--quick"], capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.rstrip().splitlines()[-ratios:]
+    assert len(lines) == ratios
+    for line in lines:
+        assert re.fullmatch(r"ratio .+: \d+\.\d{3} wall, \d+\.\d{3} cpu", line), line
