@@ -16,6 +16,7 @@ import numpy as np
 
 from proxyq.data import (
     Data,
+    check_fits,
     check_labels,
     image_shape,
     load_data,
@@ -37,7 +38,7 @@ from proxyq.ptq.correct import CORRECTIONS, correct
 from proxyq.ptq.measure import kl_divergence
 from proxyq.ptq.quantized import QuantizedModel, input_grids, round_weights, with_input_grids
 from proxyq.quantize import check_bits
-from proxyq.search.allocate import build_problem, solve
+from proxyq.search.allocate import SOLVERS, build_problem, solve
 from proxyq.search.allocate.plan import Plan, plan_from
 from proxyq.search.recipes import Recipe, load_recipe
 
@@ -135,6 +136,8 @@ def method_of(
         )
     if samples is not None and samples < 1:
         raise UsageError(f"`samples` must be at least 1, got {samples}.")
+    if solver not in (None, "auto"):
+        SOLVERS.get(solver)
     if activation_bits is not None:
         check_bits(activation_bits, "activation_bits")
     if bits is not None and not bits:
@@ -243,7 +246,8 @@ def search(
             f"calibration images are needed by {method.proxy.name!r} or by "
             f"correction={method.correction!r}: give `data` (--data)."
         )
-    # A problem that cannot be solved is told before minutes of measuring.
+    # A problem that cannot be solved, or images that do not fit, are told before minutes of
+    # measuring.
     layers = found.layers
     shared = layers_by_feature(found) if method.tie_features else ()
     binding = {
@@ -254,7 +258,9 @@ def search(
         "activation_bits": method.activation_bits,
     }
     blank = np.zeros((len(layers), len(method.bits)))
-    solve(build_problem(layers, blank, method.bits, budget, **binding), "greedy")
+    blank_problem = build_problem(layers, blank, method.bits, budget, **binding)
+    solve(blank_problem, "greedy", time_limit=time_limit)
+    labelled = as_eval_data(eval_data, model) if measured else None
 
     inputs = None if calibration is None else inputs_of(calibration, model, method.samples, seed)
     scores = method.proxy(
@@ -287,11 +293,9 @@ def search(
         ),
         predicted={"scores": _by_layer(scores)},
     )
-    if not measured:
+    if labelled is None:
         return plan
-    result = _measure(
-        model, [plan], inputs, as_eval_data(eval_data, model), memory=memory, progress=progress
-    )
+    result = _measure(model, [plan], inputs, labelled, memory=memory, progress=progress)
     return plan.model_copy(update={"measured": result.to_json()})
 
 
@@ -319,6 +323,9 @@ def as_eval_data(eval_data: Any, model: Model) -> Data:
         raise UsageError("accuracy needs labelled images: give `eval_data` (--eval-data).")
     if data.labels is None:
         raise UsageError(f"accuracy needs labels, and the data {data.name!r} has none.")
+    check_fits(data, model)
+    outputs = jax.eval_shape(model.apply, model.params, model.example(1))
+    check_labels(data, logits_of(outputs).shape[-1])
     return data
 
 
@@ -497,8 +504,6 @@ def _measure(
         labels, count = batch.labels[: batch.size], batch.size
         start = engine.start(jax.tree.map(jnp.asarray, batch.inputs))
         reference = np.asarray(logits_of(engine.resume(start, 0, {})))[:count]
-        if done == 0:
-            check_labels(measured_on, reference.shape[-1])
         right[0] += (reference.argmax(axis=-1) == labels).sum()
         for index, run in enumerate(runs):
             logits = np.asarray(logits_of(engine.resume(start, 0, run.edits)))[:count]
