@@ -54,7 +54,7 @@ def _usage(error: BaseException) -> str:
         if hint.startswith("known"):
             hint = f"`{path} --help` lists them."
         return f"no option {option!r}: {hint}"
-    if message.startswith("No such command") and hasattr(command, "list_commands"):
+    if command is not None and message.startswith("No such command"):
         wanted = message.split("'")[1]
         return f"no command {wanted!r}: {near(wanted, command.list_commands(context))}"
     message = message.rstrip(".")

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxyq.errors import UsageError
-from proxyq.report.tables import layer_scores
+from proxyq.report.tables import layer_scores, short_names
 from proxyq.search.allocate.plan import FLOAT_BITS, Plan
-from proxyq.search.allocate.text import elided
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
-NAME = 40
-"""Characters of a layer's name; longer ones lose their middle."""
+NAME = 48
+"""Characters of a layer's name; longer ones lose what they begin with alike, or their middle."""
 WIDTH, MARGIN = 10.0, 1.0  # inches
 # Few bits dark blue, many bits yellow: in order also without colour vision, and in grey.
 COLOURS = {
@@ -107,16 +106,16 @@ def _figure(plan: Plan, panels: int) -> "tuple[Figure, list[Axes]]":
     layers = len(plan.layers)
     row = _row(layers)
     # Letters are about 0.55 of their height wide.
-    longest = max(len(elided(name, NAME)) for name in plan.layers)
+    longest = max(map(len, short_names(list(plan.layers), NAME)))
     names = longest * 0.55 * _font(row) / 72 + 0.15
-    above, below = MARGIN + 0.15, MARGIN
+    above, below = MARGIN + 0.15, 0.6 * MARGIN
     height = above + layers * row + below
     figure = Figure(figsize=(WIDTH + max(0.0, names - 2.0), height))
     FigureCanvasAgg(figure)
     width = figure.get_figwidth()
     left, right = MARGIN * 0.6 + names, MARGIN * 0.6
     shares = (1.25, 1.0, 1.0)[:panels]
-    between = 0.3
+    between = 0.4
     free = width - left - right - between * (panels - 1)
     axes: list[Axes] = []
     x = left
@@ -152,7 +151,7 @@ def _bits(ax: "Axes", plan: Plan, *, row: float) -> None:
     # A float layer's bar would dwarf all others: it ends where 8 bits do, and says `float`.
     widest = max([8, *(layer.weight_bits or 0 for layer in layers)])
     lengths = [layer.weight_bits or widest for layer in layers]
-    _prepare(ax, plan, "bits of the weights")
+    _prepare(ax, plan, f"bits of the weights, {plan.average_bits:.3g} on average")
     ax.barh(range(len(layers)), lengths, height=0.72, color=_colours(plan), zorder=2)
     font = _font(row)
     for index, (layer, length) in enumerate(zip(layers, lengths, strict=True)):
@@ -162,23 +161,14 @@ def _bits(ax: "Axes", plan: Plan, *, row: float) -> None:
     ax.set_xlim(0, widest * (1.28 if any(layer.pinned for layer in layers) else 1.1))
     ax.set_xticks(range(0, widest + 1, 2))
     ax.set_yticks(range(len(layers)))
-    ax.set_yticklabels([elided(name, NAME) for name in plan.layers], fontsize=font, color=INK)
+    ax.set_yticklabels(short_names(list(plan.layers), NAME), fontsize=font, color=INK)
     ax.tick_params(axis="y", labelleft=True, pad=4)
     if plan.average_bits <= widest:
         ax.axvline(plan.average_bits, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
-        ax.annotate(
-            f"average {plan.average_bits:.3g}",
-            (plan.average_bits, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, 2),
-            textcoords="offset points",
-            fontsize=8,
-            color=INK,
-        )
 
 
 def _sizes(ax: "Axes", plan: Plan) -> None:
-    """Size with the plan's bits, before the size at float."""
+    """Size of every layer with the plan's bits."""
     layers = list(plan.layers.values())
     sizes = [layer.weights * (layer.weight_bits or FLOAT_BITS) / 8192 for layer in layers]
     unit, divisor = ("MiB", 1024.0) if max(sizes) >= 1024 else ("KiB", 1.0)
@@ -189,19 +179,41 @@ def _sizes(ax: "Axes", plan: Plan) -> None:
 
 
 def _scores(ax: "Axes", plan: Plan, scores: dict[str, float], head: str) -> None:
-    """A dot for each layer, on a logarithmic axis where the scores span more than a decade."""
+    """A dot for each layer, on a logarithmic axis where the scores span more than a decade.
+
+    Of a cost for each bit-width the others are drawn too, faint, in the colours of their bits.
+    """
+    others = _other_scores(plan) if head == "cost" else []
     rows = [index for index, name in enumerate(plan.layers) if name in scores]
     values = [scores[name] for name in plan.layers if name in scores]
-    what = "predicted cost at these bits" if head == "cost" else "score"
-    _prepare(ax, plan, what)
-    if min(values) > 0 and max(values) > 10 * min(values):
+    everything = values + [value for _, value, _ in others]
+    _prepare(ax, plan, "cost, at other bits faint" if head == "cost" else "score")
+    if min(everything) > 0 and max(everything) > 10 * min(everything):
         ax.set_xscale("log")
+        ax.tick_params(axis="x", which="minor", length=0)
     else:
-        low, high = min(0.0, min(values)), max(0.0, max(values))
+        low, high = min(0.0, *everything), max(0.0, *everything)
         ax.set_xlim(low - 0.03 * (high - low or 1), high + 0.06 * (high - low or 1))
         ax.hlines(rows, 0, values, color=GREY, linewidth=1.2, zorder=2)
+    if others:
+        places, amounts, widths = zip(*others, strict=True)
+        faint = [COLOURS.get(width, GREY) for width in widths]
+        ax.scatter(amounts, places, s=14, c=faint, alpha=0.35, linewidths=0, zorder=2)
     colours = _colours(plan)
-    ax.scatter(values, rows, s=26, c=[colours[index] for index in rows], zorder=3)
+    ax.scatter(values, rows, s=30, c=[colours[index] for index in rows], zorder=3)
+
+
+def _other_scores(plan: Plan) -> list[tuple[int, float, int]]:
+    """Row, cost and bit-width of what was not chosen."""
+    found = (plan.predicted or {}).get("scores") or {}
+    axis = list(plan.method.get("bits") or ())
+    return [
+        (row, float(value), width)
+        for row, (name, layer) in enumerate(plan.layers.items())
+        if isinstance(found.get(name), list) and len(found[name]) == len(axis)
+        for width, value in zip(axis, found[name], strict=True)
+        if width != layer.weight_bits
+    ]
 
 
 def _title(figure: "Figure", plan: Plan) -> None:

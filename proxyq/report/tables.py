@@ -4,6 +4,7 @@ Nothing here prints. Give the tables to a `rich.console.Console`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -23,7 +24,39 @@ BAR = 8
 """Characters of the bar of bits: one for each bit up to 8."""
 
 
-def _table(**options: Any) -> Table:
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column: its head, a cell for each row, what stands below; numbers to the right."""
+
+    head: str
+    cells: Sequence[str | Text]
+    foot: str = ""
+    right: bool = True
+
+    @property
+    def width(self) -> int:
+        """Characters of the widest cell."""
+        return max(len(cell) for cell in (self.head, self.foot, *self.cells))
+
+
+def short_names(names: Sequence[str], width: int) -> list[str]:
+    """Names of at most `width`: what long ones begin with alike goes first, then the middle."""
+    long = [name for name in names if len(name) > width]
+    common = _common_start(long) if len(long) > 1 else ""
+    short = [
+        f"…{name[len(common) :]}" if common and name.startswith(common) else name for name in names
+    ]
+    return [elided(name, width) for name in short]
+
+
+def _common_start(names: Sequence[str]) -> str:
+    """The leading parts, each with its dot, that all names share."""
+    low, high = min(names), max(names)
+    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    return low[: low[:same].rfind(".") + 1]
+
+
+def _empty(**options: Any) -> Table:
     return Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -31,16 +64,24 @@ def _table(**options: Any) -> Table:
         padding=(0, 1, 0, 0),
         header_style="bold",
         footer_style="bold",
+        caption_justify="left",
         **options,
     )
 
 
-def _names(table: Table, names: Iterable[str], head: str, taken: int) -> list[str]:
-    """Add the column of names, their middles left out where `taken` leaves too little."""
-    names = list(names)
-    width = max(12, min(WIDTH - taken, max(map(len, [head, *names]))))
-    table.add_column(head, no_wrap=True, width=width)
-    return [elided(name, width) for name in names]
+def _named(first: Column, columns: Sequence[Column], caption: str | None = None) -> Table:
+    """A table whose `first` column holds names, their middles left out where they are long."""
+    room = WIDTH - sum(column.width + 2 for column in columns)
+    width = max(12, min(first.width, room))
+    names = short_names([str(name) for name in first.cells], width)
+    columns = [replace(first, cells=names, right=False), *columns]
+    table = _empty(show_footer=any(column.foot for column in columns), caption=caption)
+    for column in columns:
+        right = "right" if column.right else "left"
+        table.add_column(column.head, footer=column.foot, justify=right, no_wrap=True)
+    for row in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*row)
+    return table
 
 
 # -- plans -----------------------------------------------------------------------------
@@ -51,41 +92,34 @@ def plan_table(plan: Plan, kinds: Mapping[str, str] | None = None) -> Table:
 
     `kinds` are the kinds of the layers by name, which a plan file does not hold.
     """
-    kinds = kinds or {}
+    layers = list(plan.layers.values())
     scores, head = layer_scores(plan)
-    activations = any(layer.activation_bits is not None for layer in plan.layers.values())
-    pinned = any(layer.pinned for layer in plan.layers.values())
-    kind_width = max((len(kinds.get(name, "")) for name in plan.layers), default=0)
-    taken = 57 + (kind_width + 2 if kinds else 0) + (6 if activations else 0)
-    table = _table(show_footer=True)
-    names = _names(table, plan.layers, "layer", taken)
-    table.columns[0].footer = f"{len(plan.layers)} layers"
-    if kinds:
-        table.add_column("kind", no_wrap=True)
-    total = sum(layer.weights for layer in plan.layers.values())
-    table.add_column("bits", no_wrap=True, footer=f"{plan.average_bits:.4g}")
-    if activations:
-        table.add_column("act.", justify="right", no_wrap=True)
-    table.add_column("weights", justify="right", no_wrap=True, footer=f"{total:,}")
-    size = f"{plan.size_bits / 8192:,.1f}"
-    table.add_column("KiB", justify="right", no_wrap=True, footer=size)
+    columns = []
+    if kinds is not None:
+        cells = [kinds.get(name, "") for name in plan.layers]
+        columns.append(Column(head="kind", cells=cells, right=False))
+    bits = [_bits(layer) for layer in layers]
+    columns.append(Column(head="bits", cells=bits, foot=f"{plan.average_bits:.4g}", right=False))
+    if any(layer.activation_bits is not None for layer in layers):
+        columns.append(Column(head="act.", cells=[_width(one.activation_bits) for one in layers]))
+    weights = sum(layer.weights for layer in layers)
+    columns += [
+        Column(head="weights", cells=[f"{one.weights:,}" for one in layers], foot=f"{weights:,}"),
+        Column(head="KiB", cells=[_kib(_size(one)) for one in layers], foot=_kib(plan.size_bits)),
+    ]
     if scores:
-        table.add_column(head, justify="right", no_wrap=True)
-    for shown, (name, layer) in zip(names, plan.layers.items(), strict=True):
-        row: list[Any] = [shown]
-        if kinds:
-            row.append(kinds.get(name, ""))
-        row.append(_bits(layer))
-        if activations:
-            row.append(_width(layer.activation_bits))
-        row += [f"{layer.weights:,}", f"{_size(layer) / 8192:,.1f}"]
-        if scores:
-            row.append(f"{scores[name]:.3g}" if name in scores else "")
-        table.add_row(*row)
-    if pinned:
-        table.caption = "* pinned"
-        table.caption_justify = "left"
-    return table
+        cells = [f"{scores[name]:.3g}" if name in scores else "" for name in plan.layers]
+        columns.append(Column(head=head, cells=cells))
+    first = Column(head="layer", cells=list(plan.layers), foot=_layers(len(layers)))
+    return _named(first, columns, "* pinned" if any(one.pinned for one in layers) else None)
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' if count != 1 else ''}"
+
+
+def _kib(bits: int | None) -> str:
+    return "" if bits is None else f"{bits / 8192:,.1f}"
 
 
 def layer_scores(plan: Plan) -> tuple[dict[str, float], str]:
@@ -160,7 +194,7 @@ def _budget_lines(budget: PlannedBudget, plan: Plan) -> list[str]:
     unit = budget.unit if budget.unit in ("", *"kMGT") else f" {budget.unit}"
     share = f" ({100 * budget.achieved / budget.asked:.1f} %)" if budget.asked else ""
     first = f"{budget.name}: {budget.achieved:.5g} of {budget.asked:.5g}{unit}{share}"
-    return [first, f"  counts {counted(budget, plan)}"]
+    return [first, f"  counted: {counted(budget, plan)}"]
 
 
 def counted(budget: PlannedBudget, plan: Plan) -> str:
@@ -168,16 +202,14 @@ def counted(budget: PlannedBudget, plan: Plan) -> str:
     layers = len(plan.layers)
     pinned = sum(layer.pinned for layer in plan.layers.values())
     if budget.name == "size" and budget.unit == "bit":
-        out = f", nor {pinned} pinned layer{'s' * (pinned > 1)}" if pinned else ""
-        return f"the weights of {layers - pinned} searched layers; no scales and biases{out}"
-    everything = f"all {layers} layers" + (f", {pinned} pinned among them" if pinned else "")
+        searched = _layers(layers - pinned)
+        return f"weights of the {searched} searched; scales, biases, pinned layers not counted"
+    everything = f"all {_layers(layers)}" + (f", {pinned} of them pinned" if pinned else "")
     if budget.name == "size":
-        return f"the weights of {everything}; no scales and biases"
+        return f"weights of {everything}; scales, biases not counted"
     if budget.name == "bops":
-        return f"MACs × weight bits × activation bits of {everything}, for one image"
-    if budget.name == "macs-bits":
-        return f"MACs × weight bits of {everything}, for one image"
-    return f"{everything}"
+        return f"MACs × weight bits × activation bits (float: 32), one image, {everything}"
+    return f"MACs × weight bits, one image, {everything}"
 
 
 # -- accuracy --------------------------------------------------------------------------
@@ -196,24 +228,23 @@ def accuracy_table(measured: Mapping[str, Any], names: Sequence[str] | None = No
     if uniform:
         rows.append((f"uniform {uniform['bits']} bit", uniform))
     rows += list(zip(names, plans, strict=True))
-    table = _table()
-    shown = _names(table, [name for name, _ in rows], "network", 56)
-    for head in ("top-1 %", "bits", "KiB", "KL, nats"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("correction", no_wrap=True)
-    for name, (_, row) in zip(shown, rows, strict=True):
-        kl = row.get("kl")
-        table.add_row(
-            name,
-            f"{row['top1']:.2f}",
-            f"{row['average_bits']:.4g}",
-            f"{row['size_bits'] / 8192:,.1f}" if "size_bits" in row else "",
-            "" if kl is None else f"{kl:.4g}",
-            row.get("correction", ""),
-        )
-    table.caption = f"on {measured['float']['n']:,} images"
-    table.caption_justify = "left"
-    return table
+    records = [record for _, record in rows]
+    columns = [
+        Column(head="top-1 %", cells=[f"{one['top1']:.2f}" for one in records]),
+        Column(head="bits", cells=[f"{one['average_bits']:.4g}" for one in records]),
+        Column(head="KiB", cells=[_kib(one.get("size_bits")) for one in records]),
+        Column(head="KL, nats", cells=[_divergence(one) for one in records]),
+        Column(
+            head="correction", cells=[one.get("correction", "") for one in records], right=False
+        ),
+    ]
+    caption = f"on {measured['float']['n']:,} images"
+    return _named(Column(head="network", cells=[name for name, _ in rows]), columns, caption)
+
+
+def _divergence(record: Mapping[str, Any]) -> str:
+    kl = record.get("kl")
+    return "" if kl is None else f"{kl:.4g}"
 
 
 # -- models and shelves ----------------------------------------------------------------
@@ -222,31 +253,18 @@ def accuracy_table(measured: Mapping[str, Any], names: Sequence[str] | None = No
 def network_table(network: "Network") -> Table:
     """A line for each layer: kind, weights, MACs, output shape, group; totals below."""
     layers = network.layers
-    kind_width = max(len(layer.kind) for layer in layers)
-    groups = {layer.group for layer in layers if layer.group is not None}
-    group_width = min(22, max(map(len, [*groups, "group"])))
-    weights = sum(layer.weights for layer in layers)
-    macs = sum(layer.macs for layer in layers)
+    weights, macs = (sum(getattr(layer, what) for layer in layers) for what in ("weights", "macs"))
     shapes = ["×".join(map(str, layer.output_shape)) for layer in layers]
-    taken = kind_width + group_width + max(map(len, [*shapes, "output"])) + 31
-    table = _table(show_footer=True)
-    names = _names(table, (layer.name for layer in layers), "layer", taken)
-    table.columns[0].footer = f"{len(layers)} layers"
-    table.add_column("kind", no_wrap=True)
-    table.add_column("weights", justify="right", no_wrap=True, footer=f"{weights:,}")
-    table.add_column("MACs", justify="right", no_wrap=True, footer=_count(macs))
-    table.add_column("output", justify="right", no_wrap=True)
-    table.add_column("group", no_wrap=True)
-    for name, layer, shape in zip(names, layers, shapes, strict=True):
-        table.add_row(
-            name,
-            layer.kind,
-            f"{layer.weights:,}",
-            _count(layer.macs),
-            shape,
-            elided(layer.group or "", group_width),
-        )
-    return table
+    groups = [elided(layer.group or "", 22) for layer in layers]
+    columns = [
+        Column(head="kind", cells=[layer.kind for layer in layers], right=False),
+        Column(head="weights", cells=[f"{one.weights:,}" for one in layers], foot=f"{weights:,}"),
+        Column(head="MACs", cells=[_count(layer.macs) for layer in layers], foot=_count(macs)),
+        Column(head="output", cells=shapes),
+        Column(head="group", cells=groups, right=False),
+    ]
+    names = [layer.name for layer in layers]
+    return _named(Column(head="layer", cells=names, foot=_layers(len(layers))), columns)
 
 
 def _count(number: int) -> str:
@@ -259,21 +277,21 @@ def _count(number: int) -> str:
 
 def proxies_table(proxies: Iterable["Proxy"]) -> Table:
     """A line or two for each proxy: shape, passes, needs, what it measures."""
-    table = _table()
+    table = _empty()
     table.add_column("proxy", no_wrap=True)
     table.add_column("gives", no_wrap=True)
-    table.add_column("passes")
-    table.add_column("needs")
+    table.add_column("passes", max_width=15)
+    table.add_column("needs", max_width=13)
     table.add_column("what it measures", ratio=1)
     for proxy in proxies:
-        gives = "a number" if proxy.shape == "layers" else "a cost per bit"
+        gives = ", ".join(proxy.shape.split())  # what its array counts
         table.add_row(proxy.name, gives, proxy.passes, ", ".join(proxy.needs), proxy.summary)
     return table
 
 
 def recipes_table(recipes: Iterable["Recipe"]) -> Table:
     """A line or two for each recipe: title and reference."""
-    table = _table()
+    table = _empty()
     table.add_column("recipe", no_wrap=True)
     table.add_column("proxy", no_wrap=True)
     table.add_column("bits", no_wrap=True)
