@@ -246,8 +246,8 @@ def search(
             f"calibration images are needed by {method.proxy.name!r} or by "
             f"correction={method.correction!r}: give `data` (--data)."
         )
-    # A problem that cannot be solved, or images that do not fit, are told before minutes of
-    # measuring.
+    # What cannot be solved (or not by this solver) and images that do not fit are told before
+    # minutes of measuring.
     layers = found.layers
     shared = layers_by_feature(found) if method.tie_features else ()
     binding = {
@@ -259,7 +259,8 @@ def search(
     }
     blank = np.zeros((len(layers), len(method.bits)))
     blank_problem = build_problem(layers, blank, method.bits, budget, **binding)
-    solve(blank_problem, "greedy", time_limit=time_limit)
+    first = "greedy" if method.solver == "auto" else method.solver
+    solve(blank_problem, first, time_limit=time_limit, **method.solver_options)
     labelled = as_eval_data(eval_data, model) if measured else None
 
     inputs = None if calibration is None else inputs_of(calibration, model, method.samples, seed)
