@@ -4,6 +4,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import jax
@@ -79,12 +80,18 @@ class Proxy:
         return bool(set(self.needs) - {"weight"})
 
     def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All options, defaults filled in; unknown names are refused."""
-        for name in options:
+        """All options, defaults filled in; unknown names and other kinds of values are refused."""
+        for name, value in options.items():
             if name not in self.options:
                 raise UsageError(
                     f"the proxy {self.name!r} has no option {name!r}: "
                     + (near(name, list(self.options)) if self.options else "it takes none.")
+                )
+            kinds, words = _kinds_like(self.options[name])
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise UsageError(
+                    f"the option {name!r} of the proxy {self.name!r} must be {words}, got "
+                    f"{value!r}."
                 )
         return {**self.options, **options}
 
@@ -153,6 +160,19 @@ class Proxy:
             options=scores.options,
             seconds=time.perf_counter() - started,
         )
+
+
+def _kinds_like(default: Any) -> tuple[tuple[type, ...], str]:
+    """Which types an option may have whose default is this, and how to call them."""
+    if isinstance(default, bool):
+        return (bool,), "true or false"
+    if isinstance(default, int):
+        return (Integral,), "a whole number"
+    if isinstance(default, float):
+        return (Real,), "a number"
+    if isinstance(default, str):
+        return (str,), "text"
+    return (object, bool), "a value"
 
 
 PROXIES: Registry[Proxy] = Registry("proxy", group="proxyq.proxies")
