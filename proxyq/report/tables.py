@@ -204,12 +204,12 @@ def counted(budget: PlannedBudget, plan: Plan) -> str:
     if budget.name == "size" and budget.unit == "bit":
         searched = _layers(layers - pinned)
         return f"weights of the {searched} searched; scales, biases, pinned layers not counted"
-    everything = f"all {_layers(layers)}" + (f", {pinned} of them pinned" if pinned else "")
+    everything = f"all {_layers(layers)}" + (f" ({pinned} pinned)" if pinned else "")
     if budget.name == "size":
         return f"weights of {everything}; scales, biases not counted"
     if budget.name == "bops":
-        return f"MACs × weight bits × activation bits (float: 32), one image, {everything}"
-    return f"MACs × weight bits, one image, {everything}"
+        return f"MACs × weight bits × activation bits (float: 32), {everything}"
+    return f"MACs × weight bits, {everything}"
 
 
 # -- accuracy --------------------------------------------------------------------------

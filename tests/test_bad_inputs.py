@@ -1,0 +1,287 @@
+"""Everything that users get wrong: the exit code, one sentence, and no file touched."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commandline import Finished, alone, here
+from safetensors.numpy import save_file
+
+from proxyq.data import load_data
+from proxyq.model.digits import load_digits
+
+FACTORIES = """
+import numpy as np
+import proxyq
+
+def poisoned():
+    digits = proxyq.load_model()
+    params = {name: np.asarray(value).copy() for name, value in digits.params.items()}
+    params["head.kernel"][0, 0] = np.inf
+    return digits.replace(name="poisoned", params=params)
+
+def failing():
+    raise RuntimeError("nobody can build this")
+
+def number():
+    return 7
+
+def another():
+    return proxyq.load_model().replace(name="another")
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every kind of file that is not as it should be."""
+    folder = tmp_path_factory.mktemp("files")
+    digits = load_digits()
+    arrays = {name: np.array(value) for name, value in digits.params.items()}
+    save_file(arrays, folder / "good.safetensors")
+    whole = (folder / "good.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    save_file({**arrays, "stem.kernel": arrays["stem.kernel"] * np.nan}, folder / "nan.safetensors")
+    save_file({**arrays, "stem.kernel": arrays["stem.kernel"][:1]}, folder / "shape.safetensors")
+    few = {name: array for name, array in arrays.items() if name != "stem.kernel"}
+    save_file(few, folder / "few.safetensors")
+
+    test = load_data("digits:test")
+    images, labels = np.asarray(test.images), np.asarray(test.labels)
+    np.savez(folder / "good.npz", x=images, y=labels)
+    whole = (folder / "good.npz").read_bytes()
+    (folder / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    np.savez(folder / "classes.npz", x=images, y=labels + 90)
+    np.savez(folder / "negative.npz", x=images, y=labels - 5)
+    np.savez(folder / "fewer.npz", x=images, y=labels[:7])
+    np.savez(folder / "unlabelled.npz", x=images)
+    np.savez(folder / "large.npz", x=np.zeros((4, 32, 32, 1), np.uint8), y=labels[:4])
+    np.savez(folder / "none.npz", x=images[:0], y=labels[:0])
+    np.savez(folder / "nan.npz", x=images.astype(np.float32) * np.nan, y=labels)
+    (folder / "text.npz").write_text("not an archive")
+    (folder / "empty").mkdir()
+
+    done = here("search", "--proxy", "params", "--budget", "size=4bit", "--json", "--quiet")
+    assert done.code == 0, done.err
+    (folder / "good.json").write_text(done.out)
+    (folder / "cut.json").write_text(done.out[: len(done.out) // 2])
+    plan = json.loads(done.out)
+    (folder / "schema.json").write_text(json.dumps({**plan, "schema": "proxyq/plan/9"}))
+    (folder / "list.json").write_text("[1, 2]")
+    renamed = {f"features.{name}": layer for name, layer in plan["layers"].items()}
+    (folder / "renamed.json").write_text(json.dumps({**plan, "layers": renamed}))
+    plan["layers"]["head"]["weights"] += 1
+    (folder / "grown.json").write_text(json.dumps(plan))
+    plan["layers"]["head"] |= {"weights": 320, "weight_bits": 12}
+    (folder / "bits.json").write_text(json.dumps(plan))
+
+    (folder / "factories.py").write_text(FACTORIES)
+    (folder / "syntax.py").write_text("def factory(:\n")
+    (folder / "recipe.toml").write_text('name = "mine"\nproxy = ')
+    (folder / "field.toml").write_text(
+        'name = "m"\nreference = "r"\nproxy = "params"\nbits = [2]\nsolvr = "ilp"\n'
+    )
+    return folder
+
+
+# What is wrong: arguments, exit code, what the sentence must hold. `{f}` is the folder of the
+# files above, `{o}` the folder for results.
+CASES: dict[str, tuple[str, int, str]] = {
+    # the command line itself
+    "unknown command": ("serch", 2, "did you mean 'search'"),
+    "unknown option": ("search --bugdet size=3bit", 2, "did you mean '--budget'"),
+    "option without value": ("search --budget", 2, "--budget"),
+    "no whole number": ("search --samples many", 2, "--samples"),
+    "two models": ("search digits digits", 2, "unexpected"),
+    "negative seed": ("search --seed -1", 2, "--seed"),
+    "unknown device": ("search --device gpi", 2, "did you mean 'gpu'"),
+    "memory": ("search --memory lots", 2, "--memory"),
+    # models
+    "unknown model": ("search resnet18", 2, "torchvision:resnet18"),
+    "misspelt model": ("search digit", 2, "did you mean 'digits'"),
+    "missing file of a factory": ("search {o}/gone.py:factory", 2, "gone.py"),
+    "missing factory": ("search {f}/factories.py:factori", 2, "factori"),
+    "file without a factory": ("search {f}/factories.py", 2, "factories.py"),
+    "file with a syntax error": ("search {f}/syntax.py:factory", 1, "syntax.py"),
+    "failing factory": ("search {f}/factories.py:failing", 1, "nobody can build this"),
+    "factory of a number": ("search {f}/factories.py:number", 2, "int"),
+    "infinite weights": ("search {f}/factories.py:poisoned", 1, "'head.kernel'"),
+    "NaN weights": ("search --weights {f}/nan.safetensors", 1, "'stem.kernel'"),
+    "truncated weights": ("search --weights {f}/cut.safetensors", 1, "cut.safetensors"),
+    "weights of another shape": ("search --weights {f}/shape.safetensors", 1, "'stem.kernel'"),
+    "missing weight": ("search --weights {f}/few.safetensors", 1, "'stem.kernel'"),
+    "missing weights file": ("search --weights {f}/gone.safetensors", 2, "gone.safetensors"),
+    "unknown kind of weights": ("search --weights {f}/good.npz", 2, ".safetensors"),
+    "input shape of a finished model": ("inspect --input-shape 3,8,8", 2, "(8, 8, 1)"),
+    "input shape of words": ("inspect --input-shape large", 2, "--input-shape"),
+    "input shape of zeros": ("inspect --input-shape 0,8,8", 2, "--input-shape"),
+    # proxies and recipes
+    "unknown proxy": ("search --proxy orthogonalty", 2, "did you mean 'orthogonality'"),
+    "unknown recipe": ("search --recipe ompqq", 2, "did you mean 'ompq'"),
+    "proxy and recipe": ("search --proxy params --recipe ompq", 2, "not both"),
+    "recipe that is no TOML": ("search --recipe {f}/recipe.toml", 1, "recipe.toml"),
+    "recipe with an unknown field": ("search --recipe {f}/field.toml", 1, "'solvr'"),
+    "missing recipe": ("search --recipe {f}/gone.toml", 1, "gone.toml"),
+    "unknown option of a proxy": (
+        "search --proxy orthogonality --option bta=3",
+        2,
+        "did you mean 'beta'",
+    ),
+    "option without equals sign": ("search --option beta", 2, "KEY=VALUE"),
+    "option twice": ("search --option beta=1 --option beta=2", 2, "twice"),
+    "text for a number": ("search --proxy orthogonality --option beta=big", 2, "'big'"),
+    "number for a truth": ("search --proxy orthogonality --option centre=3", 2, "true or false"),
+    "unknown choice of an option": ("search --proxy separability --option form=log", 2, "'log'"),
+    "unknown feature": ("search --proxy orthogonality --option feature=pre", 2, "'pre'"),
+    "unknown batch norm": ("search --proxy output-error --option batch-norm=off", 2, "'off'"),
+    # budgets, bits, solver
+    "unknown budget": ("search --budget sise=3bit", 2, "did you mean 'size'"),
+    "budget of a later version": ("search --budget latency=3ms", 2, "latency"),
+    "unknown unit": ("search --budget size=3bats", 2, "did you mean 'bit'"),
+    "no unit": ("search --budget size=3", 2, "unit"),
+    "negative budget": ("search --budget size=-3bit", 2, "positive"),
+    "no budget at all": ("search --budget size=0bit", 2, "more than zero"),
+    "budget without amount": ("search --budget size", 2, "size=3bit"),
+    "infeasible budget": (
+        "search --budget size=1.5bit",
+        1,
+        "smallest reachable is 2 bit and the largest 8 bit",
+    ),
+    "infeasible for a pin": (
+        "search --budget size=9KiB --pin blocks.3*=8",
+        1,
+        "the pin 'blocks.3*=8' causes it",
+    ),
+    "infeasible together": (
+        "search --budget size=2.2bit --budget bops=60M --pin stem=8 --activation-bits 8"
+        " --candidates blocks.0.conv1=8 --candidates blocks.2.conv2=8",
+        1,
+        "cannot",
+    ),
+    "bits that are no numbers": ("search --bits few", 2, "--bits"),
+    "negative bits": ("search --bits -2,4", 2, "-2"),
+    "no bits": ("search --bits 0,4", 2, "got 0"),
+    "nine bits": ("search --bits 2,9", 2, "got 9"),
+    "activation bits": ("search --activation-bits 0", 2, "activation_bits"),
+    "unknown solver": ("search --solver ipl", 2, "did you mean 'ilp'"),
+    "dp for two budgets": ("search --solver dp --budget size=3bit --budget bops=90M", 2, "dp"),
+    "no time": ("search --time-limit 0", 2, "time_limit"),
+    "pin that matches nothing": ("search --pin layer9*=8", 2, "'layer9*'"),
+    "pin without bits": ("search --pin stem", 2, "PATTERN=8"),
+    "pins that contradict": ("search --tie blocks.0* --pin *0.conv1=8 --pin *0.conv2=4", 2, "pin"),
+    "tie that matches nothing": ("search --tie layer9*", 2, "'layer9*'"),
+    "broken expression": ("search --tie re:(", 2, "re:("),
+    "candidates out of bits": ("search --bits 2,4 --candidates stem=8", 2, "stem=8"),
+    # data
+    "missing data": ("search --data {f}/gone.npz", 1, "gone.npz"),
+    "unknown data": ("search --data imagenet", 2, "unknown data"),
+    "unknown split": ("search --data digits:tset", 2, "did you mean 'test'"),
+    "truncated archive": ("search --data {f}/cut.npz", 1, "cut.npz"),
+    "archive that is none": ("search --data {f}/text.npz", 1, "text.npz"),
+    "unknown array": ("search --data {f}/good.npz:images", 2, "'images'"),
+    "images of another size": ("search --data {f}/large.npz", 2, "--size 8"),
+    "no images": ("search --data {f}/none.npz", 2, "no images"),
+    "images of NaN": ("search --data {f}/nan.npz", 1, "NaN"),
+    "empty folder": ("search --data dir:{f}/empty", 2, "empty"),
+    "missing folder": ("search --data dir:{f}/gone", 2, "gone"),
+    "missing calibration images": ("search {f}/factories.py:another", 2, "--data"),
+    "no samples": ("search --samples 0", 2, "samples"),
+    "labels out of range": ("search --eval-data {f}/classes.npz", 2, "labels up to 99"),
+    "negative labels": ("search --eval-data {f}/negative.npz", 2, "-5"),
+    "too few labels": ("search --eval-data {f}/fewer.npz:x,y", 2, "7 labels"),
+    "no labels": ("search --eval-data {f}/unlabelled.npz", 2, "labels"),
+    "means of three channels": ("search --mean 0.4,0.5,0.6", 2, "--mean has 3 values"),
+    "mean of words": ("search --mean half", 2, "--mean"),
+    "infinite mean": ("search --mean inf", 2, "--mean"),
+    "no deviation": ("search --std 0", 2, "--std must be positive"),
+    "size of three": ("search --size 8,8,8", 2, "--size"),
+    "no size": ("search --size 0", 2, "--size"),
+    # results
+    "missing folder of results": ("search --out {o}/sub/plan.json", 1, "does not exist"),
+    "file for a folder": ("search --out {o}/kept.json/plan.json", 1, "kept.json"),
+    "folder for a file": ("search --out {o}", 1, "folder"),
+    "unknown kind of picture": ("search --plot {o}/plan.bmp", 2, ".png, .svg or .pdf"),
+    "picture without suffix": ("search --plot {o}/plan", 2, ".png"),
+    "picture nowhere": ("search --plot {o}/sub/plan.png", 1, "does not exist"),
+    "unknown correction": ("search --correction al", 2, "'al'"),
+    # plans
+    "no plan": ("evaluate digits", 2, "at least one plan"),
+    "nothing to evaluate": ("evaluate", 2, "PLAN.json"),
+    "models beside plans": ("evaluate a b {f}/good.json", 2, "one model"),
+    "missing plan": ("evaluate {f}/gone.json", 1, "gone.json"),
+    "truncated plan": ("evaluate {f}/cut.json", 1, "cut short"),
+    "plan that is none": ("evaluate {f}/list.json", 1, "not a plan"),
+    "plan of another version": ("evaluate {f}/schema.json", 1, "proxyq/plan/9"),
+    "plan of 12 bits": ("evaluate {f}/bits.json", 1, "layers.head.weight_bits"),
+    "plan of another model": ("evaluate {f}/renamed.json", 1, "another model"),
+    "plan of another size": ("evaluate {f}/grown.json", 1, "321"),
+    "one bad plan of two": ("evaluate {f}/good.json {f}/renamed.json", 1, "another model"),
+    "plan without accuracy": (
+        "evaluate {f}/good.json {f}/factories.py:another",
+        2,
+        "--eval-data",
+    ),
+    "unlabelled accuracy": ("evaluate {f}/good.json --eval-data {f}/unlabelled.npz", 2, "labels"),
+    "unknown correction of plans": ("evaluate {f}/good.json --correction no", 2, "'no'"),
+}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder for results in which one file lies already."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "kept.json").write_text("kept")
+    return folder
+
+
+def refused(done: Finished, code: int, text: str) -> None:
+    """Exit code, one sentence on stderr, nothing on stdout."""
+    assert done.code == code, done
+    assert done.out == ""
+    assert done.err.count("\n") == 1, done.err
+    assert done.err.startswith("proxyq: error: "), done.err
+    assert text in done.err
+    assert done.err.endswith((".\n", "?\n")), done.err
+    assert "Traceback" not in done.err and "this is a bug" not in done.err
+
+
+def arguments_of(line: str, files: Path, results: Path) -> list[str]:
+    """The words of a case; a search writes over the file that is there already."""
+    words = line.format(f=files, o=results).split()
+    if words[0] == "search" and not {"--out", "--plot"} & set(words):
+        words[1:1] = ["--out", str(results / "kept.json")]
+    return words
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_input_is_refused_in_one_sentence(case: str, files: Path, results: Path):
+    line, code, text = CASES[case]
+    before = content(results)
+    done = here(*arguments_of(line, files, results))
+    refused(done, code, text)
+    assert content(results) == before
+
+
+@pytest.mark.parametrize(
+    "case", ["unknown option", "NaN weights", "infeasible budget", "truncated archive"]
+)
+def test_wrong_input_in_a_process_of_its_own(case: str, files: Path, results: Path, tmp_path: Path):
+    line, code, text = CASES[case]
+    before = content(results)
+    done = alone(*arguments_of(line, files, results), cache=tmp_path / "cache")
+    refused(done, code, text)
+    assert content(results) == before
+
+
+def test_the_files_that_are_made_here_are_good_otherwise(files: Path):
+    done = here(
+        *("evaluate", files / "good.json", "--weights", files / "good.safetensors"),
+        *("--eval-data", files / "good.npz", "--quiet"),
+    )
+    assert done.code == 0, done.err
