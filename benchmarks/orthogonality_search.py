@@ -135,7 +135,7 @@ def main():
     for name, bits in plans.items():
         equal = sum(a == b for a, b in zip(bits, found["bits"], strict=True))
         used = sizes @ bits / sizes.sum()
-        cells = ("".join(map(str, bits)), f"{c @ bits:.6f}", f"{used:.4f}")
+        cells = ("".join(map(str, bits)), f"{found['weights'] @ bits:.6f}", f"{used:.4f}")
         rows.append((name, *cells, f"{equal}/{len(bits)}"))
     print(table(("plan", "bits", "sum of c b", "bits a weight", "as torch"), rows), "\n")
 
