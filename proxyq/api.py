@@ -273,7 +273,11 @@ def search(
         progress=progress,
         **method.options,
     )
-    problem = build_problem(layers, as_cost(scores, method.cost), method.bits, budget, **binding)
+    cost = as_cost(scores, method.cost)
+    for _, *others in shared:
+        # What is measured once counts once.
+        cost = np.where(np.isin(found.names, others)[:, None], 0.0, cost)
+    problem = build_problem(layers, cost, method.bits, budget, **binding)
     answer = solve(problem, method.solver, time_limit=time_limit, **method.solver_options)
     plan = plan_from(
         answer,
@@ -297,7 +301,8 @@ def search(
     if labelled is None:
         return plan
     result = _measure(model, [plan], inputs, labelled, memory=memory, progress=progress)
-    return plan.model_copy(update={"measured": result.to_json()})
+    record = plan.model_dump(by_alias=True)
+    return Plan.model_validate({**record, "measured": result.to_json()})
 
 
 def _runs_on_images(method: Method) -> bool:
