@@ -1,6 +1,8 @@
 """How a result came about: versions, seed, digests."""
 
 import platform
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,10 +16,13 @@ def provenance(**facts: Any) -> dict[str, Any]:
 
     No time of day: the same run gives the same record.
     """
+    return {"versions": dict(_versions()), **{k: v for k, v in facts.items() if v is not None}}
+
+
+@cache
+def _versions() -> dict[str, str]:
     versions = {"proxyq": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {"versions": versions, **{k: v for k, v in facts.items() if v is not None}}
+    return versions

@@ -8,9 +8,9 @@ from networks import mixer, small_net, strided_conv
 
 from proxyq.errors import ProxyqError
 from proxyq.model.elementwise import feature_of
-from proxyq.model.features import layers_by_feature
+from proxyq.model.features import features, layers_by_feature
 from proxyq.model.function_import import from_function
-from proxyq.model.graph import trace
+from proxyq.model.graph import evaluate, trace
 from proxyq.model.network import network
 
 
@@ -75,14 +75,25 @@ def test_feature_is_the_tensor_after_sum_and_activation():
     var = feature_of(found.graph, found.graph.main[site.position].outvars[0])
     env = dict(found.prelude())
     env.update(zip(found.graph.inputs, [x], strict=True))
-    from proxyq.model.graph import evaluate
-
     evaluate(found.graph.main, env)
     feature = np.asarray(env[var])
     assert (feature >= 0).all() and (feature == 0).any()  # after ReLU
     # It is what the next block reads.
     reader = found.graph.main[found.sites[found.sites_of("blocks.1.conv1")[0]].position]
     np.testing.assert_array_equal(feature, env[reader.invars[0]])
+
+
+def test_features_are_the_same_tensors_under_batch_statistics():
+    model = small_net()
+    x = images(model, 6)
+    found = network(model, 6, batch_norm="batch")
+    assert layers_by_feature(found) == (("blocks.1.conv2", "blocks.1.shortcut"),)
+    env = dict(found.prelude())
+    env.update(zip(found.graph.inputs, [x], strict=True))
+    evaluate(found.graph.main, env)
+    for name, var in features(found).items():
+        feature = np.asarray(env[var])
+        assert (feature.min() == 0) == (name != "head"), name  # all but the logits end in ReLU
 
 
 def test_tied_weight_is_one_layer_with_two_sites():

@@ -17,6 +17,7 @@ import numpy as np
 from proxyq.engine.memory import images_at_once
 from proxyq.engine.segments import NO_EDIT, Edit, Segment, State, call, call_site, cut
 from proxyq.model.graph import Var
+from proxyq.model.layers import weight_columns
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import Network, network
 
@@ -78,7 +79,8 @@ class Engine:
 
     def columns(self, site: int) -> Any:
         """The same as `[fan_in, channels]`."""
-        return self.network.sites[site].columns(self.weight(site))
+        where, weight = self.network.sites[site], self.weight(site)
+        return weight_columns(weight, where.channel_axes)
 
     def chunks(self, inputs: Any) -> Iterator[tuple[Any, int]]:
         """Batches of `batch_size`, the last one padded by repeating its first example.

@@ -40,6 +40,6 @@ def images_at_once(model: Model, images: int, memory: int | None = None) -> int:
 
     Two states live at once (the clean one and a perturbed one), hence the factor of two.
     """
-    per_image = bytes_per_image(network(model, min(images, 8)).graph)
+    per_image = bytes_per_image(network(model, 1).graph)
     most = max(1, (DEFAULT_MEMORY if memory is None else memory) // (2 * per_image))
     return math.ceil(images / math.ceil(images / most))

@@ -6,7 +6,7 @@ are reduced as soon as they appear, so memory holds one layer's tensors at a tim
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from proxyq.engine.engine import Engine
 from proxyq.engine.segments import NO_EDIT, Edit, State
 from proxyq.errors import ProxyqError, UsageError
-from proxyq.model.elementwise import feature_of
+from proxyq.model.features import features
 from proxyq.model.graph import Var
 from proxyq.model.layers import Layer, Site
 from proxyq.progress import Progress, silent
@@ -58,15 +58,27 @@ class TapOptions:
 class LayerTap:
     """What was recorded of one layer; asking for more than was recorded is an error.
 
-    `columns` is the weight as `[fan_in, channels]`, one column an output channel.
+    `weight` is the weight at the layer's first use, batch norm folded in; `columns` the same
+    as `[fan_in, channels]`, one column an output channel. `same_feature_as` is the first
+    layer that hands on the same tensor, usually the layer itself.
     """
 
     layer: Layer
-    site: Site
-    columns: Any
-    weight: Any
+    engine: Engine
+    site: int
     recorded: Mapping[str, Any]
+    same_feature_as: str
     method: Range = "mse"
+
+    @property
+    def weight(self) -> Any:
+        """The weight as the graph lays it out."""
+        return self.engine.weight(self.site)
+
+    @cached_property
+    def columns(self) -> Any:
+        """The weight as `[fan_in, channels]`."""
+        return self.engine.columns(self.site)
 
     @property
     def name(self) -> str:
@@ -158,16 +170,19 @@ def collect(
                 f"{engine.batch_size}: give fewer images or more memory."
             )
         _record(engine, inputs, tuple(needs), tuple(bits), options, method, recorded, progress)
+    owner: dict[Var, str] = {}
     taps = tuple(
         LayerTap(
             layer=layer,
-            site=network.sites[first[layer.name]],
-            columns=engine.columns(first[layer.name]),
-            weight=engine.weight(first[layer.name]),
+            engine=engine,
+            site=first[layer.name],
             recorded=recorded[layer.name],
+            same_feature_as=owner.setdefault(var, layer.name),
             method=method,
         )
-        for layer in network.layers
+        for layer, var in zip(
+            network.layers, features(network, options.feature).values(), strict=True
+        )
     )
     return Taps(taps=taps, bits=tuple(bits), images=images, options=options)
 
@@ -234,12 +249,10 @@ def _walk(
 ) -> None:
     network, graph, batch = engine.network, engine.network.graph, engine.batch_size
     first = {network.sites_of(name)[0]: name for name in network.names}
-    features: dict[Var, list[int]] = {}  # which layers' feature a variable is
+    owners: dict[Var, list[int]] = {}  # which layers' feature a variable is
     if set(needs) & {"feature", "gram", "pooled"}:
-        for index in first:
-            out = graph.main[network.sites[index].position].outvars[0]
-            var = feature_of(graph, out) if options.feature == "post-activation" else out
-            features.setdefault(var, []).append(index)
+        for name, var in features(network, options.feature).items():
+            owners.setdefault(var, []).append(network.sites_of(name)[0])
     states: list[State] = [engine.start(inputs) for inputs, _ in chunks]
     counts = [count for _, count in chunks]
     measured = "output-error" in needs
@@ -247,7 +260,8 @@ def _walk(
         eqn = graph.main[site.position]
         out, data = eqn.outvars[0], eqn.invars[1 - site.operand]
         made = {var for e in engine.segments[index + 1].eqns for var in e.outvars}
-        capture = tuple(dict.fromkeys([out, *(var for var in features if var in made)]))
+        own = [out] if measured or "output" in needs else []
+        capture = tuple(dict.fromkeys([*own, *(var for var in owners if var in made)]))
         # Convolution and dot are linear: the output's change is that of the weight.
         deltas = _weight_changes(engine, index, bits, method) if measured else []
         captured: dict[Var, list[Any]] = {var: [] for var in capture}
@@ -268,8 +282,8 @@ def _walk(
                 own["input"] = jnp.concatenate(reads)
             if "output" in needs:
                 own["output"] = _columns(site, captured[out], counts, batch)
-        for var in features.keys() & captured.keys():
-            for owner in features[var]:
+        for var in owners.keys() & captured.keys():
+            for owner in owners[var]:
                 own = recorded[network.sites[owner].layer]
                 part = _feature(network.sites[owner], captured[var], counts, batch, needs, options)
                 if "pooled" in part:
@@ -298,9 +312,8 @@ def _feature(
     if "feature" in needs:
         own["feature"] = _columns(site, parts, counts, batch)
     if "gram" in needs:
-        rows = [site.rows(part, batch)[:count] for part, count in zip(parts, counts, strict=True)]
-        x = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
-        own["gram"] = np.asarray(_gram(x, options.centre), np.float64)
+        axis, whole = site.example_axis, tuple(counts)
+        own["gram"] = np.asarray(_gram(parts, whole, axis, batch, options.centre), np.float64)
     if "pooled" in needs:
         pooled = [np.asarray(_pooled(site.output_columns(part, batch))) for part in parts]
         real = [part[:count] for part, count in zip(pooled, counts, strict=True)]
@@ -308,9 +321,13 @@ def _feature(
     return own
 
 
-@partial(jax.jit, static_argnames="centre")
-def _gram(x: Any, centre: bool) -> Any:
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _gram(
+    parts: list[Any], counts: tuple[int, ...], example_axis: int, batch: int, centre: bool
+) -> Any:
     """`X X'` of features `[images, p]`; centring X first loses no digits to large means."""
+    rows = [jnp.moveaxis(part, example_axis, 0).reshape(batch, -1) for part in parts]
+    x = jnp.concatenate([row[:count] for row, count in zip(rows, counts, strict=True)])
     if centre:
         x = x - jnp.mean(x, axis=0)
     return jnp.dot(x, x.T, precision=jax.lax.Precision.HIGHEST)

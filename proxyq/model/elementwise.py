@@ -1,7 +1,5 @@
 """Walks along operations that treat each element alone: folding, groups and features."""
 
-from typing import Any
-
 from proxyq.model.graph import Equation, Graph, Var, primitives
 
 # Primitives whose output element depends on the same element of each operand only.
@@ -28,33 +26,38 @@ def data_operands(graph: Graph, eqn: Equation) -> list[Var]:
     return [atom for atom in eqn.invars if graph.is_data(atom)]
 
 
-def feature_of(graph: Graph, start: Var) -> Var:
+def feature_of(graph: Graph, start: Var, *, channels: int | None = None) -> Var:
     """The tensor that a layer hands on: its output after bias, activation and residual sum.
 
     From a layer's output, follow operations that treat each element alone, up to the first
     that does not (the next layer, a pooling). Where a residual sum joins, its result is
     meant, as OMPQ measures a block's last convolution after the sum and the activation.
+
+    Give `channels`, the layer's number of output channels, where batch norm takes the
+    statistics of the batch: sums over the examples that leave one number a channel, and what
+    is made of them, then belong to the normalisation and are followed too.
     """
-    reached = {start}
-    pending: dict[Any, int] = {start: len(graph.consumers.get(start, ()))}
+    shape = start.aval.shape
     outputs = {atom for atom in graph.outputs if graph.is_data(atom)}
+    reached = {start}
+    # How many readers of each tensor have not been passed yet.
+    pending = {start: len(graph.consumers.get(start, ()))}
     feature = start
-    if start in outputs:
-        return start
-    # Heap-like walk in execution order over the consumers of what has been reached.
-    queue = set(graph.consumers.get(start, ()))
+    queue = set() if start in outputs else set(graph.consumers.get(start, ()))
     while queue:
-        index = min(queue)
+        index = min(queue)  # execution order
         queue.remove(index)
         eqn = graph.main[index]
-        shape = eqn.outvars[0].aval.shape
-        operands = data_operands(graph, eqn)
+        operands = list(dict.fromkeys(data_operands(graph, eqn)))
         joins = any(operand not in reached for operand in operands)
-        if not is_elementwise(eqn) or shape != start.aval.shape:
-            break
-        if joins and eqn.primitive.name not in ("add", "add_any"):
-            break
         out = eqn.outvars[0]
+        whole = out.aval.shape == shape
+        if whole:
+            sums = eqn.primitive.name in ("add", "add_any")
+            if not is_elementwise(eqn) or (joins and not sums):
+                break
+        elif joins or not _is_statistic(eqn, operands[0].aval.shape == shape, channels):
+            break
         for operand in operands:
             if operand in pending:
                 pending[operand] -= 1
@@ -62,8 +65,21 @@ def feature_of(graph: Graph, start: Var) -> Var:
         pending[out] = len(graph.consumers.get(out, ()))
         queue.update(graph.consumers.get(out, ()))
         # Only where everything reached so far has been used up does one tensor go on.
-        if all(count == 0 for var, count in pending.items() if var is not out):
+        if whole and all(count == 0 for var, count in pending.items() if var is not out):
             feature = out
         if out in outputs:
             break
     return feature
+
+
+_SMALL = ELEMENTWISE | {"reduce_sum", "reshape", "squeeze", "expand_dims", "transpose"}
+
+
+def _is_statistic(eqn: Equation, from_whole: bool, channels: int | None) -> bool:
+    """Whether an equation makes, or works on, one number a channel from all examples."""
+    if channels is None or len(eqn.outvars) != 1 or not primitives(eqn) <= _SMALL:
+        return False
+    # A mean over positions keeps the examples; the batch is the first axis of every tensor.
+    if from_whole and 0 not in eqn.params.get("axes", (0,)):
+        return False
+    return eqn.outvars[0].aval.size == channels

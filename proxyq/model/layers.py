@@ -8,8 +8,10 @@ weight used twice (tied) is one layer with two sites and one choice of bits.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from proxyq.model.graph import LAYER_PRIMITIVES, Equation, Graph, Var
@@ -40,9 +42,7 @@ class Site:
 
     def columns(self, weight: Any) -> Any:
         """The weight as `[fan_in, channels]`: one column an output channel."""
-        order = self._order(weight.ndim)
-        channels = math.prod(weight.shape[axis] for axis in self.channel_axes)
-        return weight.transpose(order).reshape(-1, channels)
+        return weight_columns(weight, self.channel_axes)
 
     def from_columns(self, columns: Any, shape: tuple[int, ...]) -> Any:
         """The inverse of `columns`, for a weight of this shape."""
@@ -76,6 +76,14 @@ class Site:
     def _order(self, ndim: int) -> tuple[int, ...]:
         rest = (axis for axis in range(ndim) if axis not in self.channel_axes)
         return (*rest, *self.channel_axes)
+
+
+@partial(jax.jit, static_argnums=1)
+def weight_columns(weight: Any, channel_axes: tuple[int, ...]) -> Any:
+    """`Site.columns`, from plain numbers; jitted, for it runs once a layer outside of others."""
+    rest = (axis for axis in range(weight.ndim) if axis not in channel_axes)
+    channels = math.prod(weight.shape[axis] for axis in channel_axes)
+    return weight.transpose((*rest, *channel_axes)).reshape(-1, channels)
 
 
 def columns_of(output: Any, channel_axes: tuple[int, ...], batch: int) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
@@ -77,6 +78,10 @@ class Model:
 
     def digest(self) -> str:
         """SHA-256 of all parameters by name."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         return digest_arrays(self.params)
 
     def check_finite(self) -> None:

@@ -36,8 +36,12 @@ def orthogonality(
 ) -> np.ndarray:
     """Layers whose features are most orthogonal to all others (OMPQ)."""
     del key
-    orm = orthogonality_matrix([tap.gram for tap in taps])
-    return importance(orm, beta=beta, suffix_mean=suffix_mean)
+    # Layers that hand on one tensor (a block's last convolution and its downsample) count once.
+    owners = list(dict.fromkeys(tap.same_feature_as for tap in taps))
+    grams = {tap.name: tap.gram for tap in taps}
+    orm = orthogonality_matrix([grams[name] for name in owners])
+    c = dict(zip(owners, importance(orm, beta=beta, suffix_mean=suffix_mean), strict=True))
+    return taps.map(lambda tap: c[tap.same_feature_as])
 
 
 def orthogonality_matrix(grams: list[np.ndarray]) -> np.ndarray:

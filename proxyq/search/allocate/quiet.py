@@ -8,6 +8,7 @@ itself, is not touched. What was collected and is not HiGHS's goes where it was 
 Where the C library's streams cannot be found (Windows), nothing is done.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -32,6 +33,7 @@ class _Streams:
         self.stdout = self._variable()
         # Kept open for good: another thread may be about to print to it.
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
+        atexit.register(self.file.close)
         self.library.fdopen.restype = ctypes.c_void_p
         self.collector = self.library.fdopen(os.dup(self.file.fileno()), b"a")
         if not self.collector:
