@@ -230,7 +230,7 @@ def test_the_example_with_real_weights(cifar):
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     x = ((pixels / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
     logits = jax.jit(model.apply)(model.params, x)
-    assert (np.argmax(logits, axis=1) == labels).mean() >= 0.88
+    assert (np.asarray(logits).argmax(axis=1) == labels).mean() >= 0.88
 
 
 # -- weights files ------------------------------------------------------------------------
@@ -490,7 +490,8 @@ def test_timm_missing_says_how_to_install_it():
 
 
 def test_timm_with_random_weights():
-    pytest.importorskip("timm")
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
     model = load_model("timm:resnet18@none")
     assert model.input_shape == (3, 224, 224) and model.identity["weights"] == "random"
     assert model.preprocessing.mean == (0.485, 0.456, 0.406)

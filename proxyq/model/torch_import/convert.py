@@ -9,7 +9,6 @@ import numpy as np
 
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model, Preprocessing
-from proxyq.model.torch_import.aten import uses_running_statistics
 from proxyq.model.torch_import.export import (
     any_batch_program,
     evaluation_mode,
@@ -52,8 +51,8 @@ def from_torch(
     - `identity`: provenance to which the versions of torch and the class are added.
 
     **Returns** the model. Its `batch_statistics_apply` normalises with the mean and the
-    biased variance of the batch wherever evaluation uses running statistics (`None` where
-    nothing does).
+    biased variance of the batch wherever evaluation uses running statistics; where nothing
+    does, it computes what `apply` computes.
 
     **Raises** `ProxyqError` when torch cannot export the module, or uses operators that
     are not mapped (all are named; add them with `register_aten`); `UsageError` for
@@ -88,11 +87,7 @@ def from_torch(
         frozen=frozen,
         image_layout="NCHW" if len(leaves) == 1 and len(leaves[0].shape) == 3 else None,
         preprocessing=preprocessing or Preprocessing(),
-        batch_statistics_apply=(
-            _apply(program, inputs, single, batch_statistics=True)
-            if any(uses_running_statistics(node.operator) for node in program.nodes)
-            else None
-        ),
+        batch_statistics_apply=_apply(program, inputs, single, batch_statistics=True),
         identity={
             "source": "torch",
             "class": f"{type(module).__module__}.{type(module).__qualname__}",
@@ -101,6 +96,9 @@ def from_torch(
         },
     )
     _check_outputs(model)
+    if single:
+        with evaluation_mode(exportable):
+            _check_independence(model, exportable, example)
     return model
 
 
@@ -155,11 +153,14 @@ def _example_inputs(example: Any) -> tuple[tuple[tuple, dict[str, Any]], Any]:
         return tensor.float() if tensor.is_floating_point() else tensor
 
     example = jax.tree.map(tensor_of, example)
-    if isinstance(example, Mapping):
-        return ((), dict(example)), example
-    if isinstance(example, list | tuple):
-        return (tuple(example), {}), example
-    return ((example,), {}), example
+    return _arguments(example), example
+
+
+def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments of the forward."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), {}
 
 
 def _apply(program: Program, inputs: Any, single: bool, *, batch_statistics: bool) -> Any:
@@ -209,4 +210,40 @@ def _check_outputs(model: Model) -> None:
             raise ProxyqError(
                 f"{model.name} returns an output of shape {tuple(leaf.shape)} for a batch of 3: "
                 "every output must have the batch as its first axis."
+            )
+
+
+def _check_independence(model: Model, module: Any, example: Any) -> None:
+    """A model that is mapped over single examples must not let them see each other.
+
+    Compared with torch on a batch of five, random where the inputs are floats; a module
+    that takes no such batch cannot mix examples.
+    """
+    torch = import_torch()
+    generator = torch.Generator().manual_seed(0)
+
+    def batch_of(leaf: Any) -> Any:
+        repeated = leaf[:1].expand(5, *leaf.shape[1:]).clone()
+        if not leaf.is_floating_point():
+            return repeated
+        return repeated + torch.randn(repeated.shape, generator=generator)
+
+    inputs = jax.tree.map(batch_of, example)
+    args, kwargs = _arguments(inputs)
+    try:
+        with torch.no_grad():
+            outputs = module(*args, **kwargs)
+    except Exception:  # whatever the module raises at a batch size that it does not take
+        return
+    expected = [to_numpy(x) for x in torch.utils._pytree.tree_leaves(outputs) if torch.is_tensor(x)]
+    found = jax.tree.leaves(model(jax.tree.map(to_numpy, inputs)))
+    for a, b in zip(found, expected, strict=True):
+        scale = float(np.abs(np.nan_to_num(b)).max(initial=0.0))
+        if np.shape(a) != b.shape or not np.allclose(
+            a, b, rtol=1e-3, atol=1e-3 * scale, equal_nan=True
+        ):
+            raise ProxyqError(
+                f"the outputs of {model.name} for one example depend on the others in its batch, "
+                "in a way that torch.export cannot express for every batch size: rewrite what "
+                "reads the batch size in its forward."
             )

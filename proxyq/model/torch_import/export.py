@@ -13,7 +13,7 @@ import numpy as np
 
 from proxyq.errors import ProxyqError
 from proxyq.model.torch_import.program import Different, Node, Program, Ref, merge
-from proxyq.model.torch_import.require import _first_line, import_torch
+from proxyq.model.torch_import.require import first_line, import_torch
 
 # Operators without a value that only check or only mark something.
 _IGNORED = {
@@ -123,10 +123,9 @@ def export(
     args, kwargs = inputs
     shapes = None
     if dynamic:
-        symbolic = {0: torch.export.Dim.DYNAMIC}
-        tree_map = torch.utils._pytree.tree_map
-        # For a call with keywords torch wants the shapes by the names of the arguments.
-        shapes = tree_map(lambda _: symbolic, kwargs if kwargs else args)
+        shapes = torch.export.ShapesCollection()
+        for leaf in torch.utils._pytree.tree_leaves(inputs):
+            shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
     # The fused attention of inference is one opaque operator that hides its layers.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -139,7 +138,7 @@ def export(
             )
             exported = exported.run_decompositions({})
     except Exception as error:  # torch.export passes on whatever the forward raises
-        raise Unexportable(_first_line(error)) from error
+        raise Unexportable(first_line(error)) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     return _translate(exported, module, names, keywords=bool(kwargs))

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from proxyq.errors import ProxyqError
 from proxyq.model.torch_import import aten
 from proxyq.model.torch_import.program import Node, Program, Ref, fill, refs
@@ -56,6 +58,9 @@ def build(program: Program, *, batch_statistics: bool = False, axis_name: str | 
     release = _last_uses(program.nodes, refs(program.outputs))
     nodes = list(zip(program.nodes, functions, release, strict=True))
 
+    # The operators follow torch's rules of promotion, whatever JAX was told to allow.
+    @jax.numpy_dtype_promotion("standard")
+    @jax.numpy_rank_promotion("allow")
     def run(params: Mapping[str, Any], inputs: Sequence[Any], batch: int) -> Any:
         values: dict[int, Any] = dict(program.constants)
         values |= {value: params[name] for value, name in program.params.items()}

@@ -58,12 +58,12 @@ def import_torchvision() -> ModuleType:
         raise MissingExtra("torchvision", "torch", "This model") from error
     except RuntimeError as error:
         raise ProxyqError(
-            f"torchvision does not fit the installed torch ({_first_line(error)}): install "
+            f"torchvision does not fit the installed torch ({first_line(error)}): install "
             "a matching pair."
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's message, without its final stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")

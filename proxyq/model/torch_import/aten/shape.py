@@ -9,7 +9,6 @@ import numpy as np
 
 from proxyq.model.torch_import.aten.promotion import (
     BOOL,
-    INTEGER,
     Array,
     cast,
     is_number,
@@ -397,6 +396,3 @@ register_aten("float")(to_float)
 register_aten("sym_size.int")(lambda x, dim: x.shape[dim])
 register_aten("sym_numel")(lambda x: math.prod(x.shape))
 register_aten("sym_size")(lambda x: list(x.shape))
-register_aten("bincount")(
-    lambda x, weights=None, minlength=0: jnp.bincount(x, weights, length=minlength).astype(INTEGER)
-)
