@@ -68,9 +68,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         raise
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except (Exception, KeyboardInterrupt) as failure:
+    except (Exception, KeyboardInterrupt, SystemExit) as failure:
+        if isinstance(failure.__context__, BrokenPipeError):  # how Typer reports it
+            raise failure.__context__ from None
         code, error = 1, failure
     if error is not None:
         text, code = explain(error)

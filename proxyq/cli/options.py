@@ -4,9 +4,23 @@ from typing import Annotated, Any
 
 import typer
 
+from proxyq.errors import UsageError
+
 
 def _option(*names: str, panel: str, help: str, metavar: str | None = None, **more: Any) -> Any:
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, **more)
+
+
+def _check_seed(value: int | None) -> int | None:
+    if value is not None and not 0 <= value < 2**31:
+        raise UsageError(f"--seed must be a whole number from 0 to {2**31 - 1}, got {value}.")
+    return value
+
+
+def _check_resize(value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise UsageError(f"--resize must be at least 1, got {value}.")
+    return value
 
 
 METHOD, LAYERS, BUDGETS = "What is measured", "Layers and bits", "Budgets and solver"
@@ -18,7 +32,7 @@ ModelName = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="digits (the default), torchvision:NAME[@WEIGHTS], timm:NAME[@WEIGHTS] or "
+        help="digits (the default), torchvision:NAME\\[@WEIGHTS], timm:NAME\\[@WEIGHTS] or "
         "path/to/file.py:factory; @none for random weights.",
     ),
 ]
@@ -164,7 +178,7 @@ CalibrationData = Annotated[
         "--data",
         metavar="DATA",
         panel=IMAGES,
-        help="Calibration images, labels not read: digits, FILE.npz[:IMAGES,LABELS], dir:PATH, "
+        help="Calibration images, labels not read: digits, FILE.npz\\[:IMAGES,LABELS], dir:PATH, "
         "torchvision:NAME@ROOT, hf:ID or random.",
     ),
 ]
@@ -214,7 +228,7 @@ Resize = Annotated[
         "--resize",
         metavar="N",
         panel=IMAGES,
-        min=1,
+        callback=_check_resize,
         help="Scale the shorter side to this before cropping.",
     ),
 ]
@@ -269,8 +283,7 @@ Seed = Annotated[
         "--seed",
         metavar="N",
         panel=RUN,
-        min=0,
-        max=2**31 - 1,
+        callback=_check_seed,
         help="Draw calibration images (and whatever is random) from this seed. Default: the "
         "first images.",
     ),

@@ -98,6 +98,16 @@ def _font(row: float) -> float:
     return min(10.0, 72 * row * 0.62)
 
 
+def _text_width(text: str, size: float) -> float:
+    """The width in inches of `text` in letters of `size` points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=size)
+    width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+    return float(width) / 72
+
+
 def _figure(plan: Plan, panels: int) -> "tuple[Figure, list[Axes]]":
     """Panels side by side on one axis of layers, margins and names of fixed width in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -105,9 +115,8 @@ def _figure(plan: Plan, panels: int) -> "tuple[Figure, list[Axes]]":
 
     layers = len(plan.layers)
     row = _row(layers)
-    # Letters are about 0.55 of their height wide.
-    longest = max(map(len, short_names(list(plan.layers), NAME)))
-    names = longest * 0.55 * _font(row) / 72 + 0.15
+    names = max(_text_width(name, _font(row)) for name in short_names(list(plan.layers), NAME))
+    names += 0.15  # between name and bar
     above, below = MARGIN + 0.15, 0.6 * MARGIN
     height = above + layers * row + below
     figure = Figure(figsize=(WIDTH + max(0.0, names - 2.0), height))
@@ -161,7 +170,9 @@ def _bits(ax: "Axes", plan: Plan, *, row: float) -> None:
     ax.set_xlim(0, widest * (1.28 if any(layer.pinned for layer in layers) else 1.1))
     ax.set_xticks(range(0, widest + 1, 2))
     ax.set_yticks(range(len(layers)))
-    ax.set_yticklabels(short_names(list(plan.layers), NAME), fontsize=font, color=INK)
+    ax.set_yticklabels(
+        short_names(list(plan.layers), NAME), fontsize=font, color=INK, parse_math=False
+    )
     ax.tick_params(axis="y", labelleft=True, pad=4)
     if plan.average_bits <= widest:
         ax.axvline(plan.average_bits, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
@@ -231,5 +242,6 @@ def _title(figure: "Figure", plan: Plan) -> None:
         facts.append(f"{plan.solver.status} ({plan.solver.name})")
     height = figure.get_figheight()
     x = MARGIN * 0.6 / figure.get_figwidth()
-    figure.text(x, 1 - 0.42 / height, title, fontsize=14, weight="bold", color=INK)
-    figure.text(x, 1 - 0.66 / height, " · ".join(facts), fontsize=9.5, color="#5b6270")
+    plain: dict[str, Any] = {"parse_math": False}  # a dollar sign is a dollar sign
+    figure.text(x, 1 - 0.42 / height, title, fontsize=14, weight="bold", color=INK, **plain)
+    figure.text(x, 1 - 0.66 / height, " · ".join(facts), fontsize=9.5, color="#5b6270", **plain)

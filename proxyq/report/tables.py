@@ -202,11 +202,11 @@ def counted(budget: PlannedBudget, plan: Plan) -> str:
     layers = len(plan.layers)
     pinned = sum(layer.pinned for layer in plan.layers.values())
     if budget.name == "size" and budget.unit == "bit":
-        searched = _layers(layers - pinned)
-        return f"weights of the {searched} searched; scales, biases, pinned layers not counted"
+        searched = layers - pinned
+        return f"weights of the {searched} searched layers; not scales, biases, pinned layers"
     everything = f"all {_layers(layers)}" + (f" ({pinned} pinned)" if pinned else "")
     if budget.name == "size":
-        return f"weights of {everything}; scales, biases not counted"
+        return f"weights of {everything}; not scales, biases"
     if budget.name == "bops":
         return f"MACs × weight bits × activation bits (float: 32), {everything}"
     return f"MACs × weight bits, {everything}"
