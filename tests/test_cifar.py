@@ -1,0 +1,117 @@
+"""Real networks on real images: the accuracies that must come out, and those of plans.
+
+Skipped where the CIFAR-10 images and networks are not at hand.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import proxyq
+from proxyq.api import evaluate
+from proxyq.data import load_data
+from proxyq.search.allocate.plan import Plan
+
+pytestmark = pytest.mark.data
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "cifar_resnet.py"
+PREPROCESSING = proxyq.Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def load(folder: Path, name: str) -> proxyq.Model:
+    pytest.importorskip("torch")
+    model = proxyq.load_model(f"{EXAMPLE}:{name}", weights=folder / f"cifar10_{name}.safetensors")
+    return model.replace(preprocessing=PREPROCESSING)
+
+
+@pytest.fixture(scope="module")
+def resnet20(cifar):
+    return load(cifar, "resnet20")
+
+
+@pytest.fixture(scope="module")
+def images(cifar):
+    file = cifar / "cifar10.npz"
+    return load_data(f"{file}:x_train,y_train"), load_data(f"{file}:x_test,y_test")
+
+
+def plan_of(model, bits) -> Plan:
+    """A plan with given bits, from a search that can choose nothing else."""
+    pins = [f"{name}={b}" for name, b in bits.items()]
+    return proxyq.search(model, proxy="params", budget=[], bits=[8], pins=pins, correction="none")
+
+
+def test_layers_of_resnet20(resnet20):
+    found = proxyq.inspect(resnet20)
+    assert len(found.layers) == 20
+    # All parameters but the batch norms' and the classifier's bias.
+    assert sum(layer.weights for layer in found.layers) == 268_336
+    assert found.layer("layer2.0.conv1").macs == 16 * 16 * 32 * 9 * 16
+
+
+@pytest.mark.parametrize(("name", "top1"), [("resnet20", 91.73), ("resnet56", 93.39)])
+def test_float_accuracy_through_the_bridge(cifar, images, name, top1):
+    model = load(cifar, name)
+    plan = plan_of(model, dict.fromkeys(proxyq.inspect(model).names, 16))
+    result = evaluate(model, [plan], images[0], images[1], correction="none")
+    assert result.images == 10_000
+    assert result.float_top1 == pytest.approx(top1, abs=0.005)
+    # 16 bits change next to nothing.
+    assert result.plans[0].top1 == pytest.approx(top1, abs=0.1)
+
+
+def test_correction_rescues_three_bits(resnet20, images):
+    """Uniform 3 bit: about 57 % without correction, about 89 % with (quality of the method)."""
+    plan = plan_of(resnet20, dict.fromkeys(proxyq.inspect(resnet20).names, 3))
+    found = {
+        correction: evaluate(
+            resnet20, [plan], images[0], images[1], correction=correction, samples=samples
+        ).plans[0]
+        for correction, samples in (("none", 1), ("weights", 1), ("statistics", 1024))
+    }
+    # Without correction the figure hangs on the last digits of the rounding's scales.
+    assert 53 < found["none"].top1 < 60
+    assert found["weights"].top1 == pytest.approx(86.0, abs=1)
+    assert found["statistics"].top1 == pytest.approx(88.9, abs=0.7)
+    kl = [found[name].kl for name in ("none", "weights", "statistics")]
+    assert kl[0] > kl[1] > kl[2]
+
+
+def test_search_at_three_bits(resnet20, images):
+    train, test = images
+    plans = {
+        proxy: proxyq.search(
+            resnet20, train, proxy=proxy, budget="size=3bit", bits=(2, 3, 4, 6), correction="none"
+        )
+        for proxy in ("output-error", "sqnr")
+    }
+    for plan in plans.values():
+        assert plan.solver.status == "optimal" and plan.size_bits <= 3 * 268_336
+    wanted = {"none": (82.8, 73.7), "statistics": (89.8, 88.5)}
+    for correction, figures in wanted.items():
+        result = evaluate(
+            resnet20, list(plans.values()), train, test, correction=correction, samples=1024
+        )
+        for one, figure in zip(result.plans, figures, strict=True):
+            # Standard error of 10,000 images is 0.3 to 0.5 points.
+            assert one.top1 == pytest.approx(figure, abs=1.5)
+
+
+def test_auto_correction_is_chosen_on_training_images_and_helps(resnet20, images):
+    plan = plan_of(resnet20, dict.fromkeys(proxyq.inspect(resnet20).names, 3))
+    quantized = proxyq.quantize_model(
+        resnet20,
+        plan,
+        np.asarray(proxyq.data.model_inputs(resnet20, images[0].take(256))),
+        correction="auto",
+    )
+    assert quantized.correction == "statistics"
+    kl = quantized.notes["held_back_kl"]
+    assert kl["statistics"] < 0.2 * kl["none"]
+
+
+def test_no_warning_reaches_the_user(cifar):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(cifar, "resnet20")
