@@ -107,14 +107,18 @@ def check(module, *inputs, batches=(3,), tolerance=3e-5):
     return model
 
 
-def check_all(cases, *inputs, tolerance=3e-5):
+def quick(function):
+    """Compiled without optimisation: half the time, the same operators."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def check_all(cases, *inputs, parts=(), tolerance=3e-5):
     """`check` for functions by name, in one export: an export costs more than an operator."""
-    parts = [function for function in cases.values() if isinstance(function, nn.Module)]
     module = Function(lambda *x: {case: function(*x) for case, function in cases.items()}, parts)
     model = from_torch(module, tuple(inputs) if len(inputs) > 1 else inputs[0])
     tensors = [random_inputs(x, 3) for x in inputs]
     arrays = tuple(t.numpy() for t in tensors)
-    actual = model(arrays if len(arrays) > 1 else arrays[0])
+    actual = quick(model.apply)(model.params, arrays if len(arrays) > 1 else arrays[0])
     expected = torch_output(module, *tensors)
     for case in cases:
         compare(actual[case], expected[case], tolerance, case)
@@ -197,12 +201,16 @@ class Attention(nn.Module):
 
 
 def test_modules():
+    """All in one export, each with those of the inputs that it takes."""
     torch.manual_seed(0)
-    by_inputs = {}
+    every = list({id(x): x for _, *inputs in MODULES.values() for x in inputs}.values())
+    cases, parts = {}, []
     for case, (build, *inputs) in MODULES.items():
-        by_inputs.setdefault(tuple(map(id, inputs)), (inputs, {}))[1][case] = randomise(build())
-    for inputs, cases in by_inputs.values():
-        check_all(cases, *inputs)
+        module = randomise(build())
+        places = [next(i for i, x in enumerate(every) if x is wanted) for wanted in inputs]
+        parts.append(module)
+        cases[case] = lambda *x, module=module, places=places: module(*(x[i] for i in places))
+    check_all(cases, *every, parts=parts)
 
 
 ACTIVATIONS = (
@@ -580,8 +588,7 @@ def test_network_of_torchvision_equals_torch(name):
         *(key for key, _ in module.named_parameters()),
         *(key for key, _ in module.named_buffers() if "num_batches_tracked" not in key),
     }
-    # Compiled without optimisation: half the time, the same operators.
-    apply = jax.jit(model.apply, compiler_options={"xla_backend_optimization_level": 0})
+    apply = quick(model.apply)
     for batch in (2, 3):
         x = images(batch, 3, size, size, seed=batch)
         assert relative_error(apply(model.params, x.numpy()), torch_output(module, x)) < 1e-4
