@@ -12,8 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from proxyq.errors import MissingExtra, ProxyqError, UsageError
-from proxyq.model import load
-from proxyq.model.load import load_model
+from proxyq.model.load import from_torchvision, load_model, weights
 from proxyq.model.model import Model
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "cifar_resnet.py"
@@ -452,11 +451,11 @@ def test_downloads_are_checked_by_their_hash(tmp_path, monkeypatch, capsys):
     torch.save({"w": torch.ones(3)}, tmp_path / "net.pth")
     digest = hashlib.sha256((tmp_path / "net.pth").read_bytes()).hexdigest()[:8]
     good = (tmp_path / "net.pth").rename(tmp_path / f"net-{digest}.pth")
-    loaded = load._download(good.as_uri(), "net")
+    loaded = from_torchvision._download(good.as_uri(), "net")
     assert torch.equal(loaded["w"], torch.ones(3))
     bad = good.rename(tmp_path / "net-01234567.pth")
     with pytest.raises(ProxyqError, match=r"could not be downloaded .*hash"):
-        load._download(bad.as_uri(), "net")
+        from_torchvision._download(bad.as_uri(), "net")
     assert capsys.readouterr().out == ""
 
 
@@ -474,7 +473,7 @@ def test_old_names_of_densenet():
                 key = key.replace(part, f"{part[:-1]}.{part[-1]}")
         dotted[key] = value
     assert "features.denseblock1.denselayer1.norm.1.weight" in dotted
-    load._load_into(module, dotted, "the file")
+    weights.load_into(module, dotted, "the file")
     assert all(bool((value == 1).all()) for value in module.state_dict().values())
 
 
