@@ -41,6 +41,8 @@ def imported(tree: ast.AST):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "proxyq":
+            yield from ((f"proxyq.{alias.name}", node) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield node.module, node
 

@@ -113,6 +113,28 @@ def test_missing_data_is_asked_for():
         proxyq.search(small_net(), images(small_net()), proxy="sqnr", evaluate=True)
 
 
+def test_a_plain_function_with_inputs_that_are_no_images():
+    model = mixer()
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, *model.input_shape)).astype(np.float32)
+    labels = np.asarray(model(x)).argmax(axis=1)
+    plan = proxyq.search(
+        model, x, proxy="output-error", budget="size=4bit", eval_data=(x, labels), seed=3
+    )
+    assert plan.measured["float"]["top1"] == 100.0
+    assert plan.provenance["data"]["images"] == 40
+    with pytest.raises(UsageError, match="must have the shape"):
+        proxyq.search(model, x[:, :3], proxy="output-error")
+    with pytest.raises(UsageError, match="equally many"):
+        proxyq.search(model, x, proxy="sqnr", eval_data=(x, labels[:5]))
+
+
+def test_a_recipes_activations_can_be_left_float():
+    model = small_net()
+    plan = proxyq.search(model, images(model), recipe="ompq", activation_bits="float")
+    assert all(layer.activation_bits is None for layer in plan.layers.values())
+
+
 NO_TORCH = """
 import sys
 

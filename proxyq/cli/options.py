@@ -104,10 +104,10 @@ Bits = Annotated[
     ),
 ]
 ActivationBits = Annotated[
-    int | None,
+    str | None,
     _option(
         "--activation-bits",
-        metavar="N",
+        metavar="N|float",
         panel=LAYERS,
         help="Bits of every layer's input. Default: float, or the recipe's.",
     ),
@@ -294,7 +294,7 @@ Memory = Annotated[
         "--memory",
         metavar="4GiB",
         panel=RUN,
-        help="Bound on the activations held at once; less is slower. Default: 1GiB.",
+        help="Bound on the activations held at once; tune it for speed. Default: 64MiB on CPU.",
     ),
 ]
 AsJson = Annotated[

@@ -49,6 +49,9 @@ def search(
     from proxyq.report.plots import check_format, draw_plan
 
     widths = None if bits is None else numbers(bits, "--bits")
+    activations = activation_bits
+    if activation_bits not in (None, "float"):
+        activations = numbers(activation_bits, "--activation-bits")[0]
     settings = key_values(option, "--option")
     bound = None if memory is None else byte_count(memory, "--memory")
     if plot is not None:
@@ -75,7 +78,7 @@ def search(
             recipe=recipe,
             budget=budget or [api.DEFAULT_BUDGET],
             bits=widths,
-            activation_bits=activation_bits,
+            activation_bits=activations,
             correction=correction,
             samples=samples,
             pins=pin or (),

@@ -1,0 +1,22 @@
+"""The library calls behind the commands: one file for each.
+
+`search` walks the whole road (model, data, proxy, allocation, plan, accuracy); `evaluate`
+measures plans; `quantize_model` applies one; `inspect` shows what a model is made of.
+"""
+
+from proxyq.api.evaluate import Evaluation as Evaluation
+from proxyq.api.evaluate import Measured as Measured
+from proxyq.api.evaluate import evaluate as evaluate
+from proxyq.api.inputs import as_data as as_data
+from proxyq.api.inputs import as_model as as_model
+from proxyq.api.inputs import inputs_of as inputs_of
+from proxyq.api.inspect import inspect as inspect
+from proxyq.api.method import DEFAULT_BITS as DEFAULT_BITS
+from proxyq.api.method import DEFAULT_PROXY as DEFAULT_PROXY
+from proxyq.api.method import DEFAULT_SAMPLES as DEFAULT_SAMPLES
+from proxyq.api.method import Method as Method
+from proxyq.api.method import method_of as method_of
+from proxyq.api.quantize import check_plan_fits as check_plan_fits
+from proxyq.api.quantize import quantize_model as quantize_model
+from proxyq.api.search import DEFAULT_BUDGET as DEFAULT_BUDGET
+from proxyq.api.search import search as search

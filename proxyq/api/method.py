@@ -1,0 +1,120 @@
+"""`Method`: what a search does, from a proxy or a recipe and the options that override it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from proxyq.errors import UsageError
+from proxyq.proxies import PROXIES, Proxy
+from proxyq.ptq.correct import CORRECTIONS
+from proxyq.quantize import check_bits
+from proxyq.search.allocate import SOLVERS
+from proxyq.search.recipes import Recipe, load_recipe
+
+DEFAULT_BITS = (2, 3, 4, 8)
+DEFAULT_PROXY = "output-error"
+DEFAULT_SAMPLES = 256
+FLOAT = "float"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a search does, from `--proxy` or `--recipe` with its options."""
+
+    proxy: Proxy
+    options: Mapping[str, Any]
+    cost: str
+    bits: tuple[int, ...]
+    activation_bits: int | None
+    correction: str
+    samples: int
+    solver: str
+    solver_options: Mapping[str, Any]
+    pins: tuple[str, ...]
+    ties: tuple[str, ...]
+    tie_features: bool
+    recipe: str | None
+
+
+def method_of(
+    proxy: str | Proxy | None = None,
+    recipe: str | Recipe | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    bits: Sequence[int] | None = None,
+    activation_bits: int | str | None = None,
+    correction: str | None = None,
+    samples: int | None = None,
+    solver: str | None = None,
+    pins: Sequence[str] = (),
+    ties: Sequence[str] = (),
+) -> Method:
+    """The method that a proxy or a recipe stands for; what is given explicitly wins.
+
+    `activation_bits` may be `"float"`, against a recipe that rounds activations.
+
+    **Raises** `UsageError` for unknown names, both at once, or impossible values.
+    """
+    if proxy is not None and recipe is not None:
+        raise UsageError("give a proxy or a recipe, not both: a recipe brings its proxy.")
+    check_correction(correction)
+    if samples is not None and samples < 1:
+        raise UsageError(f"`samples` must be at least 1, got {samples}.")
+    if solver not in (None, "auto"):
+        SOLVERS.get(solver)
+    activations = _activation_bits(activation_bits)
+    if bits is not None and not bits:
+        raise UsageError("`bits` must name at least one bit-width, got none.")
+    for width in bits or ():
+        check_bits(width)
+    if recipe is None:
+        chosen = proxy if isinstance(proxy, Proxy) else PROXIES.get(proxy or DEFAULT_PROXY)
+        return Method(
+            proxy=chosen,
+            options=chosen.check_options(options or {}),
+            cost="auto",
+            bits=tuple(sorted(set(bits or DEFAULT_BITS))),
+            activation_bits=activations,
+            correction=correction or "auto",
+            samples=samples or DEFAULT_SAMPLES,
+            solver=solver or "auto",
+            solver_options={},
+            pins=tuple(pins),
+            ties=tuple(ties),
+            tie_features=False,
+            recipe=None,
+        )
+    found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    chosen = PROXIES.get(found.proxy)
+    same_solver = solver is None or solver == found.solver
+    return Method(
+        proxy=chosen,
+        options=chosen.check_options({**found.options, **(options or {})}),
+        cost=found.cost,
+        bits=tuple(sorted(set(bits or found.bits))),
+        activation_bits=found.activation_bits if activation_bits is None else activations,
+        correction=correction or found.correction,
+        samples=samples or found.samples,
+        solver=solver or found.solver,
+        solver_options=found.solver_options() if same_solver else {},
+        pins=(*found.pins, *pins),
+        ties=(*found.tie_patterns, *ties),
+        tie_features=found.ties_features,
+        recipe=found.name,
+    )
+
+
+def check_correction(correction: str | None) -> None:
+    """Refuse a correction that does not exist; `None` leaves it open."""
+    if correction is not None and correction not in CORRECTIONS:
+        raise UsageError(
+            f"`correction` must be one of {', '.join(CORRECTIONS)}, got {correction!r}."
+        )
+
+
+def _activation_bits(value: int | str | None) -> int | None:
+    if value is None or value == FLOAT:
+        return None
+    if isinstance(value, str):
+        raise UsageError(f"`activation_bits` must be a bit-width or 'float', got {value!r}.")
+    return check_bits(value, "activation_bits")

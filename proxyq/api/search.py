@@ -1,0 +1,158 @@
+"""`search`: from a model to a plan."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from proxyq.api.evaluate import measure
+from proxyq.api.inputs import as_data, as_eval_data, as_model, inputs_of
+from proxyq.api.method import Method, method_of
+from proxyq.errors import UsageError
+from proxyq.model.features import layers_by_feature
+from proxyq.model.network import network
+from proxyq.progress import Progress, silent
+from proxyq.provenance import provenance
+from proxyq.proxies import Proxy, Scores, as_cost
+from proxyq.search.allocate import build_problem, solve
+from proxyq.search.allocate.plan import Plan, plan_from
+from proxyq.search.recipes import Recipe
+
+DEFAULT_BUDGET = "size=4bit"
+
+
+def search(
+    model: Any = None,
+    data: Any = None,
+    *,
+    proxy: str | Proxy | None = None,
+    recipe: str | Recipe | None = None,
+    budget: str | Sequence[str] = DEFAULT_BUDGET,
+    bits: Sequence[int] | None = None,
+    activation_bits: int | str | None = None,
+    correction: str | None = None,
+    samples: int | None = None,
+    pins: Sequence[str] = (),
+    ties: Sequence[str] = (),
+    candidates: Sequence[str] = (),
+    solver: str | None = None,
+    time_limit: float = 60.0,
+    options: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    memory: int | None = None,
+    evaluate: bool = False,
+    eval_data: Any = None,
+    progress: Progress = silent,
+) -> Plan:
+    """A bit-width for every layer of a model, within hard budgets.
+
+    **Arguments:**
+
+    - `model`: a `Model`, a specification (`torchvision:resnet18`), or `None` for the embedded
+      network. `data`: calibration images, as `as_data` takes them; labels are not read.
+    - `proxy` or `recipe`: what measures sensitivity; `options` are the proxy's.
+    - `budget`: one or several, such as `size=3bit`, `size=1.5MiB`, `bops=75G`; all hold.
+    - `bits`: candidate bit-widths. `pins` (`'PATTERN=8'`), `ties` (`'PATTERN'`) and
+      `candidates` (`'PATTERN=2,4'`) bind layers by shell patterns, or `re:` expressions.
+    - `activation_bits`: bits of every layer's input, or `"float"`; `None` is the recipe's, else
+      float.
+    - `correction`: `auto`, `none`, `weights` or `statistics`, when the plan is run.
+    - `samples`: how many calibration images; `seed`: draw them at random from this seed
+      instead of taking the first, and seed what is random in the proxy.
+    - `evaluate`, `eval_data`: run the plan quantized, and measure it beside float and uniform.
+
+    **Returns** a `Plan`; its `predicted` part holds the scores, `measured` the accuracy.
+
+    **Raises** `UsageError` for wrong arguments, `InfeasibleError` when no plan fits.
+    """
+    method = method_of(
+        proxy,
+        recipe,
+        options=options,
+        bits=bits,
+        activation_bits=activation_bits,
+        correction=correction,
+        samples=samples,
+        solver=solver,
+        pins=pins,
+        ties=ties,
+    )
+    model = as_model(model)
+    found = network(model, 1)
+    measured = evaluate or eval_data is not None
+    needs_data = method.proxy.needs_images or (measured and _runs_on_images(method))
+    calibration = as_data(data, model) if needs_data else None
+    if calibration is None and needs_data:
+        raise UsageError(
+            f"calibration images are needed by {method.proxy.name!r} or by "
+            f"correction={method.correction!r}: give `data` (--data)."
+        )
+    # What cannot be solved (or not by this solver) and images that do not fit are told before
+    # minutes of measuring.
+    layers = found.layers
+    shared = layers_by_feature(found) if method.tie_features else ()
+    binding = {
+        "pins": method.pins,
+        "ties": method.ties,
+        "shared": shared,
+        "candidates": candidates,
+        "activation_bits": method.activation_bits,
+    }
+    blank = np.zeros((len(layers), len(method.bits)))
+    blank_problem = build_problem(layers, blank, method.bits, budget, **binding)
+    first = "greedy" if method.solver == "auto" else method.solver
+    solve(blank_problem, first, time_limit=time_limit, **method.solver_options)
+    labelled = as_eval_data(eval_data, model) if measured else None
+
+    inputs = None if calibration is None else inputs_of(calibration, model, method.samples, seed)
+    scores = method.proxy(
+        model,
+        inputs if method.proxy.needs_images else None,
+        bits=method.bits,
+        key=jax.random.key(seed or 0),
+        memory=memory,
+        progress=progress,
+        **method.options,
+    )
+    cost = as_cost(scores, method.cost)
+    for _, *others in shared:
+        # What is measured once counts once.
+        cost = np.where(np.isin(found.names, others)[:, None], 0.0, cost)
+    problem = build_problem(layers, cost, method.bits, budget, **binding)
+    answer = solve(problem, method.solver, time_limit=time_limit, **method.solver_options)
+    plan = plan_from(
+        answer,
+        layers,
+        model={"name": model.name, "digest": model.digest(), **model.identity},
+        method={
+            "proxy": method.proxy.name,
+            "recipe": method.recipe,
+            "options": dict(scores.options),
+            "cost": method.cost,
+            "bits": list(method.bits),
+            "correction": method.correction,
+            "samples": 0 if inputs is None else len(jax.tree.leaves(inputs)[0]),
+        },
+        activation_bits=method.activation_bits,
+        provenance=provenance(
+            seed=seed, data=None if calibration is None else calibration.identity
+        ),
+        predicted={"scores": _by_layer(scores)},
+    )
+    if labelled is None:
+        return plan
+    result = measure(model, [plan], inputs, labelled, memory=memory, progress=progress)
+    record = plan.model_dump(by_alias=True)
+    return Plan.model_validate({**record, "measured": result.to_json()})
+
+
+def _runs_on_images(method: Method) -> bool:
+    return method.correction in ("auto", "statistics") or method.activation_bits is not None
+
+
+def _by_layer(scores: Scores) -> dict[str, Any]:
+    return {
+        layer.name: np.asarray(v).tolist()
+        for layer, v in zip(scores.layers, scores.values, strict=True)
+    }
