@@ -182,13 +182,44 @@ def test_files_that_cannot_be_imported(tmp_path):
     for text, words in [
         ("def net(:\n", "SyntaxError"),
         ("import no_such_module_at_all\n", "No module named 'no_such_module_at_all'"),
-        ("raise SystemExit(3)\n", "SystemExit: 3"),
     ]:
         broken.write_text(text)
         with pytest.raises(ProxyqError) as caught:
             load_model(f"{broken}:net")
         assert words in one_sentence(caught)
     assert "proxyq_user_broken" not in sys.modules
+
+
+EXITS = """
+import sys
+
+import torch
+
+
+def factory():
+    sys.exit("no data\\nhere")
+
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        sys.exit()
+"""
+
+
+def test_files_that_call_sys_exit(tmp_path):
+    """While imported, in the factory, and in the network that the factory makes."""
+    pytest.importorskip("torch")
+    file = tmp_path / "leaves.py"
+    file.write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(ProxyqError, match=r"leaves\.py' called `sys\.exit\(3\)` while") as caught:
+        load_model(f"{file}:net")
+    assert "`if __name__ == '__main__':`" in one_sentence(caught)
+    assert "proxyq_user_leaves" not in sys.modules
+    file.write_text(EXITS)
+    for factory, call in [("factory", r"sys.exit('no data\nhere')"), ("Net", "sys.exit()")]:
+        with pytest.raises(ProxyqError) as caught:
+            load_model(f"{file}:{factory}", input_shape=(4,))
+        assert f"`{call}`" in one_sentence(caught)
 
 
 def test_file_may_import_its_neighbours_and_leaves_the_path_alone(tmp_path, flax_file):

@@ -22,7 +22,7 @@ def load_file(spec: str, weights: Path | None, input_shape: tuple[int, ...] | No
     path = Path(path_text)
     if not path.is_file():
         raise UsageError(f"there is no file {path_text!r} to take the model from.")
-    with _importable(path.resolve().parent):
+    with _staying(path_text), _importable(path.resolve().parent):
         code = _import_file(path)
         known = [
             key
@@ -45,6 +45,19 @@ def load_file(spec: str, weights: Path | None, input_shape: tuple[int, ...] | No
 
 
 @contextlib.contextmanager
+def _staying(path: str) -> Iterator[None]:
+    """The user's code may fail, in the network's own forward pass too, but not end proxyq."""
+    try:
+        yield
+    except SystemExit as error:
+        status = "" if error.code is None else repr(error.code)[:100]
+        raise ProxyqError(
+            f"the code of {path!r} called `sys.exit({status})` while its model was made: take "
+            "the call out, or put it under `if __name__ == '__main__':`."
+        ) from error
+
+
+@contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
     """Modules beside the user's file can be imported by it."""
     sys.path.insert(0, str(folder))
@@ -63,8 +76,10 @@ def _import_file(path: Path, *, again: bool = True) -> ModuleType:
     sys.modules[name] = code  # dataclasses and pickles look their module up
     try:
         spec.loader.exec_module(code)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         del sys.modules[name]
+        if not isinstance(error, Exception):  # interrupted, or `sys.exit`
+            raise
         if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision"):
             raise MissingExtra(error.name, "torch", f"The file {str(path)!r}") from error
         if again and "operator torchvision::" in str(error):
@@ -97,7 +112,7 @@ def _call(factory: Any, name: str, path: str) -> Any:
         raise UsageError(f"{name!r} in {path!r} is no function but a {type(factory).__name__}.")
     try:
         return seeded(factory) if torch is not None else factory()
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         raise ProxyqError(f"{name!r} in {path!r} failed ({reason(error)}).") from error
 
 
