@@ -118,7 +118,7 @@ def main():
     for name in network.names:
         (site,) = network.sites_of(name)
         weight, where = engine.weight(site), network.sites[site]
-        columns = [quantize_columns(engine.columns(site), b, method="mse") for b in BITS]
+        columns = [quantize_columns(engine.columns(site), b) for b in BITS]
         edits = [Edit(weight=where.from_columns(c, weight.shape)) for c in columns]
         alternatives[name] = [{site: edit} for edit in edits]
         shape = plain.get_submodule(name).weight.shape

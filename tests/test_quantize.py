@@ -11,6 +11,7 @@ from proxyq.errors import UsageError
 from proxyq.quantize import (
     BITS,
     Grid,
+    Rounding,
     dequantize,
     fake_quantize,
     fit_grid,
@@ -96,6 +97,23 @@ def test_mse_range_is_no_worse_than_a_fine_search(seed, bits):
             for f in np.linspace(0.06, 1, 400)
         ]
         assert np.sum((got[:, column] - w) ** 2) <= 1.12 * min(errors) + 1e-12
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_the_odd_code_on_either_side(bits):
+    x = draw(bits)
+    x[:, 0] = np.abs(x[:, 0])  # a channel of one sign uses one side of the grid
+    plain = np.asarray(quantize_columns(jnp.asarray(x), bits), np.float64)
+    mirrored = -np.asarray(quantize_columns(jnp.asarray(-x), bits), np.float64)
+    best = np.asarray(quantize_columns(jnp.asarray(x), bits, Rounding(extra_code="either")))
+    errors = [np.sum((q - x) ** 2, axis=0) for q in (plain, mirrored, best)]
+    np.testing.assert_allclose(errors[2], np.minimum(errors[0], errors[1]), rtol=1e-4)
+    for column in best.T:
+        assert len(np.unique(column)) <= 2**bits
+    if bits in (2, 3):
+        assert errors[2][0] < 0.9 * errors[0][0]
+    with pytest.raises(UsageError, match="`extra_code` of the rounding must be one of"):
+        Rounding(extra_code="positive")
 
 
 def test_percentile_ignores_outliers():

@@ -11,6 +11,7 @@ from networks import mixer, small_net
 import proxyq
 from proxyq.api import evaluate, quantize_model
 from proxyq.errors import ProxyqError, UsageError
+from proxyq.model.network import network
 from proxyq.search.allocate.plan import Plan
 
 
@@ -133,6 +134,26 @@ def test_a_recipes_activations_can_be_left_float():
     model = small_net()
     plan = proxyq.search(model, images(model), recipe="ompq", activation_bits="float")
     assert all(layer.activation_bits is None for layer in plan.layers.values())
+
+
+def test_the_rounding_of_the_search_is_the_rounding_that_runs():
+    model = small_net()
+    data = images(model)
+    plans = [
+        proxyq.search(model, data, proxy="sqnr", budget="size=3bit", extra_code=code)
+        for code in ("negative", "either")
+    ]
+    assert plans[1].method["rounding"] == {"method": "mse", "extra_code": "either"}
+    plain, either = (plan.solver.objective for plan in plans)
+    assert either < plain  # a grid that may be mirrored rounds no channel worse
+    run = quantize_model(model, plans[1], correction="none")
+    widths = plans[1].bits()
+    for index, site in enumerate(network(model, 1).sites):
+        values = np.asarray(site.columns(run.edits[index].weight))
+        assert all(len(np.unique(column)) <= 2 ** widths[site.layer] for column in values.T)
+    broken = plans[0].model_copy(update={"method": {"rounding": {"code": 1}}})
+    with pytest.raises(ProxyqError, match=r"method\.rounding"):
+        quantize_model(model, broken, correction="none")
 
 
 NO_TORCH = """

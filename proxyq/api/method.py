@@ -7,7 +7,7 @@ from typing import Any
 from proxyq.errors import UsageError
 from proxyq.proxies import PROXIES, Proxy
 from proxyq.ptq.correct import CORRECTIONS
-from proxyq.quantize import check_bits
+from proxyq.quantize import Rounding, check_bits
 from proxyq.search.allocate import SOLVERS
 from proxyq.search.recipes import Recipe, load_recipe
 
@@ -26,6 +26,7 @@ class Method:
     cost: str
     bits: tuple[int, ...]
     activation_bits: int | None
+    rounding: Rounding
     correction: str
     samples: int
     solver: str
@@ -43,6 +44,7 @@ def method_of(
     options: Mapping[str, Any] | None = None,
     bits: Sequence[int] | None = None,
     activation_bits: int | str | None = None,
+    extra_code: str | None = None,
     correction: str | None = None,
     samples: int | None = None,
     solver: str | None = None,
@@ -63,6 +65,7 @@ def method_of(
     if solver not in (None, "auto"):
         SOLVERS.get(solver)
     activations = _activation_bits(activation_bits)
+    rounding = Rounding() if extra_code is None else Rounding(extra_code=extra_code)  # type: ignore[arg-type]
     if bits is not None and not bits:
         raise UsageError("`bits` must name at least one bit-width, got none.")
     for width in bits or ():
@@ -75,6 +78,7 @@ def method_of(
             cost="auto",
             bits=tuple(sorted(set(bits or DEFAULT_BITS))),
             activation_bits=activations,
+            rounding=rounding,
             correction=correction or "auto",
             samples=samples or DEFAULT_SAMPLES,
             solver=solver or "auto",
@@ -93,6 +97,7 @@ def method_of(
         cost=found.cost,
         bits=tuple(sorted(set(bits or found.bits))),
         activation_bits=found.activation_bits if activation_bits is None else activations,
+        rounding=rounding,
         correction=correction or found.correction,
         samples=samples or found.samples,
         solver=solver or found.solver,

@@ -1,5 +1,6 @@
 """`quantize_model`: a plan applied to a model."""
 
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from proxyq.model.network import network
 from proxyq.progress import Progress, silent
 from proxyq.ptq.correct import correct
 from proxyq.ptq.quantized import QuantizedModel, input_grids, round_weights, with_input_grids
+from proxyq.quantize import Rounding
 from proxyq.search.allocate.plan import Plan
 
 
@@ -37,7 +39,7 @@ def quantize_model(
     check_plan_fits(model, plan)
     images = 1 if inputs is None else len(jax.tree.leaves(inputs)[0])
     engine = Engine.build(model, images, memory=memory)
-    edits = round_weights(engine, widths)
+    edits = round_weights(engine, widths, _rounding(plan))
     if activations:
         if inputs is None:
             raise UsageError("activation ranges need calibration images: give `data` (--data).")
@@ -45,6 +47,18 @@ def quantize_model(
     wanted = correction or str(plan.method.get("correction", "none"))
     edits, used, notes = correct(engine, edits, inputs, wanted, progress=progress)  # type: ignore[arg-type]
     return QuantizedModel(model=model, bits=widths, edits=edits, correction=used, notes=notes)
+
+
+def _rounding(plan: Plan) -> Rounding:
+    """The rounding that the plan was searched for."""
+    record = plan.method.get("rounding") or {}
+    known = {field.name for field in fields(Rounding)}
+    if not isinstance(record, dict) or set(record) - known:
+        raise ProxyqError(
+            f"the plan's field 'method.rounding' may hold {', '.join(sorted(known))}, got "
+            f"{record!r}."
+        )
+    return Rounding(**record)
 
 
 def check_plan_fits(model: Model, plan: Plan) -> None:

@@ -1,6 +1,7 @@
 """`search`: from a model to a plan."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ def search(
     budget: str | Sequence[str] = DEFAULT_BUDGET,
     bits: Sequence[int] | None = None,
     activation_bits: int | str | None = None,
+    extra_code: str | None = None,
     correction: str | None = None,
     samples: int | None = None,
     pins: Sequence[str] = (),
@@ -57,6 +59,8 @@ def search(
       `candidates` (`'PATTERN=2,4'`) bind layers by shell patterns, or `re:` expressions.
     - `activation_bits`: bits of every layer's input, or `"float"`; `None` is the recipe's, else
       float.
+    - `extra_code`: on which side of zero a weight grid has its odd code: `negative` (two's
+      complement, the default) or `either`, whichever rounds a channel better.
     - `correction`: `auto`, `none`, `weights` or `statistics`, when the plan is run.
     - `samples`: how many calibration images; `seed`: draw them at random from this seed
       instead of taking the first, and seed what is random in the proxy.
@@ -72,6 +76,7 @@ def search(
         options=options,
         bits=bits,
         activation_bits=activation_bits,
+        extra_code=extra_code,
         correction=correction,
         samples=samples,
         solver=solver,
@@ -112,6 +117,7 @@ def search(
         bits=method.bits,
         key=jax.random.key(seed or 0),
         memory=memory,
+        rounding=method.rounding,
         progress=progress,
         **method.options,
     )
@@ -131,6 +137,7 @@ def search(
             "options": dict(scores.options),
             "cost": method.cost,
             "bits": list(method.bits),
+            "rounding": asdict(method.rounding),
             "correction": method.correction,
             "samples": 0 if inputs is None else len(jax.tree.leaves(inputs)[0]),
         },

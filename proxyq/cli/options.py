@@ -112,6 +112,16 @@ ActivationBits = Annotated[
         help="Bits of every layer's input. Default: float, or the recipe's.",
     ),
 ]
+ExtraCode = Annotated[
+    str | None,
+    _option(
+        "--extra-code",
+        metavar="negative|either",
+        panel=LAYERS,
+        help="Side of zero on which weight grids have their odd code: negative (two's "
+        "complement), or either, whichever rounds a channel better. Default: negative.",
+    ),
+]
 Pins = Annotated[
     list[str] | None,
     _option(

@@ -212,7 +212,7 @@ def _text(value: Any) -> str:
     if callable(value) and not isinstance(value, type):
         return ""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"array#{id(value)}" if jnp.ndim(value) else repr(value)
+        return f"array#{id(value)}" if len(value.shape) else repr(value)
     return repr(value)
 
 

@@ -20,7 +20,7 @@ from proxyq.model.features import features
 from proxyq.model.graph import Var
 from proxyq.model.layers import Layer, Site
 from proxyq.progress import Progress, silent
-from proxyq.quantize import Range, quantize_columns
+from proxyq.quantize import Rounding, quantize_columns
 
 NEEDS = {
     "weight": "the layer's weight, batch norm folded in",
@@ -68,7 +68,7 @@ class LayerTap:
     site: int
     recorded: Mapping[str, Any]
     same_feature_as: str
-    method: Range = "mse"
+    rounding: Rounding
 
     @property
     def weight(self) -> Any:
@@ -96,10 +96,7 @@ class LayerTap:
 
     def quantized(self, bits: int) -> Any:
         """`columns` rounded to `bits`: symmetric, one grid an output channel."""
-        return _quantize_columns(self.columns, bits, method=self.method)
-
-
-_quantize_columns = jax.jit(quantize_columns, static_argnames="method")
+        return quantize_columns(self.columns, bits, self.rounding)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,7 +136,7 @@ def collect(
     bits: Sequence[int],
     *,
     options: TapOptions | None = None,
-    method: Range = "mse",
+    rounding: Rounding | None = None,
     progress: Progress = silent,
 ) -> Taps:
     """Record what `needs` names (see `NEEDS`) of every layer.
@@ -148,11 +145,11 @@ def collect(
 
     - `inputs`: the images, `[images, …]`, or `None` when only weights are needed.
     - `bits`: candidate bit-widths, for `output-error` and `LayerTap.quantized`.
-    - `method`: how weight ranges are found.
+    - `rounding`: how weights are rounded.
 
     **Raises** `UsageError` for an unknown need, or when images are needed and missing.
     """
-    options = options or TapOptions()
+    options, rounding = options or TapOptions(), rounding or Rounding()
     for need in needs:
         if need not in NEEDS:
             raise UsageError(f"unknown need {need!r}: known are {', '.join(NEEDS)}.")
@@ -169,7 +166,7 @@ def collect(
                 f"statistics of the batch need all {images} images at once, but memory allows "
                 f"{engine.batch_size}: give fewer images or more memory."
             )
-        _record(engine, inputs, tuple(needs), tuple(bits), options, method, recorded, progress)
+        _record(engine, inputs, tuple(needs), tuple(bits), options, rounding, recorded, progress)
     owner: dict[Var, str] = {}
     taps = tuple(
         LayerTap(
@@ -178,7 +175,7 @@ def collect(
             site=first[layer.name],
             recorded=recorded[layer.name],
             same_feature_as=owner.setdefault(var, layer.name),
-            method=method,
+            rounding=rounding,
         )
         for layer, var in zip(
             network.layers, features(network, options.feature).values(), strict=True
@@ -196,7 +193,7 @@ def _record(
     needs: tuple[str, ...],
     bits: tuple[int, ...],
     options: TapOptions,
-    method: Range,
+    rounding: Rounding,
     recorded: dict[str, dict[str, Any]],
     progress: Progress,
 ) -> None:
@@ -221,7 +218,7 @@ def _record(
         progress("record", done, total)
 
     for walk in walks:
-        _walk(engine, walk, needs, bits, options, method, recorded, sums, pooled, tick)
+        _walk(engine, walk, needs, bits, options, rounding, recorded, sums, pooled, tick)
     for name, parts in pooled.items():
         recorded[name]["pooled"] = np.concatenate(parts).astype(np.float64)
     if "output-error" in needs:
@@ -241,7 +238,7 @@ def _walk(
     needs: tuple[str, ...],
     bits: tuple[int, ...],
     options: TapOptions,
-    method: Range,
+    rounding: Rounding,
     recorded: dict[str, dict[str, Any]],
     sums: dict[int, np.ndarray],
     pooled: dict[str, list[np.ndarray]],
@@ -263,7 +260,7 @@ def _walk(
         own = [out] if measured or "output" in needs else []
         capture = tuple(dict.fromkeys([*own, *(var for var in owners if var in made)]))
         # Convolution and dot are linear: the output's change is that of the weight.
-        deltas = _weight_changes(engine, index, bits, method) if measured else []
+        deltas = _weight_changes(engine, index, bits, rounding) if measured else []
         captured: dict[Var, list[Any]] = {var: [] for var in capture}
         reads: list[Any] = []
         for chunk, (state, count) in enumerate(zip(states, counts, strict=True)):
@@ -351,13 +348,10 @@ def _moments(rows: Any) -> np.ndarray:
     return np.array([rows.size, *sums])
 
 
-def _weight_changes(engine: Engine, index: int, bits: tuple[int, ...], method: Range) -> list[Any]:
+def _weight_changes(engine: Engine, index: int, bits: tuple[int, ...], how: Rounding) -> list[Any]:
     site, columns = engine.network.sites[index], engine.columns(index)
     shape = engine.weight(index).shape
-    return [
-        site.from_columns(_quantize_columns(columns, b, method=method) - columns, shape)
-        for b in bits
-    ]
+    return [site.from_columns(quantize_columns(columns, b, how) - columns, shape) for b in bits]
 
 
 def _squares(engine: Engine, index: int, state: State, deltas: list[Any]) -> np.ndarray:

@@ -15,7 +15,7 @@ from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.model.layers import Layer
 from proxyq.model.model import Model
 from proxyq.progress import Progress, silent
-from proxyq.quantize import Range
+from proxyq.quantize import Rounding
 from proxyq.registry import Registry
 
 Shape = Literal["layers", "layers bits"]
@@ -135,7 +135,7 @@ class Proxy:
         bits: tuple[int, ...] = (2, 3, 4, 8),
         key: Any = None,
         memory: int | None = None,
-        method: Range = "mse",
+        rounding: Rounding | None = None,
         progress: Progress = silent,
         **options: Any,
     ) -> Scores:
@@ -149,7 +149,7 @@ class Proxy:
             model, images, batch_norm=chosen.batch_norm, memory=memory, batch_size=whole
         )
         taps = collect(
-            engine, inputs, self.needs, bits, options=chosen, method=method, progress=progress
+            engine, inputs, self.needs, bits, options=chosen, rounding=rounding, progress=progress
         )
         scores = self.on(taps, key=key, **options)
         return Scores(

@@ -12,7 +12,7 @@ import numpy as np
 from proxyq.engine import Edit, Edits, Engine
 from proxyq.errors import UsageError, near
 from proxyq.model.model import Model
-from proxyq.quantize import Grid, Range, check_bits, fit_grid, quantize_columns
+from proxyq.quantize import Grid, Range, Rounding, check_bits, fit_grid, quantize_columns
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,13 +37,10 @@ class QuantizedModel:
         return engine.logits(inputs, self.edits)
 
 
-_round = jax.jit(quantize_columns, static_argnames="method")
-
-
 def round_weights(
-    engine: Engine, bits: Mapping[str, int], *, method: Range = "mse"
+    engine: Engine, bits: Mapping[str, int], rounding: Rounding | None = None
 ) -> dict[int, Edit]:
-    """Edits that round each named layer's weights: symmetric, one grid an output channel.
+    """Edits that round each named layer's weights: one grid an output channel.
 
     **Raises** `UsageError` for an unknown layer or an impossible bit-width.
     """
@@ -55,7 +52,7 @@ def round_weights(
     edits = {}
     for index, site in enumerate(engine.network.sites):
         if site.layer in bits:
-            columns = _round(engine.columns(index), bits[site.layer], method=method)
+            columns = quantize_columns(engine.columns(index), bits[site.layer], rounding)
             shape = engine.weight(index).shape
             edits[index] = Edit(weight=site.from_columns(columns, shape))
     return edits

@@ -3,6 +3,7 @@
 from proxyq.quantize.grid import BITS as BITS
 from proxyq.quantize.grid import Grid as Grid
 from proxyq.quantize.grid import Range as Range
+from proxyq.quantize.grid import Rounding as Rounding
 from proxyq.quantize.grid import check_bits as check_bits
 from proxyq.quantize.grid import dequantize as dequantize
 from proxyq.quantize.grid import fake_quantize as fake_quantize

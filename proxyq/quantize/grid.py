@@ -6,7 +6,9 @@ one sign would be useless); asymmetric grids use `0 … 2^b-1` with an integer z
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jax import lax
 from proxyq.errors import UsageError
 
 Range = Literal["absmax", "percentile", "mse"]
+ExtraCode = Literal["negative", "either"]
 BITS = (*range(1, 9), 16)
 
 
@@ -84,6 +87,7 @@ def fit_grid(
     axes: tuple[int, ...] | None = None,
     method: Range = "absmax",
     percentile: float = 99.9,
+    extra_code: ExtraCode = "negative",
 ) -> Grid:
     """The grid for `x`.
 
@@ -97,20 +101,31 @@ def fit_grid(
     - `method`: `absmax` covers every value, `percentile` the given share of them (of
       magnitudes if symmetric, else of each side), `mse` takes the range with the least
       squared error among some hundred fractions of the full one.
+    - `extra_code`: a symmetric grid has one code more on one side of zero. Two's complement
+      puts it on the `negative` side; `either` takes the side with the smaller squared error
+      for each grid, which an unsigned code with a zero point of its own stores as well.
 
     **Returns** a `Grid` whose fields broadcast against `x`.
     """
     if isinstance(bits, int):
         check_bits(bits)
     axes = tuple(range(x.ndim)) if axes is None else axes
+    if extra_code not in ("negative", "either"):
+        raise UsageError(f"`extra_code` must be 'negative' or 'either', got {extra_code!r}.")
+    if extra_code == "either" and symmetric:
+        plain, other = (
+            fit_grid(y, bits, axes=axes, method=method, percentile=percentile) for y in (x, -x)
+        )
+        # Q(x) on the mirrored grid is -Q(-x) on the plain one.
+        mirrored = Grid(other.scale, -other.zero, -other.upper, -other.lower)
+        better = _squared_error(x, mirrored, axes) < _squared_error(x, plain, axes)
+        return Grid(*(jnp.where(better, m, p) for m, p in zip(mirrored, plain, strict=True)))
     low, high = _extent(x, axes, symmetric, method, percentile)
     if method != "mse":
         return _grid(low, high, bits, symmetric)
 
     def error(fraction: Any) -> Any:
-        grid = _grid(low * fraction, high * fraction, bits, symmetric)
-        wrong = dequantize(quantize(x, grid), grid) - x
-        return jnp.sum(wrong * wrong, axis=axes, keepdims=True)
+        return _squared_error(x, _grid(low * fraction, high * fraction, bits, symmetric), axes)
 
     # Coarse fractions of the full range, then finer ones around the best of each channel. The
     # error of few values is a jagged curve, which wants a closer look.
@@ -124,6 +139,11 @@ def fit_grid(
     index = jnp.argmin(lax.map(error, fine), axis=0)
     best = jnp.take_along_axis(fine, index[None], axis=0)[0]
     return _grid(low * best, high * best, bits, symmetric)
+
+
+def _squared_error(x: Any, grid: Grid, axes: tuple[int, ...]) -> Any:
+    wrong = dequantize(quantize(x, grid), grid) - x
+    return jnp.sum(wrong * wrong, axis=axes, keepdims=True)
 
 
 def _extent(x: Any, axes: Any, symmetric: bool, method: Range, percentile: float) -> Any:
@@ -163,9 +183,30 @@ def _grid(low: Any, high: Any, bits: Any, symmetric: bool) -> Grid:
     return Grid(scale, zero, jnp.zeros_like(levels), levels - 1)
 
 
-def quantize_columns(columns: Any, bits: Any, *, method: Range = "mse") -> Any:
-    """Fake-quantized weights, symmetric, one grid an output channel.
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How weights are rounded: symmetric grids, one an output channel.
+
+    `method` finds the range, `extra_code` places the odd code; see `fit_grid`.
+    """
+
+    method: Range = "mse"
+    extra_code: ExtraCode = "negative"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("method", get_args(Range)), ("extra_code", get_args(ExtraCode))):
+            value = getattr(self, name)
+            if value not in allowed:
+                known = ", ".join(allowed)
+                raise UsageError(f"`{name}` of the rounding must be one of {known}, got {value!r}.")
+
+
+@partial(jax.jit, static_argnames="rounding")
+def quantize_columns(columns: Any, bits: Any, rounding: Rounding | None = None) -> Any:
+    """Fake-quantized weights, one grid an output channel.
 
     `columns` is `[fan_in, channels]`, as `Site.columns` gives it; `bits` may be traced.
     """
-    return fake_quantize(columns, fit_grid(columns, bits, axes=(0,), method=method))
+    how = rounding or Rounding()
+    grid = fit_grid(columns, bits, axes=(0,), method=how.method, extra_code=how.extra_code)
+    return fake_quantize(columns, grid)
