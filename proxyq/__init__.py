@@ -8,7 +8,6 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import proxyq.search as _search_package
 from proxyq.errors import ProxyqError as ProxyqError
 from proxyq.errors import UsageError as UsageError
 from proxyq.version import __version__ as __version__
@@ -85,5 +84,4 @@ class _Search(ModuleType):
         return search(*args, **options)
 
 
-_search_package.__class__ = _Search
-del _search_package
+importlib.import_module("proxyq.search").__class__ = _Search

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from proxyq.model.graph import Env, Equation, Var, evaluate, is_literal, read
 from proxyq.model.lowering import run

@@ -8,7 +8,7 @@ inputs and runs per batch. This file alone touches the internals of JAX.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.extend import core as jex
@@ -16,8 +16,25 @@ from jax.extend import core as jex
 from proxyq.errors import ProxyqError
 from proxyq.model.model import Apply, Model
 
-Var = jex.Var
-Equation = jex.JaxprEqn
+if TYPE_CHECKING:
+    # JAX types these too loosely to check anything: abstract values without a shape, and
+    # operands that may be literals wherever they are read. This is what proxyq uses of them.
+    class Var:
+        """A variable, or a literal with its value."""
+
+        aval: Any
+        val: Any
+
+    class Equation:
+        """Some outputs of one primitive."""
+
+        primitive: Any
+        params: dict[str, Any]
+        invars: list[Var]
+        outvars: list[Var]
+else:
+    Var = jex.Var
+    Equation = jex.JaxprEqn
 Env = dict[Var, Any]
 Rule = Callable[[Equation, list[Any]], Sequence[Any] | None]
 
@@ -126,7 +143,7 @@ def evaluate(eqns: Iterable[Equation], env: Env, rule: Rule | None = None) -> No
         env.update(zip(eqn.outvars, outs, strict=True))
 
 
-def bodies(eqn: Equation) -> list[jex.Jaxpr]:
+def bodies(eqn: Equation) -> list[Any]:
     """All jaxprs inside an equation's parameters."""
     found = []
     for value in eqn.params.values():
@@ -145,7 +162,7 @@ def primitives(eqn: Equation) -> set[str]:
     return set().union(*(primitives(e) for body in inner for e in body.eqns), set())
 
 
-def _body(eqn: Equation) -> tuple[jex.Jaxpr, Sequence[Any]] | None:
+def _body(eqn: Equation) -> tuple[Any, Sequence[Any]] | None:
     """A call's body and the constants it closes over, when a layer is inside."""
     name = eqn.primitive.name
     if not bodies(eqn) or not primitives(eqn) & LAYER_PRIMITIVES:
@@ -162,7 +179,7 @@ def _body(eqn: Equation) -> tuple[jex.Jaxpr, Sequence[Any]] | None:
     return (body.jaxpr, body.consts) if isinstance(body, jex.ClosedJaxpr) else (body, ())
 
 
-def _inline(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def _inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     env: Env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
     def splice(eqn: Equation, values: list[Any]) -> Sequence[Any] | None:
@@ -200,7 +217,7 @@ def trace_function(
     spliced = jax.make_jaxpr(lambda *args: _inline(closed.jaxpr, closed.consts, args))(
         *params, *inputs
     )
-    jaxpr = spliced.jaxpr
+    jaxpr: Any = spliced.jaxpr
     param_vars = jaxpr.invars[: len(names)]
     input_vars = tuple(jaxpr.invars[len(names) :])
     constants = dict(zip(jaxpr.constvars, spliced.consts, strict=True))
