@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--budget", default="size=3bit")
     parser.add_argument("--samples", type=int, default=1024, help="images for the correction")
     parser.add_argument("--corrections", default="none,weights,statistics,auto")
+    parser.add_argument("--extra-code", default="negative", help="negative or either")
     parser.add_argument("--float-activations", action="store_true")
     parser.add_argument("--proxies", default=",".join(PROXIES))
     parser.add_argument("--recipes", default=",".join(RECIPES))
@@ -61,15 +62,11 @@ def main() -> None:
     for kind, name in methods:
         started = time.perf_counter()
         own = {"proxy": name, "bits": bits} if kind == "proxy" else {"recipe": name}
-        plan = proxyq.search(model, train, budget=args.budget, **own)
+        if args.float_activations:
+            own["activation_bits"] = "float"
+        plan = proxyq.search(model, train, budget=args.budget, extra_code=args.extra_code, **own)
         label = name if kind == "proxy" else f"recipe {name}"
         seconds[label] = time.perf_counter() - started
-        if args.float_activations:
-            float_layers = {
-                layer: record.model_copy(update={"activation_bits": None})
-                for layer, record in plan.layers.items()
-            }
-            plan = plan.model_copy(update={"layers": float_layers})
         plans[label] = plan
 
     columns = args.corrections.split(",")
@@ -89,7 +86,10 @@ def main() -> None:
         for one in (*result.plans, *([result.uniform] if result.uniform else [])):
             table[one.name][correction] = one.top1
 
-    print(f"{args.network}, {args.budget}, bits {args.bits}; float {exact:.2f} %")
+    print(
+        f"{args.network}, {args.budget}, bits {args.bits}, odd code {args.extra_code}; "
+        f"float {exact:.2f} %"
+    )
     print(f"{'method':<20}{'size bit':>9}{'search s':>9}" + "".join(f"{c:>12}" for c in columns))
     for name, row in table.items():
         average = f"{plans[name].average_bits:.3f}" if name in plans else ""
