@@ -402,6 +402,14 @@ def test_npz_sentences(archive, tmp_path):
         load_data(file + ":")
     with pytest.raises(UsageError, match="has 6 images but 4 labels"):
         load_data(archive("odd.npz", x=pictures(6), y=np.arange(4)) + ":x,y")
+    odd = archive("odd.npz", x=pictures(6), y=np.arange(4))
+    with pytest.raises(UsageError, match="has 6 images in 'x' but 4 labels in 'y': store one"):
+        load_data(odd, split="test")
+    assert load_data(odd + ":x").labels is None
+    # Labels of other images, and integers that are not called labels, are no mistake.
+    mixed = archive("mixed.npz", x_train=pictures(9), x_test=pictures(6), y_test=np.arange(6))
+    assert load_data(mixed).labels is None and load_data(mixed, split="test").labels is not None
+    assert load_data(archive("ids.npz", x=pictures(6), year=np.arange(4))).labels is None
     with pytest.raises(UsageError, match=r"several arrays may be the images .*a \(6, 8, 8, 3\)"):
         load_data(archive("two.npz", a=pictures(6), b=pictures(6)))
     with pytest.raises(UsageError, match="several arrays may be the labels"):

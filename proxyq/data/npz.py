@@ -1,5 +1,6 @@
 """Images and labels in a NumPy archive."""
 
+import re
 import zipfile
 from pathlib import Path
 from typing import IO
@@ -16,6 +17,7 @@ WORDS = {
     "validation": ("val", "test", "eval"),
     "test": ("test", "eval", "val"),
 }
+_LABELS = re.compile(r"y(_|$)|.*(label|target)", re.IGNORECASE)
 Header = tuple[tuple[int, ...], np.dtype]
 
 
@@ -25,7 +27,8 @@ def load_npz(
     """The arrays `keys` (images, and perhaps labels) of an archive; only they are read.
 
     Without keys the arrays with the shape of images and of labels are taken; where there are
-    several, the one whose name tells of `split`.
+    several, the one whose name tells of `split`. Where nothing has the shape of labels there
+    are none, unless an array is called so.
 
     **Raises** `ProxyqError` when the file is damaged, `UsageError` when the arrays cannot be
     told or do not fit.
@@ -88,14 +91,23 @@ def _chosen(
         found = "several arrays may be" if images else "no array has the shape of"
         raise UsageError(f"{found} the images of {path!r}: {remedy}")
     count = numbers[image][0][0]
-    labels = [
-        key
+    vectors = {
+        key: shape[0]
         for key, (shape, dtype) in numbers.items()
-        if shape in ((count,), (count, 1)) and dtype.kind in "ui"
-    ]
+        if (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)) and dtype.kind in "ui"
+    }
+    labels = [key for key, length in vectors.items() if length == count]
     label = _pick(labels, split)
     if label is None and labels:
         raise UsageError(f"several arrays may be the labels of {path!r}: {remedy}")
+    # Labels of other images in the file are no mistake; those that fit no images are.
+    lengths = {numbers[key][0][0] for key in images}
+    for key, length in vectors.items():
+        if not labels and length not in lengths and _LABELS.match(key):
+            raise UsageError(
+                f"{path!r} has {count} images in {image!r} but {length} labels in {key!r}: store "
+                f"one label for each image, or name the images alone, as in `{path}:{image}`."
+            )
     return image, label
 
 
