@@ -166,3 +166,93 @@ def test_a_model_without_layers_is_refused():
     )
     with pytest.raises(ProxyqError, match="no layer to quantize"):
         network(model, 2)
+
+
+def sequence_first(seed=0):
+    """Attention as torch writes it: the sequence first, then sequence and batch in one axis."""
+    rng = np.random.default_rng(seed)
+    params = {
+        name: rng.normal(0, 0.4, shape).astype(np.float32)
+        for name, shape in {"a": (6, 8), "b": (8, 8), "c": (8, 5)}.items()
+    }
+
+    def apply(p, x):
+        h = jnp.swapaxes(x, 0, 1) @ p["a"]  # [length, batch, 8]
+        length, batch, width = h.shape
+        h = jax.nn.relu(h).reshape(length * batch, width) @ p["b"]
+        h = jnp.swapaxes(h.reshape(length, batch, width), 0, 1)
+        weights = jax.nn.softmax(jnp.einsum("bsd,btd->bst", h, h), axis=-1)
+        return jnp.mean(jnp.einsum("bst,btd->bsd", weights, h), axis=1) @ p["c"]
+
+    return from_function(apply, params, (7, 6), name="sequence-first")
+
+
+def windowed(seed=0):
+    """Windows of an image folded into the batch axis, as Swin does."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "a": rng.normal(size=(3, 8)).astype(np.float32),
+        "b": rng.normal(size=(8, 4)).astype(np.float32),
+    }
+
+    def apply(p, x):
+        n = x.shape[0]
+        h = x.reshape(n, 2, 4, 2, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n * 4, 16, 3)
+        h = jax.nn.relu(h @ p["a"])
+        h = h.reshape(n, 2, 2, 4, 4, 8).transpose(0, 1, 3, 2, 4, 5).reshape(n, 8, 8, 8)
+        return jnp.mean(h, axis=(1, 2)) @ p["b"]
+
+    return from_function(apply, params, (8, 8, 3), name="windowed")
+
+
+@pytest.mark.parametrize("build", [sequence_first, windowed, mixer, small_net])
+def test_what_is_measured_for_each_image_does_not_hang_on_the_batch_size(build):
+    from proxyq.engine import Engine, collect
+    from proxyq.ptq.correct import float_moments
+
+    model = build()
+    x = images(model, 5)
+    needs = ("gram", "pooled", "output", "output-error", "input")
+    found = []
+    for batch in (1, 2, 5):
+        engine = Engine.build(model, 5, batch_size=batch)
+        assert all(site.apart for site in engine.network.sites)
+        found.append((collect(engine, x, needs, (2, 4)), float_moments(engine, x)[0]))
+    for taps, moments in found[:-1]:
+        for one, other in zip(taps, found[-1][0], strict=True):
+            np.testing.assert_allclose(one.gram, other.gram, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(one.pooled, other.pooled, atol=1e-5)
+            np.testing.assert_allclose(one.output, other.output, atol=3e-5)
+            np.testing.assert_allclose(one.output_error, other.output_error, rtol=1e-3)
+            np.testing.assert_allclose(
+                np.reshape(one.input, (5, -1)), np.reshape(other.input, (5, -1)), atol=3e-5
+            )
+        for one, other in zip(moments, found[-1][1], strict=True):
+            np.testing.assert_allclose(one.first, other.first, atol=1e-3)
+
+
+def test_images_that_cannot_be_told_apart_are_run_one_by_one():
+    def apply(p, x):
+        # A sort along the batch mixes the examples on purpose, then undoes it.
+        order = jnp.argsort(x[:, 0])
+        return (x[order] @ p["w"])[jnp.argsort(order)]
+
+    from proxyq.engine import Engine
+
+    model = from_function(apply, {"w": np.eye(3, dtype=np.float32)}, (3,), name="sorted")
+    x = images(model, 4)
+    engine = Engine.build(model, 4)
+    if engine.batch_size > 1:
+        assert all(site.apart for site in engine.network.sites)
+    np.testing.assert_allclose(engine.logits(x), x, atol=1e-6)
+
+
+def test_transposed_convolutions_do_not_count_inserted_zeros():
+    def apply(p, x):
+        y = jax.lax.conv_transpose(x, p["w"], (2, 2), "SAME")
+        return jnp.mean(y, axis=(1, 2))
+
+    params = {"w": np.ones((3, 3, 4, 8), np.float32)}
+    layer = network(from_function(apply, params, (6, 6, 4), name="up"), 2).layers[0]
+    assert layer.kind == "transposed-conv" and layer.output_shape == (12, 12, 8)
+    assert layer.macs == 6 * 6 * 4 * 9 * 8

@@ -17,7 +17,7 @@ from proxyq.api.inputs import (
     labelled_batches,
 )
 from proxyq.api.method import DEFAULT_SAMPLES, check_correction
-from proxyq.api.quantize import check_plan_fits, quantize_model
+from proxyq.api.quantize import check_plan_fits, quantize_model, rounding_of
 from proxyq.engine import Engine
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model, logits_of
@@ -44,7 +44,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Plans beside the float network and the best uniform one of no more bits."""
+    """Plans beside the float network and the largest uniform one within the same budgets."""
 
     images: int
     float_top1: float
@@ -182,13 +182,14 @@ def measure(
 def _what_runs(plan: Plan) -> tuple[Any, ...]:
     """What of a plan decides the network that runs."""
     layers = ((n, p.weight_bits, p.activation_bits) for n, p in plan.layers.items())
-    return (*layers, plan.method.get("correction"))
+    return (*layers, plan.method.get("correction"), rounding_of(plan))
 
 
 def uniform_plan(model: Model, plan: Plan) -> Plan | None:
     """The plan with the largest one bit-width for all searched layers that fits its budgets.
 
-    Pinned layers stay as they are. Without budgets, no more bits on average than the plan.
+    Pinned layers stay as they are. It has at most the plan's largest candidate; without
+    budgets, no more bits on average than the plan.
     """
     layers = network(model, 1).layers
     pins = [
@@ -199,7 +200,8 @@ def uniform_plan(model: Model, plan: Plan) -> Plan | None:
     budgets = [f"{b.name}={b.asked}{b.unit}" for b in plan.budgets]
     activations = {name: layer.activation_bits for name, layer in plan.layers.items()}
     for width in (16, 8, 7, 6, 5, 4, 3, 2, 1):
-        if not budgets and width > plan.average_bits + 1e-9:
+        most = max(plan.method.get("bits", [16])) if budgets else plan.average_bits
+        if width > most + 1e-9:
             continue
         try:
             cost = np.zeros((len(layers), 1))

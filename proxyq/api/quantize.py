@@ -39,7 +39,7 @@ def quantize_model(
     check_plan_fits(model, plan)
     images = 1 if inputs is None else len(jax.tree.leaves(inputs)[0])
     engine = Engine.build(model, images, memory=memory)
-    edits = round_weights(engine, widths, _rounding(plan))
+    edits = round_weights(engine, widths, rounding_of(plan))
     if activations:
         if inputs is None:
             raise UsageError("activation ranges need calibration images: give `data` (--data).")
@@ -49,7 +49,7 @@ def quantize_model(
     return QuantizedModel(model=model, bits=widths, edits=edits, correction=used, notes=notes)
 
 
-def _rounding(plan: Plan) -> Rounding:
+def rounding_of(plan: Plan) -> Rounding:
     """The rounding that the plan was searched for."""
     record = plan.method.get("rounding") or {}
     known = {field.name for field in fields(Rounding)}

@@ -10,6 +10,7 @@ import numpy as np
 from proxyq.api.evaluate import measure
 from proxyq.api.inputs import as_data, as_eval_data, as_model, inputs_of
 from proxyq.api.method import Method, method_of
+from proxyq.engine import Engine, collect
 from proxyq.errors import UsageError
 from proxyq.model.features import layers_by_feature
 from proxyq.model.network import network
@@ -121,7 +122,12 @@ def search(
         progress=progress,
         **method.options,
     )
-    cost = as_cost(scores, method.cost)
+    taps = None
+    if method.cost == "times-dw2":
+        taps = collect(
+            Engine.build(model, 1), None, ("weight",), method.bits, rounding=method.rounding
+        )
+    cost = as_cost(scores, method.cost, taps=taps)
     for _, *others in shared:
         # What is measured once counts once.
         cost = np.where(np.isin(found.names, others)[:, None], 0.0, cost)

@@ -16,6 +16,7 @@ import numpy as np
 
 from proxyq.engine.memory import images_at_once
 from proxyq.engine.segments import NO_EDIT, Edit, Segment, State, call, call_site, cut
+from proxyq.errors import ProxyqError
 from proxyq.model.graph import Var
 from proxyq.model.layers import weight_columns
 from proxyq.model.model import Model, logits_of
@@ -48,7 +49,17 @@ class Engine:
         """An engine for a set of `images`, as many at once as `memory` bytes allow."""
         if batch_size is None:
             batch_size = images_at_once(model, images, memory)
-        return _engine(cls, model, batch_size, batch_norm)
+        engine = _engine(cls, model, batch_size, batch_norm)
+        if all(site.apart for site in engine.network.sites):
+            return engine
+        if batch_norm == "batch":
+            name = next(site.layer for site in engine.network.sites if not site.apart)
+            raise ProxyqError(
+                f"the images of a batch cannot be told apart in layer {name!r}: use "
+                "batch_norm='running'."
+            )
+        # Measured for each image, so one image at a time.
+        return _engine(cls, model, 1, batch_norm)
 
     @property
     def batch_size(self) -> int:
@@ -83,7 +94,7 @@ class Engine:
         return weight_columns(weight, where.channel_axes)
 
     def chunks(self, inputs: Any) -> Iterator[tuple[Any, int]]:
-        """Batches of `batch_size`, the last one padded by repeating its first example.
+        """Batches of `batch_size`, the last one padded by repeating its last example.
 
         Yields the batch and how many of its examples are real. Nothing may depend on the
         padding, so batch statistics need a set that fits one batch.
@@ -95,7 +106,9 @@ class Engine:
             rows = np.minimum(np.arange(start, start + size), total - 1)
             whole = count == size
             batch = [leaf[start : start + size] if whole else leaf[rows] for leaf in leaves]
-            yield jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in batch]), count
+            types = (var.aval.dtype for var in self.network.graph.inputs)
+            arrays = [jnp.asarray(leaf, kind) for leaf, kind in zip(batch, types, strict=True)]
+            yield jax.tree.unflatten(tree, arrays), count
 
     def start(self, inputs: Any) -> State:
         """The state before the first site."""
@@ -165,6 +178,9 @@ class Engine:
                 continue
             current, _ = self._run(segment, current, NO_EDIT, (), flags)
             stacked |= set(segment.writes)
+        # An output that the site does not reach is the same for every alternative.
+        for var in set(current) - stacked:
+            current[var] = jnp.broadcast_to(current[var], (len(alternatives), *current[var].shape))
         return self.outputs(current)
 
     def _run(

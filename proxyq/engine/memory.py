@@ -4,6 +4,7 @@ import math
 
 import jax
 
+from proxyq.errors import UsageError
 from proxyq.model.graph import Graph, is_literal
 from proxyq.model.model import Model
 from proxyq.model.network import network
@@ -35,7 +36,8 @@ def bytes_per_image(graph: Graph) -> int:
             alive[var] = var.aval.size * var.aval.dtype.itemsize
             total += alive[var]
         peak = max(peak, total)
-        for var in ends.get(index, ()):
+        unread = [var for var in eqn.outvars if var not in last_use]
+        for var in (*ends.get(index, ()), *unread):
             total -= alive.pop(var, 0)
     return math.ceil(peak / graph.batch_size)
 
@@ -45,6 +47,8 @@ def images_at_once(model: Model, images: int, memory: int | None = None) -> int:
 
     Two states live at once (the clean one and a perturbed one), hence the factor of two.
     """
+    if images < 1:
+        raise UsageError(f"at least one image is needed, got {images}.")
     per_image = bytes_per_image(network(model, 1).graph)
     if memory is None:
         memory = CPU_MEMORY if jax.default_backend() == "cpu" else ACCELERATOR_MEMORY

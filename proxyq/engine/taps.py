@@ -16,6 +16,7 @@ import numpy as np
 from proxyq.engine.engine import Engine
 from proxyq.engine.segments import NO_EDIT, Edit, State
 from proxyq.errors import ProxyqError, UsageError
+from proxyq.model.examples import Examples, locate, split_examples
 from proxyq.model.features import features
 from proxyq.model.graph import Var
 from proxyq.model.layers import Layer, Site
@@ -24,7 +25,7 @@ from proxyq.quantize import Rounding, quantize_columns
 
 NEEDS = {
     "weight": "the layer's weight, batch norm folded in",
-    "input": "the tensor that the layer reads, as the graph lays it out",
+    "input": "the tensor that the layer reads, [images, …]",
     "output": "the layer's output before bias and activation, [images, positions, channels]",
     "feature": "what the layer hands on (option `feature`), [images, positions, channels]",
     "gram": "Gram matrix of the images' features, [images, images]",
@@ -252,6 +253,7 @@ def _walk(
             owners.setdefault(var, []).append(network.sites_of(name)[0])
     states: list[State] = [engine.start(inputs) for inputs, _ in chunks]
     counts = [count for _, count in chunks]
+    places = locate(graph)
     measured = "output-error" in needs
     for index, site in enumerate(network.sites):
         eqn = graph.main[site.position]
@@ -265,7 +267,8 @@ def _walk(
         reads: list[Any] = []
         for chunk, (state, count) in enumerate(zip(states, counts, strict=True)):
             if "input" in needs and index in first:
-                reads.append(state[data][:count] if count < batch else state[data])
+                x = state[data] if data in state else engine.frontier[data]
+                reads.append(_by_image(x, places.get(data, site.examples), batch)[:count])
             states[chunk], values = engine.step(state, index, NO_EDIT, capture)
             for var, value in zip(capture, values, strict=True):
                 captured[var].append(value)
@@ -289,6 +292,12 @@ def _walk(
         tick()
 
 
+def _by_image(x: Any, where: Examples, batch: int) -> Any:
+    split = split_examples(x, where, batch)
+    folded = where.axis + 1  # what else lay on the images' axis; nothing, mostly
+    return jnp.squeeze(split, folded) if split.shape[folded] == 1 else split
+
+
 def _columns(site: Site, parts: list[Any], counts: list[int], batch: int) -> Any:
     columns = [
         site.output_columns(part, batch)[:count] for part, count in zip(parts, counts, strict=True)
@@ -309,8 +318,8 @@ def _feature(
     if "feature" in needs:
         own["feature"] = _columns(site, parts, counts, batch)
     if "gram" in needs:
-        axis, whole = site.example_axis, tuple(counts)
-        own["gram"] = np.asarray(_gram(parts, whole, axis, batch, options.centre), np.float64)
+        where, whole = site.examples, tuple(counts)
+        own["gram"] = np.asarray(_gram(parts, whole, where, batch, options.centre), np.float64)
     if "pooled" in needs:
         pooled = [np.asarray(_pooled(site.output_columns(part, batch))) for part in parts]
         real = [part[:count] for part, count in zip(pooled, counts, strict=True)]
@@ -320,10 +329,10 @@ def _feature(
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _gram(
-    parts: list[Any], counts: tuple[int, ...], example_axis: int, batch: int, centre: bool
+    parts: list[Any], counts: tuple[int, ...], where: Examples, batch: int, centre: bool
 ) -> Any:
     """`X X'` of features `[images, p]`; centring X first loses no digits to large means."""
-    rows = [jnp.moveaxis(part, example_axis, 0).reshape(batch, -1) for part in parts]
+    rows = [split_examples(part, where, batch).reshape(batch, -1) for part in parts]
     x = jnp.concatenate([row[:count] for row, count in zip(rows, counts, strict=True)])
     if centre:
         x = x - jnp.mean(x, axis=0)

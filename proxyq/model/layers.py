@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from proxyq.model.examples import Examples, locate, split_examples
 from proxyq.model.graph import LAYER_PRIMITIVES, Equation, Graph, Var
 
 _SUFFIXES = (".weight", ".kernel", ".embedding")
@@ -29,6 +30,8 @@ class Site:
     - `channel_axes`: axes of the weight that count output channels; `output_axes`: where
       the same axes lie in the output, in the same order (there they always ascend);
       `channel_shape`: their sizes.
+    - `examples`: where the examples of the batch lie in the output; `apart` tells whether
+      that is known. If not, the network must run one example at a time.
     """
 
     position: int
@@ -39,6 +42,8 @@ class Site:
     output_axes: tuple[int, ...]
     channel_shape: tuple[int, ...]
     output_ndim: int
+    examples: Examples
+    apart: bool
 
     def columns(self, weight: Any) -> Any:
         """The weight as `[fan_in, channels]`: one column an output channel."""
@@ -57,21 +62,13 @@ class Site:
             sizes[axis] = size
         return vector.reshape(sizes)
 
-    @property
-    def example_axis(self) -> int:
-        """The output's axis that counts examples (or examples times windows)."""
-        return next(axis for axis in range(self.output_ndim) if axis not in self.output_axes)
-
     def rows(self, output: Any, batch: int) -> Any:
-        """The output (or a tensor of its shape) as `[batch, elements]`.
-
-        Windows of one example that were folded into the batch axis lie side by side there.
-        """
-        return jnp.moveaxis(output, self.example_axis, 0).reshape(batch, -1)
+        """The output (or a tensor of its shape) as `[batch, elements]`."""
+        return split_examples(output, self.examples, batch).reshape(batch, -1)
 
     def output_columns(self, output: Any, batch: int) -> Any:
         """The output (or a tensor of its shape) as `[batch, positions, channels]`."""
-        return columns_of(output, self.output_axes, batch)
+        return columns_of(output, self.output_axes, self.examples, batch)
 
     def _order(self, ndim: int) -> tuple[int, ...]:
         rest = (axis for axis in range(ndim) if axis not in self.channel_axes)
@@ -86,11 +83,13 @@ def weight_columns(weight: Any, channel_axes: tuple[int, ...]) -> Any:
     return weight.transpose((*rest, *channel_axes)).reshape(-1, channels)
 
 
-def columns_of(output: Any, channel_axes: tuple[int, ...], batch: int) -> Any:
+def columns_of(output: Any, channel_axes: tuple[int, ...], examples: Examples, batch: int) -> Any:
     """`Site.output_columns`, from plain numbers (a site would not hash by value)."""
-    rest = [axis for axis in range(output.ndim) if axis not in channel_axes]
     channels = math.prod(output.shape[axis] for axis in channel_axes)
-    return output.transpose((*rest, *channel_axes)).reshape(batch, -1, channels)
+    split = split_examples(output, examples, batch)  # every old axis moves back by one
+    last = [axis + 1 for axis in channel_axes]
+    rest = [axis for axis in range(1, split.ndim) if axis not in last]
+    return split.transpose((0, *rest, *last)).reshape(batch, -1, channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +116,7 @@ def find_sites(
     graph: Graph, frozen: frozenset[str], parameters: Mapping[str, Any]
 ) -> tuple[tuple[Site, ...], dict[str, str]]:
     """All sites in execution order, and the parameter that each layer is named after."""
+    places = locate(graph)
     found: list[tuple[int, int, Var, str]] = []
     for position, eqn in enumerate(graph.main):
         operand = _weight_operand(eqn, graph, frozen)
@@ -132,6 +132,7 @@ def find_sites(
             weight=weight,
             layer=names[leaf],
             **_axes(graph.main[position], operand),
+            **_examples(graph, places, position),
         )
         for position, operand, weight, leaf in found
     )
@@ -204,6 +205,14 @@ def _axes(eqn: Equation, operand: int) -> dict[str, Any]:
     }
 
 
+def _examples(graph: Graph, places: Mapping[Var, Examples], position: int) -> dict[str, Any]:
+    out = graph.main[position].outvars[0]
+    if out in places:
+        return {"examples": places[out], "apart": True}
+    # A single example is the whole tensor, wherever it lies.
+    return {"examples": Examples(0, out.aval.shape[0]), "apart": graph.batch_size == 1}
+
+
 def describe(
     graph: Graph, sites: tuple[Site, ...], named: Mapping[str, str], parameters: Mapping[str, Any]
 ) -> tuple[Layer, ...]:
@@ -226,7 +235,9 @@ def describe(
                 weights=weights,
                 macs=sum(_macs(graph, site) for site in own),
                 channels=math.prod(own[0].channel_shape),
-                output_shape=_per_example(first.outvars[0].aval.shape, graph.batch_size),
+                output_shape=_per_example(
+                    first.outvars[0].aval.shape, own[0].examples, graph.batch_size
+                ),
             )
         )
     return tuple(layers)
@@ -252,12 +263,13 @@ def _macs(graph: Graph, site: Site) -> int:
     weight = eqn.invars[site.operand].aval
     # Every output element sums over the fan-in of its channel.
     fan_in = weight.size // math.prod(site.channel_shape)
+    if eqn.primitive.name == "conv_general_dilated":
+        # A transposed convolution inserts zeros between its inputs; nobody multiplies them.
+        return outputs * fan_in // graph.batch_size // math.prod(eqn.params["lhs_dilation"])
     return outputs * fan_in // graph.batch_size
 
 
-def _per_example(shape: tuple[int, ...], batch: int) -> tuple[int, ...]:
-    if shape and shape[0] == batch:
-        return tuple(shape[1:])
-    if shape and shape[0] % batch == 0:  # windows folded into the batch axis
-        return (shape[0] // batch, *shape[1:])
-    return tuple(shape)
+def _per_example(shape: tuple[int, ...], examples: Examples, batch: int) -> tuple[int, ...]:
+    rest = shape[examples.axis] // batch  # what else is folded into the axis, such as windows
+    kept = (rest,) if rest > 1 else ()
+    return (*shape[: examples.axis], *kept, *shape[examples.axis + 1 :])

@@ -27,6 +27,7 @@ import numpy as np
 
 from proxyq.engine import Edit, Edits, Engine
 from proxyq.errors import UsageError
+from proxyq.model.examples import Examples
 from proxyq.model.layers import columns_of
 from proxyq.progress import Progress, silent
 from proxyq.ptq.measure import kl_divergence
@@ -61,14 +62,16 @@ class Moments:
         return mean, np.sqrt(np.maximum(self.second.sum(axis=0) / count - mean**2, 0.0))
 
 
-@partial(jax.jit, static_argnames=("channel_axes", "batch"))
-def _sums(output: Any, channel_axes: tuple[int, ...], batch: int) -> tuple[Any, Any]:
-    columns = columns_of(output, channel_axes, batch)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _sums(
+    output: Any, channel_axes: tuple[int, ...], examples: Examples, batch: int
+) -> tuple[Any, Any]:
+    columns = columns_of(output, channel_axes, examples, batch).astype(jnp.float32)
     return jnp.sum(columns, axis=1), jnp.sum(columns * columns, axis=1)
 
 
 def _moments(parts: list[Any], counts: list[int], site: Any, batch: int) -> Moments:
-    sums = [_sums(part, site.output_axes, batch) for part in parts]
+    sums = [_sums(part, site.output_axes, site.examples, batch) for part in parts]
     pairs = list(zip(sums, counts, strict=True))
     size = parts[0].size // (batch * sums[0][0].shape[1])
     first = [np.asarray(one, np.float64)[:count] for (one, _), count in pairs]

@@ -1,5 +1,6 @@
 """Apply bits to a network: which site gets which rounded weight, offset and input grid."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,22 +72,28 @@ def input_grids(
     """
     network = engine.network
     samples: dict[int, list[np.ndarray]] = {}
-    for batch, count in engine.chunks(inputs):
+    for batch, _ in engine.chunks(inputs):  # padding repeats an image, which harms no range
         state = engine.start(batch)
         for index, site in enumerate(network.sites):
             data = network.graph.main[site.position].invars[1 - site.operand]
             if site.layer in bits:
-                x = np.asarray(state[data])
-                if count < engine.batch_size and x.shape[0] == engine.batch_size:
-                    x = x[:count]
+                x = np.asarray(state[data] if data in state else engine.frontier[data])
                 # The extremes are kept whatever the stride, so that absmax stays exact.
-                thin = x.ravel()[:: max(1, x.size // _SAMPLES)]
+                thin = x.ravel()[:: _stride(x.size)]
                 samples.setdefault(index, []).append(np.append(thin, [x.min(), x.max()]))
             state, _ = engine.step(state, index)
     return {
         index: _input_grid(np.concatenate(parts), bits[network.sites[index].layer], method=method)
         for index, parts in samples.items()
     }
+
+
+def _stride(size: int) -> int:
+    """A step that shares no factor with any axis, so that all channels are seen."""
+    step = max(1, size // _SAMPLES)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
 
 
 @partial(jax.jit, static_argnames="method")
