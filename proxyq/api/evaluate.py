@@ -21,7 +21,7 @@ from proxyq.api.quantize import check_plan_fits, quantize_model, rounding_of
 from proxyq.engine import Engine
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model, logits_of
-from proxyq.model.network import network
+from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 from proxyq.ptq.measure import kl_divergence
 from proxyq.ptq.quantized import QuantizedModel
@@ -191,7 +191,7 @@ def uniform_plan(model: Model, plan: Plan) -> Plan | None:
     Pinned layers stay as they are. It has at most the plan's largest candidate; without
     budgets, no more bits on average than the plan.
     """
-    layers = network(model, 1).layers
+    layers = network(model, LAYERS_AT).layers
     pins = [
         f"{glob.escape(name)}={layer.weight_bits}"
         for name, layer in plan.layers.items()

@@ -18,7 +18,7 @@ from proxyq.data import (
     sample,
 )
 from proxyq.data.npz import channels_last
-from proxyq.errors import UsageError
+from proxyq.errors import ProxyqError, UsageError
 from proxyq.files import digest_arrays
 from proxyq.model.load import load_model
 from proxyq.model.model import Model, logits_of
@@ -131,8 +131,14 @@ def as_eval_data(eval_data: Any, model: Model) -> Data | Prepared:
         raise UsageError(f"accuracy needs labels, and the data {data.name!r} has none.")
     if isinstance(data, Data):
         check_fits(data, model)
-        outputs = jax.eval_shape(model.apply, model.params, model.example(1))
-        check_labels(data, logits_of(outputs).shape[-1])
+    logits = logits_of(jax.eval_shape(model.apply, model.params, model.example(1)))
+    if len(logits.shape) != 2 or np.ndim(data.labels) != 1:
+        raise ProxyqError(
+            f"accuracy is measured for one label an image and outputs [images, classes], but "
+            f"{model.name!r} gives {logits.shape} for one image."
+        )
+    if isinstance(data, Data):
+        check_labels(data, logits.shape[-1])
     return data
 
 

@@ -8,7 +8,7 @@ import jax
 from proxyq.engine import Engine
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.model.model import Model
-from proxyq.model.network import network
+from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 from proxyq.ptq.correct import correct
 from proxyq.ptq.quantized import QuantizedModel, input_grids, round_weights, with_input_grids
@@ -37,7 +37,7 @@ def quantize_model(
         if layer.activation_bits is not None
     }
     check_plan_fits(model, plan)
-    images = 1 if inputs is None else len(jax.tree.leaves(inputs)[0])
+    images = LAYERS_AT if inputs is None else len(jax.tree.leaves(inputs)[0])
     engine = Engine.build(model, images, memory=memory)
     edits = round_weights(engine, widths, rounding_of(plan))
     if activations:
@@ -63,7 +63,7 @@ def rounding_of(plan: Plan) -> Rounding:
 
 def check_plan_fits(model: Model, plan: Plan) -> None:
     """Refuse a plan whose layers are not the model's."""
-    found = {layer.name: layer for layer in network(model, 1).layers}
+    found = {layer.name: layer for layer in network(model, LAYERS_AT).layers}
     for name, layer in plan.layers.items():
         if name not in found:
             raise ProxyqError(

@@ -13,7 +13,7 @@ from proxyq.api.method import Method, method_of
 from proxyq.engine import Engine, collect
 from proxyq.errors import UsageError
 from proxyq.model.features import layers_by_feature
-from proxyq.model.network import network
+from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 from proxyq.provenance import provenance
 from proxyq.proxies import Proxy, Scores, as_cost
@@ -85,7 +85,7 @@ def search(
         ties=ties,
     )
     model = as_model(model)
-    found = network(model, 1)
+    found = network(model, LAYERS_AT)
     measured = evaluate or eval_data is not None
     needs_data = method.proxy.needs_images or (measured and _runs_on_images(method))
     calibration = as_data(data, model) if needs_data else None
@@ -125,7 +125,7 @@ def search(
     taps = None
     if method.cost == "times-dw2":
         taps = collect(
-            Engine.build(model, 1), None, ("weight",), method.bits, rounding=method.rounding
+            Engine.build(model, LAYERS_AT), None, ("weight",), method.bits, rounding=method.rounding
         )
     cost = as_cost(scores, method.cost, taps=taps)
     for _, *others in shared:

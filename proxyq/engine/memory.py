@@ -7,7 +7,7 @@ import jax
 from proxyq.errors import UsageError
 from proxyq.model.graph import Graph, is_literal
 from proxyq.model.model import Model
-from proxyq.model.network import network
+from proxyq.model.network import LAYERS_AT, network
 
 CPU_MEMORY, ACCELERATOR_MEMORY = 1 << 26, 1 << 30
 """Bytes of activations that the engine lets live at once, unless told otherwise.
@@ -49,7 +49,7 @@ def images_at_once(model: Model, images: int, memory: int | None = None) -> int:
     """
     if images < 1:
         raise UsageError(f"at least one image is needed, got {images}.")
-    per_image = bytes_per_image(network(model, 1).graph)
+    per_image = bytes_per_image(network(model, LAYERS_AT).graph)
     if memory is None:
         memory = CPU_MEMORY if jax.default_backend() == "cpu" else ACCELERATOR_MEMORY
     most = max(1, memory // (2 * per_image))

@@ -6,11 +6,13 @@ with equal equations (the blocks of a ResNet) share one compiled function, in th
 every later engine, so a second call compiles nothing.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from proxyq.model.graph import Env, Equation, Var, evaluate, is_literal, read
 from proxyq.model.lowering import run
@@ -96,6 +98,14 @@ def _operand(network: Network, site: int | None) -> int | None:
 
 
 _COMPILED: dict[Any, Any] = {}
+_MOST_PROGRAMS = 2048
+
+
+def _remember(cache: dict[Any, Any], key: Any, program: Any) -> Any:
+    """Keep a program, and no more than so many: the oldest goes."""
+    if len(cache) >= _MOST_PROGRAMS:
+        del cache[next(iter(cache))]
+    return cache.setdefault(key, program)
 
 
 def call(
@@ -119,7 +129,7 @@ def call(
     function = _COMPILED.get(key)
     if function is None:
         function = _compile(network, segment, capture, stacked)
-        _COMPILED[key] = function
+        _remember(_COMPILED, key, function)
     return function(edit._replace(weight=None), weight, tuple(constants), tuple(state))
 
 
@@ -151,9 +161,14 @@ def call_site(network: Network, index: int, x: Any, weight: Any, edit: Edit) -> 
     eqn = network.graph.main[site.position]
     data = eqn.invars[1 - site.operand]
     key = _key([eqn], [data], eqn.outvars, site.operand)
-    if key not in _SITES:
-        _SITES[key] = jax.jit(lambda x, weight, edit: run_site(site, eqn, {data: x}, weight, edit))
-    return _SITES[key](x, weight, edit._replace(weight=None))
+    program = _SITES.get(key)
+    if program is None:
+
+        def alone(x: Any, weight: Any, edit: Edit) -> Any:
+            return run_site(site, eqn, {data: x}, weight, edit)
+
+        program = _remember(_SITES, key, jax.jit(alone))
+    return program(x, weight, edit._replace(weight=None))
 
 
 def run_site(site: Any, eqn: Equation, env: Mapping[Var, Any], weight: Any, edit: Edit) -> Any:
@@ -161,10 +176,12 @@ def run_site(site: Any, eqn: Equation, env: Mapping[Var, Any], weight: Any, edit
     data = eqn.invars[1 - site.operand]
     x = read(env, data)
     if edit.input_grid is not None:
-        x = fake_quantize(x, edit.input_grid)
+        x = fake_quantize(x, edit.input_grid).astype(x.dtype)
+    # Edits are float32; a network that computes in bfloat16 goes on in bfloat16.
+    weight = weight.astype(eqn.invars[site.operand].aval.dtype)
     values = [x, weight] if site.operand == 1 else [weight, x]
     (out,) = run(eqn, values)
-    return out if edit.offset is None else out + site.on_output(edit.offset)
+    return out if edit.offset is None else out + site.on_output(edit.offset).astype(out.dtype)
 
 
 def _positions(segment: Segment) -> dict[Var, int]:
@@ -173,45 +190,50 @@ def _positions(segment: Segment) -> dict[Var, int]:
     return {var: i for i, var in enumerate((*segment.constants, *segment.reads, *made))}
 
 
-def _key(
-    eqns: Sequence[Equation], arguments: Sequence[Var], writes: Sequence[Var], operand: int | None
-) -> str:
-    """Text that equal segments share: equations up to the names of variables.
+# Their rules for derivatives have no text, and forward runs do not use them.
+_CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
 
-    Forward runs alone use it, so custom derivative rules (which have no text) may be left
-    out: two functions with equal bodies compute equal values.
-    """
+
+def _key(
+    eqns: Sequence[Equation], arguments: Sequence[Any], writes: Sequence[Any], operand: int | None
+) -> str:
+    """Text that equal segments share: equations up to the names of variables."""
     number: dict[Any, int] = {var: index for index, var in enumerate(arguments)}
+
+    def name(atom: Any) -> str:
+        if is_literal(atom):
+            return f"={atom.val!r}:{atom.aval.str_short()}"
+        # What has no number is the site's own weight.
+        return str(number[atom]) if atom in number else f"w:{atom.aval.str_short()}"
+
     lines = [f"{operand} " + " ".join(v.aval.str_short() for v in arguments)]
     for eqn in eqns:
-        operands = []
-        for atom in eqn.invars:
-            if is_literal(atom):
-                operands.append(f"={atom.val!r}:{atom.aval.str_short()}")
-            elif atom in number:
-                operands.append(str(number[atom]))
-            else:  # the site's own weight
-                operands.append(f"w:{atom.aval.str_short()}")
-        params = " ".join(f"{name}={_text(value)}" for name, value in sorted(eqn.params.items()))
+        operands = " ".join(name(atom) for atom in eqn.invars)
+        drop = eqn.primitive.name in _CUSTOM_RULES
+        params = " ".join(f"{k}={_text(v, drop)}" for k, v in sorted(eqn.params.items()))
         for var in eqn.outvars:
             number[var] = len(number)
         outs = " ".join(v.aval.str_short() for v in eqn.outvars)
-        lines.append(f"{outs} = {eqn.primitive.name}[{params}] {' '.join(operands)}")
-    return "\n".join([*lines, " ".join(str(number[var]) for var in writes)])
+        lines.append(f"{outs} = {eqn.primitive.name}[{params}] {operands}")
+    return "\n".join([*lines, " ".join(name(atom) for atom in writes)])
 
 
-def _text(value: Any) -> str:
-    inner = getattr(value, "jaxpr", value)
-    if hasattr(inner, "eqns"):
-        # Constants inside a call have no text: such a body is equal to itself alone.
-        constants = getattr(value, "consts", ())
-        return f"{inner}#{id(value)}" if len(constants) else str(inner)
+def _text(value: Any, drop_callables: bool) -> str:
+    """A parameter as text that differs where what it does differs."""
+    body = getattr(value, "jaxpr", value)
+    if hasattr(body, "eqns"):
+        inside = _key(body.eqns, [*body.constvars, *body.invars], body.outvars, None)
+        constants = ",".join(_text(c, False) for c in getattr(value, "consts", ()))
+        return "{" + inside + "|" + constants + "}"
     if isinstance(value, (tuple, list)):
-        return "(" + ",".join(_text(item) for item in value) + ")"
-    if callable(value) and not isinstance(value, type):
-        return ""
+        return "(" + ",".join(_text(item, drop_callables) for item in value) + ")"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"array#{id(value)}" if len(value.shape) else repr(value)
+        array = np.asarray(value)
+        digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+        return f"{array.dtype}{array.shape}{digest}"
+    if callable(value) and not isinstance(value, type):
+        # The program that is kept under this key holds the function, so its id stays its own.
+        return "" if drop_callables else f"function#{id(value)}"
     return repr(value)
 
 

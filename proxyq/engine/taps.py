@@ -347,6 +347,7 @@ def _pooled(feature: Any) -> Any:
 @jax.jit
 def _row_moments(rows: Any) -> Any:
     # Sums over one image stay small; images are added in float64 by the caller.
+    rows = rows.astype(jnp.float32)
     return jnp.sum(rows, axis=1), jnp.sum(rows * rows, axis=1)
 
 

@@ -16,9 +16,18 @@ from proxyq.model.layers import Site
 _AFFINE = frozenset({"add", "add_any", "sub", "mul", "div"})
 
 
-def fold(graph: Graph, sites: tuple[Site, ...]) -> Graph:
-    """The same function with every foldable factor inside the weight before it."""
-    chains = {site.position: chain for site in sites if (chain := _chain(graph, site))}
+def foldable(graph: Graph, sites: tuple[Site, ...]) -> tuple[int, ...]:
+    """For each site, how many equations after it fold into its weight."""
+    return tuple(len(_chain(graph, site)) for site in sites)
+
+
+def fold(graph: Graph, sites: tuple[Site, ...], lengths: tuple[int, ...]) -> Graph:
+    """The same function with the first `lengths` equations after each site inside its weight."""
+    chains = {
+        site.position: _chain(graph, site)[:length]
+        for site, length in zip(sites, lengths, strict=True)
+        if length
+    }
     if not chains:
         return graph
     inside = {index for chain in chains.values() for index in chain}

@@ -247,7 +247,15 @@ def trace_function(
 
     # A parameter repeated along the batch (a class token, an old-style broadcast) would be
     # held at full size: such growing broadcasts are cheaper inside main.
-    made_by = {var: eqn for eqn in prelude for var in eqn.outvars}
+    # A weight stays in the prelude even so: that is where its layer looks for it.
+    weights = {
+        atom
+        for eqn in main
+        if eqn.primitive.name in LAYER_PRIMITIVES
+        for atom in eqn.invars
+        if not is_literal(atom)
+    }
+    made_by = {var: eqn for eqn in prelude for var in eqn.outvars if var not in weights}
     sunk: dict[int, Equation] = {}
     queue = [atom for eqn in main for atom in eqn.invars if not is_literal(atom)]
     queue += [atom for atom in jaxpr.outvars if not is_literal(atom)]

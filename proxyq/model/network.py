@@ -6,18 +6,23 @@ from functools import lru_cache
 from typing import Any
 
 from proxyq.errors import ProxyqError, UsageError
-from proxyq.model.fold import fold
+from proxyq.model.fold import fold, foldable
 from proxyq.model.graph import Graph, trace
 from proxyq.model.groups import grouped
 from proxyq.model.layers import Layer, Site, describe, find_sites
 from proxyq.model.model import Model
+
+LAYERS_AT = 2
+"""The batch size at which a model is traced to look at its layers: the least that shows what
+depends on the batch."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Network:
     """A traced model: `graph` (batch norm folded), `sites` in execution order, `layers`.
 
-    `batch_norm` tells whether normalisation uses the `running` statistics or those of the
+    `folded` counts the equations after each site that went into its weight. `batch_norm` tells
+    whether normalisation uses the `running` statistics or those of the
     `batch` (then nothing can be folded).
     """
 
@@ -25,6 +30,7 @@ class Network:
     graph: Graph
     sites: tuple[Site, ...]
     layers: tuple[Layer, ...]
+    folded: tuple[int, ...]
     batch_norm: str = "running"
 
     @property
@@ -71,7 +77,13 @@ def network(model: Model, batch_size: int, *, batch_norm: str = "running") -> Ne
             "name; pass them in the parameters)."
         )
     layers = describe(graph, sites, named, model.params)
-    folded = fold(graph, sites)
+    if batch_size == 1:
+        # What is repeated along the batch looks like one number a channel here; weights must
+        # be the same at every batch size.
+        lengths = network(model, 2, batch_norm=batch_norm).folded
+    else:
+        lengths = foldable(graph, sites)
+    folded = fold(graph, sites, lengths)
     if folded is not graph:
         found, _ = find_sites(folded, model.frozen, model.params)
         if len(found) != len(sites):  # a layer was lost: the names would shift
@@ -84,5 +96,6 @@ def network(model: Model, batch_size: int, *, batch_norm: str = "running") -> Ne
         graph=graph,
         sites=sites,
         layers=grouped(graph, sites, layers),
+        folded=lengths,
         batch_norm=batch_norm,
     )

@@ -14,6 +14,7 @@ from proxyq.engine import NEEDS, Engine, TapOptions, Taps, collect
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.model.layers import Layer
 from proxyq.model.model import Model
+from proxyq.model.network import LAYERS_AT
 from proxyq.progress import Progress, silent
 from proxyq.quantize import Rounding
 from proxyq.registry import Registry
@@ -143,7 +144,7 @@ class Proxy:
         settings = self.check_options(options)
         chosen = TapOptions(**{k: v for k, v in settings.items() if k in _TAP_OPTIONS})
         started = time.perf_counter()
-        images = 1 if inputs is None else len(jax.tree.leaves(inputs)[0])
+        images = LAYERS_AT if inputs is None else len(jax.tree.leaves(inputs)[0])
         whole = images if chosen.batch_norm == "batch" else None
         engine = Engine.build(
             model, images, batch_norm=chosen.batch_norm, memory=memory, batch_size=whole

@@ -26,6 +26,12 @@ def kl_divergence(
     """
     if reference.shape != logits.shape:
         raise ProxyqError(f"logits differ in shape: {reference.shape} and {logits.shape}.")
+    if reference.ndim == 1 or reference.shape[-1] == 1:
+        # One logit is the log-odds of two classes: softmax of (z, 0) is (sigmoid(z), 1 - ...).
+        reference, logits = (
+            np.stack([z.reshape(len(z), -1), np.zeros((len(z), z[0].size))], axis=-1)
+            for z in (reference, logits)
+        )
     p, q = log_softmax(reference, temperature), log_softmax(logits, temperature)
     # KL = sum_k p_k (ln p_k - ln q_k)
     each = np.sum(np.exp(p) * (p - q), axis=-1)

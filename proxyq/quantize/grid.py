@@ -208,5 +208,6 @@ def quantize_columns(columns: Any, bits: Any, rounding: Rounding | None = None) 
     `columns` is `[fan_in, channels]`, as `Site.columns` gives it; `bits` may be traced.
     """
     how = rounding or Rounding()
+    columns = columns.astype(jnp.float32)  # grids of 8 bits are too fine for bfloat16
     grid = fit_grid(columns, bits, axes=(0,), method=how.method, extra_code=how.extra_code)
     return fake_quantize(columns, grid)
