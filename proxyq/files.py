@@ -1,5 +1,6 @@
 """Reading and writing files so that nothing is ever half-written or unpickled."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,9 +28,12 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> Path:
     try:
         # A replaced symbolic link would silently detach the file it points to.
         target = path.resolve() if path.is_symlink() else path
+        if target.exists() and not target.is_file():
+            raise PermissionError(1, "it is no regular file")  # replacing a device destroys it
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError(13, "the file is read-only")
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{path.name}.")
+        _unfinished.add(temporary)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -39,13 +43,26 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> Path:
         os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files private
         os.replace(temporary, target)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
         raise ProxyqError(
             f"cannot write {str(path)!r} ({error.strerror or error}): choose a file in a "
             "folder that exists and is writable."
         ) from error
+    finally:
+        _unfinished.discard(temporary or "")
     return path
+
+
+_unfinished: set[str] = set()
+
+
+def remove_unfinished() -> None:
+    """Remove temporary files of writes that did not come to their end."""
+    for name in list(_unfinished):
+        with contextlib.suppress(OSError):
+            os.unlink(name)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -54,6 +71,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     parent = path.resolve().parent
     if path.is_dir():
         raise ProxyqError(f"cannot write {str(path)!r}: it is a folder; name a file in it.")
+    if path.exists() and not path.is_file():
+        raise ProxyqError(f"cannot write {str(path)!r}: it is no regular file; name another.")
     if not parent.is_dir():
         raise ProxyqError(
             f"cannot write {str(path)!r}: the folder {str(parent)!r} does not exist; create it "

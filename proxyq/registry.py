@@ -1,6 +1,7 @@
 """A small registry: find a frozen record by its name, or be told the near misses."""
 
 import fnmatch
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Generic, Protocol, TypeVar
@@ -66,6 +67,16 @@ class Registry(Generic[R]):
         if group is None:
             return
         for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
-            record = entry.load()
-            if record.name not in self._records:
+            # A broken package of somebody's must not take everything else down with it.
+            try:
+                record = entry.load()
+                name = record.name
+            except Exception as error:
+                warnings.warn(
+                    f"the {self.kind} plug-in {entry.name!r} ({entry.value}) cannot be loaded and "
+                    f"is left out: {type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
+                continue
+            if name not in self._records:
                 self.add(record)

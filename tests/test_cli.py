@@ -375,3 +375,48 @@ def test_preprocessing_from_the_options():
     assert (model.preprocessing.resize, model.preprocessing.size) == (9, (6, 8))
     plain = load(None)
     assert load(None, std="1").preprocessing.mean == plain.preprocessing.mean
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.6, 1.2])
+def test_interrupted_leaves_one_line_and_no_file(tmp_path, delay):
+    import signal
+    import time
+
+    out = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "proxyq", "search", "--proxy", "sqnr", "--no-cache"]
+    run = subprocess.Popen(
+        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    # Not before the command has begun, or Python itself would be interrupted.
+    time.sleep(1.5 + delay)
+    run.send_signal(signal.SIGINT)
+    stdout, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130, stderr
+    assert stderr.strip() == "proxyq: interrupted." and not stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    import os
+
+    from proxyq.errors import ProxyqError
+    from proxyq.files import check_writable, write_atomic
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for attempt in (lambda: check_writable(pipe), lambda: write_atomic(pipe, "x")):
+        with pytest.raises(ProxyqError, match="no regular file"):
+            attempt()
+    assert pipe.is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_broken_plugin_takes_nothing_down(monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    from proxyq import registry
+
+    broken = EntryPoint(name="broken", value="nowhere_to_be_found:proxy", group="proxyq.proxies")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    fresh = registry.Registry("proxy", group="proxyq.proxies")
+    with pytest.warns(UserWarning, match="'broken'.*left out"):
+        assert fresh.available() == []

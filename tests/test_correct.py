@@ -134,7 +134,7 @@ def test_auto_keeps_nothing_where_correction_hurts():
 def test_corrections_that_need_images_say_so():
     engine = Engine.build(small_net(), 4)
     for correction in ("auto", "statistics"):
-        with pytest.raises(UsageError, match="needs calibration images, got 0"):
+        with pytest.raises(UsageError, match=r"needs calibration images, at least \d, got 0"):
             correct(engine, {}, None, correction)
     with pytest.raises(UsageError, match="must be one of"):
         correct(engine, {}, None, "bias")

@@ -10,6 +10,7 @@ from proxyq.engine import Edit, Engine, collect, compiled_count, single_layer_sw
 from proxyq.engine.memory import bytes_per_image, images_at_once
 from proxyq.engine.taps import TapOptions
 from proxyq.errors import ProxyqError, UsageError
+from proxyq.model.function_import import from_function
 from proxyq.model.graph import evaluate
 from proxyq.model.network import network
 from proxyq.ptq.measure import kl_divergence
@@ -101,8 +102,6 @@ def test_equal_segments_share_one_program():
         for i in range(12):
             x = jax.nn.relu(x @ p[f"w{i}"])
         return x
-
-    from proxyq.model.function_import import from_function
 
     params = {f"w{i}": np.eye(5, dtype=np.float32) for i in range(12)}
     model = from_function(apply, params, (5,), name="chain")
@@ -212,3 +211,88 @@ def test_asking_for_what_was_not_recorded_names_the_need():
     taps = collect(engine, images(small_net(), 2), ("pooled",), (2,))
     with pytest.raises(ProxyqError, match=r"needs=\('gram',\)"):
         taps.map(lambda tap: tap.gram.sum())
+
+
+def test_segments_that_differ_in_inner_constants_share_no_program():
+    def apply(p, x):
+        for i in range(2):
+            table = np.full((5,), 1.0 + i, np.float32)
+            inner = jax.jit(lambda v, table=table: v + table)
+            x = jax.jit(lambda v, inner=inner: jnp.tanh(inner(v)))(x @ p[f"w{i}"])
+        return x @ p["w2"]
+
+    params = {f"w{i}": np.eye(5, dtype=np.float32) for i in range(3)}
+    model = from_function(apply, params, (5,), name="tables")
+    x = images(model, 3)
+    np.testing.assert_allclose(Engine.build(model, 3).logits(x), model(x), atol=1e-6)
+
+
+def test_weights_are_the_same_at_every_batch_size():
+    # A factor that is repeated along the batch looks foldable at batch 1 alone.
+    def apply(p, x):
+        h = x @ p["w"]
+        scale = jnp.broadcast_to(p["g"], h.shape) / jnp.sqrt(jnp.broadcast_to(p["v"], h.shape))
+        return (h * scale) @ p["out"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 6), "g": (6,), "v": (6,), "out": (6, 3)}
+    params = {k: rng.uniform(0.5, 2, s).astype(np.float32) for k, s in shapes.items()}
+    model = from_function(apply, params, (4,), name="repeated")
+    one, four = (Engine.build(model, n, batch_size=n) for n in (1, 4))
+    for site in range(2):
+        np.testing.assert_allclose(one.weight(site), four.weight(site), rtol=1e-6)
+
+
+def test_a_weight_that_is_a_repeated_parameter():
+    def apply(p, x):
+        kernel = jnp.broadcast_to(p["blur"], (3, 3, 1, 4))
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=4,
+        )  # fmt: skip
+        return jnp.mean(x, axis=(1, 2)) @ p["head"]
+
+    rng = np.random.default_rng(0)
+    params = {
+        "blur": rng.normal(size=(3, 3, 1, 1)).astype(np.float32),
+        "head": rng.normal(size=(4, 3)).astype(np.float32),
+    }
+    model = from_function(apply, params, (6, 6, 4), name="blurred")
+    x = images(model, 3)
+    engine = Engine.build(model, 3)
+    assert engine.network.names == ("blur", "head")
+    np.testing.assert_allclose(engine.logits(x), model(x), atol=1e-5)
+
+
+def test_a_network_that_computes_in_bfloat16_can_be_corrected():
+    from proxyq.ptq.correct import correct
+
+    def apply(p, x):
+        h = jax.nn.relu(x.astype(jnp.bfloat16) @ p["a"].astype(jnp.bfloat16))
+        return (h @ p["b"].astype(jnp.bfloat16)).astype(jnp.float32)
+
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(size=(8, 8)).astype(np.float32) for k in "ab"}
+    model = from_function(apply, params, (8,), name="half")
+    x = images(model, 32)
+    engine = Engine.build(model, 32)
+    edits = round_weights(engine, dict.fromkeys(engine.network.names, 3))
+    for correction in ("weights", "statistics", "auto"):
+        fitted, _, _ = correct(engine, edits, x, correction)
+        assert np.isfinite(engine.logits(x, fitted)).all()
+
+
+def test_stacked_sweep_where_the_first_output_does_not_see_the_layer():
+    def apply(p, x):
+        return x @ p["a"], x @ p["b"]
+
+    params = {k: np.eye(4, dtype=np.float32) for k in "ab"}
+    model = from_function(apply, params, (4,), name="two-heads")
+    engine = Engine.build(model, 3)
+    x = images(model, 3)
+    tables = [
+        single_layer_sweep(engine, x, alternatives(engine, (1, 2)), kl_divergence, stacked=stacked)
+        for stacked in (False, True)
+    ]
+    np.testing.assert_allclose(*tables, atol=1e-6)
+    assert (tables[0][1] == 0).all()

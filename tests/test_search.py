@@ -156,6 +156,30 @@ def test_the_rounding_of_the_search_is_the_rounding_that_runs():
         quantize_model(model, broken, correction="none")
 
 
+def test_plans_that_differ_in_rounding_alone_are_measured_apart():
+    model = small_net()
+    data = images(model)
+    plans = [
+        proxyq.search(model, data, proxy="uniform", budget="size=2bit", bits=[2], extra_code=code)
+        for code in ("negative", "either")
+    ]
+    both = evaluate(model, plans, data, data, correction="none").plans
+    alone = [evaluate(model, [p], data, data, correction="none").plans[0] for p in plans]
+    assert [one.kl for one in both] == [one.kl for one in alone]
+    assert both[0].kl != both[1].kl
+
+
+def test_importances_weighed_by_rounding_errors():
+    from proxyq.search.recipes import Recipe
+
+    recipe = Recipe(
+        name="own", reference="test", proxy="params", cost="times-dw2", bits=[2, 4], solver="ilp"
+    )
+    plan = proxyq.search(small_net(), recipe=recipe)
+    assert plan.budgets[0].asked == 3  # no budget: halfway between the candidates
+    assert plan.solver.objective > 0
+
+
 NO_TORCH = """
 import sys
 

@@ -71,7 +71,11 @@ def method_of(
     for width in bits or ():
         check_bits(width)
     if recipe is None:
-        chosen = proxy if isinstance(proxy, Proxy) else PROXIES.get(proxy or DEFAULT_PROXY)
+        chosen = (
+            proxy
+            if isinstance(proxy, Proxy)
+            else PROXIES.get(DEFAULT_PROXY if proxy is None else proxy)
+        )
         return Method(
             proxy=chosen,
             options=chosen.check_options(options or {}),

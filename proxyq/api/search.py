@@ -30,7 +30,7 @@ def search(
     *,
     proxy: str | Proxy | None = None,
     recipe: str | Recipe | None = None,
-    budget: str | Sequence[str] = DEFAULT_BUDGET,
+    budget: str | Sequence[str] | None = None,
     bits: Sequence[int] | None = None,
     activation_bits: int | str | None = None,
     extra_code: str | None = None,
@@ -56,6 +56,7 @@ def search(
       network. `data`: calibration images, as `as_data` takes them; labels are not read.
     - `proxy` or `recipe`: what measures sensitivity; `options` are the proxy's.
     - `budget`: one or several, such as `size=3bit`, `size=1.5MiB`, `bops=75G`; all hold.
+      Without any, 4 bits on average, or halfway where no candidate has more than 4.
     - `bits`: candidate bit-widths. `pins` (`'PATTERN=8'`), `ties` (`'PATTERN'`) and
       `candidates` (`'PATTERN=2,4'`) bind layers by shell patterns, or `re:` expressions.
     - `activation_bits`: bits of every layer's input, or `"float"`; `None` is the recipe's, else
@@ -85,6 +86,11 @@ def search(
         ties=ties,
     )
     model = as_model(model)
+    if budget is None:
+        low, high = min(method.bits), max(method.bits)
+        budget = DEFAULT_BUDGET if high > 4 or low == high else f"size={(low + high) / 2:g}bit"
+    elif not isinstance(budget, str) and not isinstance(budget, Sequence):
+        raise UsageError(f"`budget` must be text such as 'size=3bit', got {budget!r}.")
     found = network(model, LAYERS_AT)
     measured = evaluate or eval_data is not None
     needs_data = method.proxy.needs_images or (measured and _runs_on_images(method))

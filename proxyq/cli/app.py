@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -45,11 +47,24 @@ def proxyq(
         raise typer.Exit
 
 
+def _stop(number: int, frame: object) -> None:
+    """End at once on Ctrl-C: an exception could get lost in a callback of XLA."""
+    del number, frame
+    files = sys.modules.get("proxyq.files")
+    if files is not None:  # else nothing has been written
+        files.remove_unfinished()
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nproxyq: interrupted.\n")
+    os._exit(INTERRUPTED)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code instead of raising.
 
     Whatever goes wrong becomes one line on stderr.
     """
+    if arguments is None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _stop)  # a process of its own
     try:
         return _run(arguments)
     except BrokenPipeError:

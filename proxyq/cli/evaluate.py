@@ -3,7 +3,7 @@
 from proxyq.cli import options as o
 from proxyq.cli.arguments import byte_count
 from proxyq.cli.models import load
-from proxyq.cli.output import print_blocks, print_json
+from proxyq.cli.output import print_blocks, print_json, say
 from proxyq.cli.runtime import working
 from proxyq.errors import UsageError
 
@@ -45,6 +45,9 @@ def evaluate(
             size=size,
             resize=resize,
         )
+        for file, plan in zip(files, plans, strict=True):
+            if plan.model.get("digest") not in (None, loaded.digest()):
+                say(f"{file} was made for other weights of this network.", quiet=quiet)
         result = api.evaluate(
             loaded,
             plans,

@@ -77,7 +77,7 @@ def search(
             data,
             proxy=proxy,
             recipe=recipe,
-            budget=budget or [api.DEFAULT_BUDGET],
+            budget=budget or None,
             bits=widths,
             activation_bits=activations,
             extra_code=extra_code,
@@ -102,7 +102,8 @@ def search(
         kinds = {layer.name: layer.kind for layer in api.inspect(loaded).layers}
 
     if not budget:
-        say(f"no --budget given: took {api.DEFAULT_BUDGET}.", quiet=quiet)
+        taken = plan.budgets[0]
+        say(f"no --budget given: took {taken.name}={taken.asked:g}{taken.unit}.", quiet=quiet)
     if json:
         print_text(plan.to_json())
         return

@@ -161,9 +161,14 @@ def _check_range(data: Data, how: Preprocessing) -> None:
     images = data.images
     if isinstance(images, LazyImages) or images.dtype == np.uint8:
         return
+    low, high = float(images.min()), float(images.max())
+    if low >= 0 and high > 16:
+        raise UsageError(
+            f"the float images of {data.name!r} range from {low:.3g} to {high:.3g}, which looks "
+            "like 0 to 255: store uint8, or divide by 255 (white is 1)."
+        )
     if all(m == 0 for m in how.mean) and all(s == 1 for s in how.std):
         return
-    low, high = float(images.min()), float(images.max())
     if low < -1e-3 or high > 1 + 1e-3:
         raise UsageError(
             f"the float images of {data.name!r} range from {low:.3g} to {high:.3g}, but must lie "

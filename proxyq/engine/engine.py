@@ -179,9 +179,12 @@ class Engine:
             current, _ = self._run(segment, current, NO_EDIT, (), flags)
             stacked |= set(segment.writes)
         # An output that the site does not reach is the same for every alternative.
-        for var in set(current) - stacked:
-            current[var] = jnp.broadcast_to(current[var], (len(alternatives), *current[var].shape))
-        return self.outputs(current)
+        number = len(alternatives)
+        spread = {
+            var: value if var in stacked else jnp.broadcast_to(value, (number, *value.shape))
+            for var, value in current.items()
+        }
+        return self.outputs(spread)
 
     def _run(
         self,

@@ -233,10 +233,11 @@ def correct(
     if correction == "weights":
         return correct_weights(engine, edits), "weights", {}
     images = 0 if inputs is None else len(jax.tree.leaves(inputs)[0])
-    if images < (8 if correction == "auto" else 1):
+    least = 8 if correction == "auto" else 1
+    if images < least:
         raise UsageError(
-            f"correction={correction!r} needs calibration images, got {images}: give data, or "
-            "choose correction='weights' or 'none'."
+            f"correction={correction!r} needs calibration images, at least {least}, got {images}: "
+            "give more, or choose correction='weights' or 'none'."
         )
     moments, logits = float_moments(engine, inputs, progress=progress)
     if correction == "statistics":

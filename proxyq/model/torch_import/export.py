@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import math
 import warnings
 from collections import OrderedDict
@@ -33,6 +34,28 @@ _NOISE = (
     (DeprecationWarning, r".*"),
     (UserWarning, r".*(deprecated|_maybe_guard_rel|was not a valid FQN|does not reference).*"),
 )
+
+
+@contextlib.contextmanager
+def _silent_logs() -> Iterator[None]:
+    """Without torch's own log, which prints whole graphs when it cannot trace a module."""
+    logger = logging.getLogger("torch")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    children = [
+        other
+        for name, other in logging.root.manager.loggerDict.items()
+        if name.startswith("torch.") and isinstance(other, logging.Logger)
+    ]
+    disabled = [(child, child.disabled) for child in children]
+    try:
+        for child in children:
+            child.disabled = True
+        yield
+    finally:
+        logger.setLevel(before)
+        for child, was in disabled:
+            child.disabled = was
 
 
 class Unexportable(Exception):
@@ -129,7 +152,7 @@ def export(
     # The fused attention of inference is one opaque operator that hides its layers.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silent_logs():
             for category, message in _NOISE:
                 warnings.filterwarnings("ignore", message=message, category=category)
             torch.backends.mha.set_fastpath_enabled(False)
