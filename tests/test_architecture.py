@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1] / "proxyq"
 
 # A module may import its own stage and those before it.
 STAGES = [
-    ("errors", "files", "progress", "registry", "shelf", "version", "provenance"),
+    ("errors", "files", "checkpoint", "progress", "registry", "shelf", "version", "provenance"),
     ("model",),
     ("data",),
     ("quantize",),
