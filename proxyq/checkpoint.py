@@ -42,7 +42,7 @@ class Checkpoint:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        whole = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        whole = {key: np.asarray(array, order="C") for key, array in arrays.items()}
         write_atomic(self.folder / f"{name}.safetensors", save(whole))
         self._saved = time.monotonic()
 
