@@ -86,7 +86,7 @@ def cut(network: Network) -> tuple[Segment, ...]:
                 reads=reads,
                 writes=writes,
                 keeps=keeps,
-                key=_key(eqns, (*constants, *reads), writes, _operand(network, site)),
+                key=text_key(eqns, (*constants, *reads), writes, _operand(network, site)),
             )
         )
         needed = set(keeps) | set(reads)
@@ -101,7 +101,7 @@ _COMPILED: dict[Any, Any] = {}
 _MOST_PROGRAMS = 2048
 
 
-def _remember(cache: dict[Any, Any], key: Any, program: Any) -> Any:
+def remember(cache: dict[Any, Any], key: Any, program: Any) -> Any:
     """Keep a program, and no more than so many: the oldest goes."""
     if len(cache) >= _MOST_PROGRAMS:
         del cache[next(iter(cache))]
@@ -129,7 +129,7 @@ def call(
     function = _COMPILED.get(key)
     if function is None:
         function = _compile(network, segment, capture, stacked)
-        _remember(_COMPILED, key, function)
+        remember(_COMPILED, key, function)
     return function(edit._replace(weight=None), weight, tuple(constants), tuple(state))
 
 
@@ -160,14 +160,14 @@ def call_site(network: Network, index: int, x: Any, weight: Any, edit: Edit) -> 
     site = network.sites[index]
     eqn = network.graph.main[site.position]
     data = eqn.invars[1 - site.operand]
-    key = _key([eqn], [data], eqn.outvars, site.operand)
+    key = text_key([eqn], [data], eqn.outvars, site.operand)
     program = _SITES.get(key)
     if program is None:
 
         def alone(x: Any, weight: Any, edit: Edit) -> Any:
             return run_site(site, eqn, {data: x}, weight, edit)
 
-        program = _remember(_SITES, key, jax.jit(alone))
+        program = remember(_SITES, key, jax.jit(alone))
     return program(x, weight, edit._replace(weight=None))
 
 
@@ -190,12 +190,16 @@ def _positions(segment: Segment) -> dict[Var, int]:
     return {var: i for i, var in enumerate((*segment.constants, *segment.reads, *made))}
 
 
-# Their rules for derivatives have no text, and forward runs do not use them.
+# Their rules for derivatives are closures made anew at each use; where they are written down
+# tells which is which.
 _CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
 
 
-def _key(
-    eqns: Sequence[Equation], arguments: Sequence[Any], writes: Sequence[Any], operand: int | None
+def text_key(
+    eqns: Sequence[Equation],
+    arguments: Sequence[Any],
+    writes: Sequence[Any],
+    operand: int | None = None,
 ) -> str:
     """Text that equal segments share: equations up to the names of variables."""
     number: dict[Any, int] = {var: index for index, var in enumerate(arguments)}
@@ -209,8 +213,8 @@ def _key(
     lines = [f"{operand} " + " ".join(v.aval.str_short() for v in arguments)]
     for eqn in eqns:
         operands = " ".join(name(atom) for atom in eqn.invars)
-        drop = eqn.primitive.name in _CUSTOM_RULES
-        params = " ".join(f"{k}={_text(v, drop)}" for k, v in sorted(eqn.params.items()))
+        custom = eqn.primitive.name in _CUSTOM_RULES
+        params = " ".join(f"{k}={_text(v, custom)}" for k, v in sorted(eqn.params.items()))
         for var in eqn.outvars:
             number[var] = len(number)
         outs = " ".join(v.aval.str_short() for v in eqn.outvars)
@@ -218,22 +222,27 @@ def _key(
     return "\n".join([*lines, " ".join(name(atom) for atom in writes)])
 
 
-def _text(value: Any, drop_callables: bool) -> str:
+def _text(value: Any, custom_rule: bool) -> str:
     """A parameter as text that differs where what it does differs."""
+    source = ""
+    if custom_rule:
+        source = getattr(getattr(value, "debug_info", None), "func_src_info", None) or ""
     body = getattr(value, "jaxpr", value)
     if hasattr(body, "eqns"):
-        inside = _key(body.eqns, [*body.constvars, *body.invars], body.outvars, None)
+        inside = text_key(body.eqns, [*body.constvars, *body.invars], body.outvars, None)
         constants = ",".join(_text(c, False) for c in getattr(value, "consts", ()))
-        return "{" + inside + "|" + constants + "}"
+        return "{" + inside + "|" + constants + "|" + source + "}"
+    if source or (custom_rule and callable(value)):
+        return source
     if isinstance(value, (tuple, list)):
-        return "(" + ",".join(_text(item, drop_callables) for item in value) + ")"
+        return "(" + ",".join(_text(item, custom_rule) for item in value) + ")"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         array = np.asarray(value)
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
         return f"{array.dtype}{array.shape}{digest}"
     if callable(value) and not isinstance(value, type):
         # The program that is kept under this key holds the function, so its id stays its own.
-        return "" if drop_callables else f"function#{id(value)}"
+        return f"function#{id(value)}"
     return repr(value)
 
 
