@@ -10,7 +10,7 @@ Tangents that are zero are never computed: a direction in one layer's weight cos
 before that layer. The whole network is never compiled as one program.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -23,7 +23,7 @@ from proxyq.engine.engine import Engine
 from proxyq.engine.objectives import Objective, Targets, with_classes
 from proxyq.engine.segments import NO_EDIT, Segment, State, remember, text_key
 from proxyq.errors import ProxyqError
-from proxyq.model.graph import Env, Equation, Var, evaluate, is_literal, read
+from proxyq.model.graph import Env, Equation, Var, evaluate, is_literal
 from proxyq.model.lowering import run
 from proxyq.model.model import logits_of
 
@@ -132,6 +132,22 @@ def _site_call(eqn: Equation, operand: int, x: Any, weight: Any) -> Any:
     return run(eqn, [x, weight] if operand == 1 else [weight, x])[0]
 
 
+def pull_weight(eqn: Equation, operand: int, x: Any, delta: Any) -> Any:
+    """`dL/dW` of one site from what it reads and `dL/dy`: the transpose of `f(x, .)`."""
+    aval = eqn.invars[operand].aval
+    _, pull = jax.vjp(lambda w: _site_call(eqn, operand, x, w), jnp.zeros(aval.shape, aval.dtype))
+    return pull(delta.astype(eqn.outvars[0].aval.dtype))[0]
+
+
+def pull_input(eqn: Equation, operand: int, weight: Any, delta: Any) -> Any:
+    """`dL/dx` of one site from its weight and `dL/dy`: the transpose of `f(., W)`."""
+    aval = eqn.invars[1 - operand].aval
+    _, pull = jax.vjp(
+        lambda x: _site_call(eqn, operand, x, weight), jnp.zeros(aval.shape, aval.dtype)
+    )
+    return pull(delta.astype(eqn.outvars[0].aval.dtype))[0]
+
+
 # -- one batch ----------------------------------------------------------------------------
 
 
@@ -206,45 +222,33 @@ class Tape:
 
     def push(self, site: int, x: Any, weight: Any) -> Any:
         """`f(x, W)`; a leading axis of `x` or `weight` is a stack."""
-        return self._bilinear("push", site, x, weight)
+        return self._bilinear(_site_call, site, x, weight)
 
     def pull_input(self, site: int, delta: Any, weight: Any = None) -> Any:
         """`dL/dx`, the transpose of `f(., W)` at `delta`; either may be stacked."""
         weight = self.engine.weight(site) if weight is None else weight
-        return self._bilinear("input", site, delta, weight)
+        return self._bilinear(pull_input, site, weight, delta)
 
     def pull_weight(self, site: int, delta: Any, x: Any = None) -> Any:
         """`dL/dW`, the transpose of `f(x, .)` at `delta`; either may be stacked."""
-        return self._bilinear("weight", site, delta, self.x(site) if x is None else x)
+        return self._bilinear(pull_weight, site, self.x(site) if x is None else x, delta)
 
-    def _bilinear(self, kind: str, site: int, first: Any, second: Any) -> Any:
+    def _bilinear(self, function: Callable[..., Any], site: int, *values: Any) -> Any:
         where = self.engine.network.sites[site]
         eqn = self.engine.network.graph.main[where.position]
-        data, out = eqn.invars[1 - where.operand], eqn.outvars[0]
-        weight = eqn.invars[where.operand]
-        plain = {"push": (data, weight), "input": (out, weight), "weight": (out, data)}[kind]
-        stacked = [
-            value.ndim > var.aval.ndim for value, var in zip((first, second), plain, strict=True)
-        ]
-        axes = tuple(0 if flag else None for flag in stacked)
+        data, weight, out = eqn.invars[1 - where.operand], eqn.invars[where.operand], eqn.outvars[0]
+        plain = {_site_call: (data, weight), pull_input: (weight, out), pull_weight: (data, out)}
+        axes = tuple(
+            0 if value.ndim > var.aval.ndim else None
+            for value, var in zip(values, plain[function], strict=True)
+        )
 
         def make() -> Callable[..., Any]:
-            def call(first: Any, second: Any) -> Any:
-                if kind == "push":
-                    return _site_call(eqn, where.operand, first, second)
-                blank = jnp.zeros(plain_shape, aval.dtype)
-                if kind == "input":
-                    function = lambda x: _site_call(eqn, where.operand, x, second)  # noqa: E731
-                else:
-                    function = lambda w: _site_call(eqn, where.operand, second, w)  # noqa: E731
-                return jax.vjp(function, blank)[1](first.astype(out.aval.dtype))[0]
-
-            aval = (data if kind == "input" else weight).aval
-            plain_shape = aval.shape
-            return call if not any(stacked) else jax.vmap(call, in_axes=axes)
+            call = partial(function, eqn, where.operand)
+            return call if axes == (None, None) else jax.vmap(call, in_axes=axes)
 
         key = text_key([eqn], [data], eqn.outvars, where.operand)
-        return _program(f"{kind}{axes}", key, make)(first, second)
+        return _program(f"{function.__name__}{axes}", key, make)(*values)
 
     # -- products with second derivatives ------------------------------------------------
 
@@ -270,10 +274,9 @@ class Tape:
             if dy is not None or any(value is not None for value in reads):
 
                 def make(rest: Rest = rest) -> Callable[..., Any]:
-                    def push(out: Any, reads: Any, consts: Any, others: Any, d: Any) -> Any:
-                        return _jvp(lambda o, r: rest(o, r, consts, others), (out, reads), d)
-
-                    return push
+                    return lambda out, reads, consts, others, d: _jvp(
+                        lambda o, r: rest(o, r, consts, others), (out, reads), d
+                    )
 
                 program = _program("jvp", rest.key, make)
                 writes = program(*self._arguments(site), (dy, reads))
