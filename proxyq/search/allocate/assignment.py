@@ -35,7 +35,8 @@ class Status(Enum):
 class Assignment:
     """A column for every layer of `problem`, checked against all limits in exact integers.
 
-    - `choice`: column per layer; `objective`: its total cost.
+    - `choice`: column per layer, which `bits` and `activation_bits` spell out; `objective`: its
+      total cost.
     - `bound`: no assignment within the limits costs less than this.
     - `expected_bits`: the linear relaxation's fractional bit-widths, from solver `lp` only.
     - `notes`: what else one should know, a sentence each.
@@ -58,11 +59,17 @@ class Assignment:
 
     @cached_property
     def bits(self) -> tuple[int, ...]:
-        """Bit-width per layer."""
+        """Weight bit-width per layer."""
         return tuple(self.problem.bits[k] for k in self.choice)
 
+    @cached_property
+    def activation_bits(self) -> tuple[int | None, ...] | None:
+        """Activation bit-width per layer (`None`: float); `None` where they were not chosen."""
+        columns = self.problem.activation_bits
+        return None if columns is None else tuple(columns[k] for k in self.choice)
+
     def by_name(self) -> dict[str, int]:
-        """Bit-width by layer name."""
+        """Weight bit-width by layer name."""
         return dict(zip(self.layers, self.bits, strict=True))
 
     @cached_property
@@ -91,11 +98,15 @@ class Assignment:
         lines = wrapped(parts)
         lines += [f"note: {note}" for note in self.notes]
         columns = [limit.name[:9] for limit in self.problem.limits][:3]
-        head = f"{'layer':<36} bits {'cost':>10}"
+        chosen = [self.problem.shown(k) for k in self.choice]
+        wide = max(4, *map(len, chosen))
+        room = 40 - wide
+        head = f"{'layer':<{room}} {'bits':>{wide}} {'cost':>10}"
         lines.append(head + "".join(f" {name + ' %':>11}" for name in columns))
         for i, name in enumerate(self.layers):
             k = self.choice[i]
-            line = f"{elided(name, 36):<36} {self.bits[i]:>4} {self.problem.cost[i, k]:>10.3g}"
+            line = f"{elided(name, room):<{room}} {chosen[i]:>{wide}}"
+            line += f" {self.problem.cost[i, k]:>10.3g}"
             for limit, amount in zip(self.problem.limits[:3], self.usage, strict=False):
                 share = 100 * int(limit.usage[i, k]) / amount if amount else 0.0
                 line += f" {share:>11.1f}"

@@ -1,7 +1,9 @@
-"""Budgets as users write them: `size=3bit`, `size=1.5MiB`, `bops=75G`, `macs-bits=12G`.
+"""Budgets as users write them: `size=3bit`, `size=1.5MiB`, `bops=75G`, `latency=3.2ms`, `size=50%`.
 
-Amounts are exact fractions of what was typed; a budget in whole bits (or operations) is that
-amount rounded down, so rounding never grants more than was asked.
+Amounts are exact fractions of what was typed; a budget in whole bits (operations, picoseconds)
+is that amount rounded down, so rounding never grants more than was asked. A share, `size=50%`,
+is that part of the way from the least to the greatest amount that the candidates reach (r = 0.5
+in the programs of HAWQ-V3, arXiv:2011.10680).
 """
 
 import re
@@ -13,19 +15,23 @@ from proxyq.errors import UsageError, near
 
 BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-# Raw amounts (bits or operations) per unit; None: per searched weight.
+PICOSECONDS = {"s": 10**12, "ms": 10**9, "us": 10**6}
+AVERAGE, SHARE = "bit", "%"
+# Raw amounts (bits, operations, picoseconds) per unit; None: known with the layers only.
 UNITS: dict[str, dict[str, int | None]] = {
-    "size": {"bit": None, **{unit: 8 * count for unit, count in BYTES.items()}},
-    "bops": dict(COUNTS),
-    "macs-bits": dict(COUNTS),
+    "size": {AVERAGE: None, **{unit: 8 * count for unit, count in BYTES.items()}, SHARE: None},
+    "bops": {**COUNTS, SHARE: None},
+    "macs-bits": {**COUNTS, SHARE: None},
+    "latency": {**PICOSECONDS, SHARE: None},
 }
-LATER = ("latency", "activation-memory")
+LATER = ("activation-memory",)
 MEANING = {
     "size": "bits of the quantizable weights (scales and biases not counted)",
     "bops": "MACs × weight bits × activation bits (float activations count as 32)",
     "macs-bits": "MACs × weight bits",
+    "latency": "seconds of all layers, from the latency table",
 }
-_AMOUNT = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?\s*([A-Za-z]*)\s*\Z")
+_AMOUNT = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?\s*([A-Za-z]*|%)\s*\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +44,36 @@ class Budget:
     text: str
 
     def per_unit(self, searched_weights: int) -> Fraction:
-        """Raw amounts (bits, operations) in one unit; `size` in `bit` is per searched weight."""
+        """Raw amounts in one unit; `size` in `bit` is per searched weight, a share has none."""
         raw = UNITS[self.kind][self.unit]
         return Fraction(searched_weights if raw is None else raw)
 
     @property
     def is_average(self) -> bool:
         """Whether this is an average per searched weight, which leaves pinned layers out."""
-        return UNITS[self.kind][self.unit] is None
+        return self.unit == AVERAGE
+
+    @property
+    def is_share(self) -> bool:
+        """Whether this is a share of the way from the least to the greatest reachable amount."""
+        return self.unit == SHARE
 
     def __str__(self) -> str:
         return self.text
+
+
+def share_of(low: int, high: int, percent: Fraction) -> int:
+    """The whole raw amount that lies this share of the way from `low` to `high`, rounded down."""
+    # low + r (high - low)
+    return low + int((high - low) * percent / 100)
+
+
+def raw_budget(kind: str, amount: int) -> Budget:
+    """A budget of a whole raw amount: bits, operations, picoseconds."""
+    unit = {"size": "B", "latency": "us"}.get(kind, "")
+    per_unit = UNITS[kind][unit]
+    assert per_unit is not None
+    return Budget(kind=kind, amount=Fraction(amount, per_unit), unit=unit, text=f"{kind}={amount}")
 
 
 def parse_budget(text: str) -> Budget:
@@ -102,13 +127,16 @@ def budget_steps(text: str, points: int) -> tuple[Budget, ...]:
     return tuple(steps)
 
 
+_EXAMPLES = {"size": "3bit, 1.5MiB or 50%", "latency": "3.2ms"}
+
+
 def _amount(kind: str, rest: str, text: str) -> dict:
     """`amount` and `unit` of `3bit`."""
     match = _AMOUNT.match(rest)
     if match is None:
         raise UsageError(
             f"the amount in the budget {text!r} must be a positive number and a unit, like "
-            f"{'3bit or 1.5MiB' if kind == 'size' else '75G'}."
+            f"{_EXAMPLES.get(kind, '75G')}."
         )
     number, exponent, unit = match[1], match[2] or "", match[3]
     if kind == "size" and unit == "bits":
@@ -119,7 +147,10 @@ def _amount(kind: str, rest: str, text: str) -> dict:
             raise UsageError(f"the budget {text!r} needs a unit: {_list(known)}.")
         raise UsageError(f"unknown unit {unit!r} in the budget {text!r}: {near(unit, known)}")
     amount = Fraction(number + exponent)
-    if amount <= 0:
+    if unit == SHARE:
+        if amount > 100:
+            raise UsageError(f"a share must be 0% to 100%, got the budget {text!r}.")
+    elif amount <= 0:
         raise UsageError(f"the budget {text!r} must be more than zero.")
     return {"amount": amount, "unit": unit}
 

@@ -1,28 +1,35 @@
 """From scores and wishes to a `Problem`: budgets, pins, ties, candidates per layer.
 
-- The bits axis holds the candidates and every pinned bit-width, ascending. A pinned layer
-  stays in the problem with one candidate, so the answer covers every layer.
+- The columns hold the candidates and whatever a pin names, ascending. A pinned layer stays in
+  the problem, so the answer covers every layer.
+- Activation bits are fixed outside the problem, or follow the weights' (`"weights"`: HAWQ-V3's
+  W4A4 and W8A8), or are chosen beside them (a list: LIMPQ), every pair being one column with
+      cost[l, (b, a)] = cost[l, b] + activation_cost[l, a].
+  A pin `'PATTERN=8'` then holds the weights alone, `'PATTERN=8/4'` both.
 - All layers that a tie matches, and those that are named together in `shared`, take one
-  bit-width. Where one of them is pinned, all are. A layer's own `group` (layers that feed one
+  column. Where one of them is pinned, all are. A layer's own `group` (layers that feed one
   residual sum) binds only when asked for: it concerns the grid of activations, and weights
   there may differ.
 - `size` in `bit` is the average over the searched layers: pinned layers take no part, neither
   in the sum nor in the count of weights. Every other budget counts all layers.
-- Where several pins (or several lists of candidates) match a layer, the last one wins.
+- Where several pins (or several lists of candidates) match a layer, the last one wins. A pin
+  is not bound by candidates or masks.
 """
 
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from proxyq.errors import UsageError, near
 from proxyq.search.allocate.budget import Budget, parse_budget
-from proxyq.search.allocate.patterns import matching, split_bits
-from proxyq.search.allocate.problem import Limit, Pin, Problem, check_bits, exact_integer
+from proxyq.search.allocate.patterns import Held, matching, split_bits, split_pin
+from proxyq.search.allocate.problem import Pin, Problem, check_bits, exact_integer
+from proxyq.search.allocate.usage import Counted, Latencies, limit_of
 
-FLOAT_BITS = 32
+AS_WEIGHTS = "weights"
+Pair = tuple[int, int | None]
 
 
 class LayerLike(Protocol):
@@ -38,7 +45,7 @@ class LayerLike(Protocol):
     def group(self) -> str | None: ...
 
 
-ActivationBits = int | None | Mapping[str, int | None]
+ActivationBits = int | None | Mapping[str, int | None] | Sequence[int] | str
 
 
 def build_problem(
@@ -52,73 +59,176 @@ def build_problem(
     shared: Sequence[Sequence[str]] = (),
     candidates: Sequence[str] = (),
     activation_bits: ActivationBits = None,
+    activation_cost: Any = None,
+    allowed: Any = None,
+    activation_allowed: Any = None,
+    latency: Latencies | None = None,
 ) -> Problem:
     """The problem of choosing one of `bits` for every layer within all `budgets`.
 
     - `cost`: float `[layers, bits]`, columns in the order of `bits`. Entries that are not
       allowed may be anything; a layer pinned to a bit-width outside `bits` costs 0.
-    - `pins`: `'PATTERN=8'`; `ties`: `'PATTERN'`; `candidates`: `'PATTERN=2,4'`, of `bits`.
-      Patterns are shell globs on layer names, or `re:` and a regular expression.
-    - `shared`: sets of layer names that take one bit-width, such as `shared_by(layers, "group")`.
-    - `activation_bits`: for all layers, or by layer name; `None` is float.
+    - `pins`: `'PATTERN=8'`, `'PATTERN=8/4'`; `ties`: `'PATTERN'`; `candidates`:
+      `'PATTERN=2,4'`, of `bits`. Patterns are shell globs on layer names, `re:` and a regular
+      expression, `@first` or `@last`.
+    - `shared`: sets of layer names that take one choice, such as `shared_by(layers, "group")`.
+    - `activation_bits`: for all layers, or by layer name (`None` is float): fixed; a list:
+      candidates, which need `activation_cost`, float `[layers, activation bits]`; or
+      `"weights"`: every layer's activations have its weights' bit-width.
+    - `allowed`, `activation_allowed`: bool, of the shapes of the costs; what they erase is no
+      candidate.
+    - `latency`: what layers take, for budgets on `latency`.
 
     **Raises** `UsageError` for whatever is wrong, in one sentence.
     """
     names = [layer.name for layer in layers]
     bits = check_bits(bits)
-    table = np.asarray(cost, np.float64)
-    if table.shape != (len(names), len(bits)):
-        raise UsageError(
-            f"`cost` must have the shape [layers, bits] = {[len(names), len(bits)]}, got "
-            f"{list(table.shape)}."
-        )
-    weights = [exact_integer(layer.weights, f"weights of {layer.name!r}") for layer in layers]
-    macs = [exact_integer(layer.macs, f"macs of {layer.name!r}") for layer in layers]
+    table = _table(cost, (len(names), len(bits)), "`cost`", "[layers, bits]")
     groups = _groups(names, ties, shared)
-    free = _candidates(names, bits, candidates)
     pinned = _pinned(names, pins, groups)
-    axis = tuple(sorted({*bits, *(b for b, _ in pinned.values())}))
-    column = {b: k for k, b in enumerate(axis)}
+    activations = _activations(activation_bits, activation_cost, names, pinned)
+    axis = activations.pairs(bits, [held for held, _ in pinned.values()])
+    column = {pair: k for k, pair in enumerate(axis)}
 
-    full = np.full((len(names), len(axis)), np.nan)
-    full[:, [column[b] for b in bits]] = table
-    allowed = np.zeros(full.shape, bool)
-    for i in range(len(names)):
-        if i in pinned:
-            b = pinned[i][0]
-            allowed[i, column[b]] = True
-            if b not in bits:
-                full[i, column[b]] = 0.0
+    stays = _mask(allowed, table.shape, "`allowed`", "[layers, bits]")
+    shape = (len(names), len(activations.candidates))
+    axes = "[layers, activation bits]"
+    stays_beside = _mask(activation_allowed, shape, "`activation_allowed`", axes)
+    free: list[list[int]] = []
+    kept: list[list[int]] = []
+    for i, wanted in enumerate(_candidates(names, bits, candidates)):
+        widths = [b for b, stay in zip(bits, stays[i], strict=True) if stay and b in wanted]
+        beside = zip(activations.candidates, stays_beside[i], strict=True)
+        erased = {a for a, stay in beside if not stay}
+        free.append([column[b, a] for b in widths for a in activations.beside(b, erased)])
+        held = pinned[i][0] if i in pinned else None
+        if held is None:
+            kept.append(free[i])
+        elif held.both:
+            kept.append([column[held.bits, held.activation_bits]])
         else:
-            allowed[i, [column[b] for b in free[i]]] = True
-    records = _pin_records(pinned, free, groups, column)
-    given = [budgets] if isinstance(budgets, (str, Budget)) else list(budgets)
-    activations = [_activation(activation_bits, name) for name in names]
-    limits = [
-        _limit(
-            parse_budget(budget) if isinstance(budget, str) else budget,
-            axis,
-            weights,
-            macs,
-            activations,
-            [i not in pinned for i in range(len(names))],
-        )
-        for budget in given
-    ]
-    return Problem(
+            kept.append([column[held.bits, a] for a in activations.beside(held.bits, erased)])
+
+    # cost[l, (b, a)] = cost[l, b] + activation_cost[l, a], 0 for what only a pin names
+    full = np.zeros((len(names), len(axis)))
+    at = {b: k for k, b in enumerate(bits)}
+    at_beside = {a: k for k, a in enumerate(activations.candidates)}
+    for k, (b, a) in enumerate(axis):
+        full[:, k] += table[:, at[b]] if b in at else 0.0
+        full[:, k] += activations.cost[:, at_beside[a]] if a in at_beside else 0.0
+    mask = np.zeros(full.shape, bool)
+    for i, open_columns in enumerate(kept):
+        mask[i, open_columns] = True
+    problem = Problem(
         layers=tuple(names),
-        bits=axis,
+        bits=tuple(b for b, _ in axis),
+        activation_bits=tuple(a for _, a in axis) if activations.variable else None,
         cost=full,
-        allowed=allowed,
-        limits=tuple(limits),
+        allowed=mask,
         groups=groups,
-        pins=records,
+        pins=_pin_records(pinned, free, groups),
     )
+    given = [budgets] if isinstance(budgets, (str, Budget)) else list(budgets)
+    counted = Counted(
+        weights=[exact_integer(layer.weights, f"weights of {layer.name!r}") for layer in layers],
+        macs=[exact_integer(layer.macs, f"macs of {layer.name!r}") for layer in layers],
+        fixed=activations.fixed,
+        searched=[i not in pinned for i in range(len(names))],
+        latency=latency,
+    )
+    limits = (
+        limit_of(parse_budget(budget) if isinstance(budget, str) else budget, problem, counted)
+        for budget in given
+    )
+    return replace(problem, limits=tuple(limits))
 
 
-def _activation(activation_bits: ActivationBits, name: str) -> int:
-    value = activation_bits.get(name) if isinstance(activation_bits, Mapping) else activation_bits
-    return FLOAT_BITS if value is None else check_bits([value], "`activation_bits`")[0]
+def _table(values: Any, shape: tuple[int, int], what: str, axes: str) -> np.ndarray:
+    table = np.asarray(values, np.float64)
+    if table.shape != shape:
+        raise UsageError(
+            f"{what} must have the shape {axes} = {list(shape)}, got {list(table.shape)}."
+        )
+    return table
+
+
+def _mask(given: Any, shape: tuple[int, ...], what: str, axes: str) -> np.ndarray:
+    mask = np.ones(shape, bool) if given is None else np.asarray(given)
+    if mask.shape != shape or mask.dtype != np.bool_:
+        raise UsageError(
+            f"{what} must be bool of shape {axes} = {list(shape)}, got {mask.dtype.name} of shape "
+            f"{list(mask.shape)}."
+        )
+    return mask
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Activations:
+    """How activation bits come about.
+
+    - `variable`: whether columns hold them; else `fixed` does, per layer, `None` for float.
+    - `candidates`, `cost` `[layers, candidates]`: what is chosen from; none where activations
+      follow the weights.
+    """
+
+    variable: bool
+    fixed: Sequence[int | None]
+    candidates: tuple[int | None, ...]
+    cost: np.ndarray
+
+    def beside(self, bits: int, erased: Container[int | None] = ()) -> tuple[int | None, ...]:
+        """The activation bits that may stand beside these weight bits."""
+        if not self.variable:
+            return (None,)
+        return tuple(a for a in self.candidates if a not in erased) if self.candidates else (bits,)
+
+    def pairs(self, bits: Sequence[int], held: Sequence[Held]) -> list[Pair]:
+        """All columns, ascending, float last."""
+        found = {(b, a) for b in bits for a in self.beside(b)}
+        for pin in held:
+            beside = (pin.activation_bits,) if pin.both else self.beside(pin.bits)
+            found |= {(pin.bits, a) for a in beside}
+        return sorted(found, key=lambda pair: (pair[0], pair[1] is None, pair[1]))
+
+
+def _activations(
+    given: ActivationBits, cost: Any, names: list[str], pinned: dict[int, tuple[Held, str]]
+) -> _Activations:
+    what = "`activation_bits`"
+    nothing = np.zeros((len(names), 0))
+    chosen = isinstance(given, Sequence) and not isinstance(given, str)
+    if cost is not None and not chosen:
+        raise UsageError("`activation_cost` goes with a list of `activation_bits` to choose from.")
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        found = check_bits(given, what)
+        if cost is None:
+            raise UsageError(
+                f"to choose activation bits among {', '.join(map(str, found))} a cost of each is "
+                "needed (`activation_cost`), and these scores say nothing of activations: give "
+                "one bit-width, or 'weights' for that of the weights."
+            )
+        shape = (len(names), len(found))
+        table = _table(cost, shape, "`activation_cost`", "[layers, activation bits]")
+        return _Activations(variable=True, fixed=(), candidates=found, cost=table)
+    if given == AS_WEIGHTS:
+        return _Activations(variable=True, fixed=(), candidates=(), cost=nothing)
+    if isinstance(given, str):
+        raise UsageError(f"{what} must be bit-widths, 'weights' or None, got {given!r}.")
+    both = [text for held, text in pinned.values() if held.both]
+    if isinstance(given, Mapping):
+        if both:
+            raise UsageError(
+                f"the pin {both[0]!r} names activation bits, but these are given layer by layer "
+                "already; name the weight bits alone."
+            )
+        values = [given.get(name) for name in names]
+    else:
+        values = [given] * len(names)
+    fixed = [None if value is None else check_bits([value], what)[0] for value in values]
+    if both:  # One width for all but the layers whose pins say otherwise.
+        zero = np.zeros((len(names), 1))
+        return _Activations(variable=True, fixed=(), candidates=(fixed[0],), cost=zero)
+    return _Activations(variable=False, fixed=fixed, candidates=(), cost=nothing)
 
 
 def shared_by(layers: Sequence[Any], attribute: str) -> tuple[tuple[str, ...], ...]:
@@ -179,35 +289,34 @@ def _candidates(
 
 def _pinned(
     names: list[str], pins: Sequence[str], groups: tuple[tuple[int, ...], ...]
-) -> dict[int, tuple[int, str]]:
-    """Layer index to (bits, text of the pin), groups included."""
-    pinned: dict[int, tuple[int, str]] = {}
+) -> dict[int, tuple[Held, str]]:
+    """Layer index to what its pin holds it at and the pin's text, groups included."""
+    pinned: dict[int, tuple[Held, str]] = {}
     for text in pins:
-        pattern, wanted = split_bits(text, "a pin")
-        if len(wanted) != 1:
-            raise UsageError(
-                f"a pin names one bit-width, got {text!r}; give several as candidates instead."
-            )
-        for i in matching(pattern, names, "a pin"):
-            pinned[i] = (wanted[0], text)
+        held = split_pin(text)
+        for i in matching(held.pattern, names, "a pin"):
+            pinned[i] = (held, text)
     for group in groups:
-        held = [i for i in group if i in pinned]
-        for i in held[1:]:
-            if pinned[i][0] != pinned[held[0]][0]:
+        members = [i for i in group if i in pinned]
+        for i in members[1:]:
+            (one, text), (other, other_text) = pinned[members[0]], pinned[i]
+            both = one.both and other.both
+            if one.bits != other.bits or (both and one.activation_bits != other.activation_bits):
                 raise UsageError(
-                    f"the layers {names[held[0]]!r} and {names[i]!r} must share one bit-width, but "
-                    f"are pinned apart by {pinned[held[0]][1]!r} and {pinned[i][1]!r}."
+                    f"the layers {names[members[0]]!r} and {names[i]!r} must share one bit-width, "
+                    f"but are pinned apart by {text!r} and {other_text!r}."
                 )
-        for i in group if held else ():
-            pinned.setdefault(i, pinned[held[0]])
+        # What names both bit-widths holds the group tighter.
+        tightest = sorted(members, key=lambda i: not pinned[i][0].both)
+        for i in group if members else ():
+            pinned.setdefault(i, pinned[tightest[0]])
     return dict(sorted(pinned.items()))
 
 
 def _pin_records(
-    pinned: dict[int, tuple[int, str]],
-    free: list[tuple[int, ...]],
+    pinned: dict[int, tuple[Held, str]],
+    free: list[list[int]],
     groups: tuple[tuple[int, ...], ...],
-    column: dict[int, int],
 ) -> tuple[Pin, ...]:
     """`Pin`s by text and by what the layers could take otherwise.
 
@@ -217,45 +326,8 @@ def _pin_records(
     first = {i: pinned[group[0]][1] for group in groups if group[0] in pinned for i in group}
     filed: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for i, (_, text) in pinned.items():
-        columns = tuple(column[b] for b in free[i])
-        filed.setdefault((first.get(i, text), columns), []).append(i)
+        filed.setdefault((first.get(i, text), tuple(free[i])), []).append(i)
     return tuple(
         Pin(text=text, layers=tuple(members), free=columns)
         for (text, columns), members in filed.items()
-    )
-
-
-def _limit(
-    budget: Budget,
-    bits: tuple[int, ...],
-    weights: list[int],
-    macs: list[int],
-    activations: list[int],
-    searched: list[bool],
-) -> Limit:
-    """The usage table of a budget, in bits or operations; Python ints throughout."""
-    if budget.is_average:
-        amounts = [w if s else 0 for w, s in zip(weights, searched, strict=True)]
-        if not sum(amounts):
-            raise UsageError(
-                f"the budget {budget.text!r} is an average over the searched layers, but every "
-                "layer with weights is pinned; lift a pin or give the size in MiB."
-            )
-    elif budget.kind == "size":
-        amounts = weights
-    elif budget.kind == "bops":
-        # BOPs = MACs * weight bits * activation bits
-        amounts = [m * a for m, a in zip(macs, activations, strict=True)]
-    else:
-        amounts = macs
-    per_unit = budget.per_unit(sum(amounts) if budget.is_average else 0)
-    raw = Fraction(budget.amount * per_unit)
-    usage = np.array([[amount * b for b in bits] for amount in amounts], dtype=object)
-    return Limit(
-        name=budget.kind,
-        usage=usage,
-        budget=min(raw.numerator // raw.denominator, 2**61),
-        unit=budget.unit,
-        per_unit=per_unit,
-        asked=budget.amount,
     )

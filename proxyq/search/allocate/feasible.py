@@ -1,6 +1,6 @@
 """Whether a problem can be met at all, what is reachable, and whose fault it is if not."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NoReturn
@@ -97,20 +97,30 @@ def _alone(problem: Problem, limit: Limit) -> str:
     def least_without(pins: Sequence[Pin]) -> int:
         return extremes(problem, limit, _lifted(problem, pins))[0]
 
-    guilty = [pin for pin in problem.pins if least_without([pin]) <= limit.budget]
+    wishes = _wishes(problem.pins)
+    guilty = {wish: best for wish in wishes if (best := least_without(wish)) <= limit.budget}
     if guilty:
-        best = min(least_without([pin]) for pin in guilty)
-        text += f"; the pin {_names(guilty, 'or')} causes it: lifted, {limit.show(best)[0]}"
-        return text + " is reachable."
-    effective = [pin for pin in problem.pins if least_without([pin]) < low]
-    if effective and (best := least_without(effective)) <= limit.budget:
+        best = limit.show(min(guilty.values()))[0]
+        text += f"; the pin {_names(guilty, 'or')} causes it: lifted, {best} is reachable."
+        return text
+    effective = [wish for wish in wishes if least_without(wish) < low]
+    best = least_without([pin for wish in effective for pin in wish])
+    if effective and best <= limit.budget:
         text += f"; the pins {_names(effective, 'and')} cause it together: lifted, "
         return text + f"{limit.show(best)[0]} is reachable."
     return text + "; ask for more, or allow smaller bit-widths."
 
 
-def _names(pins: Sequence[Pin], word: str) -> str:
-    return f" {word} ".join(repr(pin.text) for pin in pins)
+def _wishes(pins: Sequence[Pin]) -> list[tuple[Pin, ...]]:
+    """Pins that come from one text of the user's, together: people lift them together."""
+    texts: dict[str, list[Pin]] = {}
+    for pin in pins:
+        texts.setdefault(pin.text, []).append(pin)
+    return [tuple(found) for found in texts.values()]
+
+
+def _names(wishes: Iterable[Sequence[Pin]], word: str) -> str:
+    return f" {word} ".join(repr(pins[0].text) for pins in wishes)
 
 
 def _infeasible(problem: Problem, time_limit: float) -> bool:
@@ -155,6 +165,7 @@ def _jointly(problem: Problem, time_limit: float) -> NoReturn:
             pins=(),
         )
         if not _infeasible(free, time_limit):
-            word = "pin" if len(problem.pins) == 1 else "pins"
-            text += f"; without the {word} {_names(problem.pins, 'and')} they can"
+            wishes = _wishes(problem.pins)
+            word = "pin" if len(wishes) == 1 else "pins"
+            text += f"; without the {word} {_names(wishes, 'and')} they can"
     raise InfeasibleError(text + "; loosen one of them.")

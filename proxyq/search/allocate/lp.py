@@ -61,6 +61,7 @@ def lp(
     if rounding not in ROUNDINGS:
         raise UsageError(f"unknown rounding {rounding!r}: {near(rounding, ROUNDINGS)}")
     reduced = reduce(problem)
+    _require_one_axis(problem, reduced)
     require_reachable(problem, reduced)
     if len(problem.limits) > 1:
         feasible_point(problem, reduced, time_limit=time_limit)
@@ -84,6 +85,17 @@ def lp(
         notes=notes,
         expected_bits=expected.tolist(),
     )
+
+
+def _require_one_axis(problem: Problem, reduced: Reduced) -> None:
+    """Refuse what has no order to round in: one weight bit-width beside several activations'."""
+    for members, open_ in zip(reduced.members, reduced.open, strict=True):
+        widths = [problem.bits[k] for k in np.flatnonzero(open_)]
+        if len(set(widths)) < len(widths):
+            raise UsageError(
+                "the solver 'lp' rounds one bit-width a layer, but weight and activation bits of "
+                f"{problem.layers[members[0]]!r} are chosen apart; use 'ilp'."
+            )
 
 
 def relax(problem: Problem, reduced: Reduced, *, time_limit: float = 60.0) -> Relaxation:

@@ -1,11 +1,16 @@
-"""Naming layers by pattern: shell globs, or `re:` and a regular expression."""
+"""Naming layers by pattern: shell globs, `re:` and a regular expression, `@first`, `@last`."""
 
 import fnmatch
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from proxyq.errors import UsageError, near
 from proxyq.search.allocate.problem import check_bits
+
+# Positions: the first and the last layer in execution order, whatever they are called.
+POSITIONS = {"@first": 0, "@last": -1}
+FLOAT = "float"
 
 
 def matching(pattern: str, names: Sequence[str], option: str) -> tuple[int, ...]:
@@ -13,9 +18,12 @@ def matching(pattern: str, names: Sequence[str], option: str) -> tuple[int, ...]
 
     `option` is how the error calls the option it came from. A glob must match the whole
     name, a regular expression too. A name itself always matches, whatever signs it holds.
+    `@first` and `@last` are the layers at the ends of `names`.
 
     **Raises** `UsageError` when nothing matches or the expression is broken.
     """
+    if pattern in POSITIONS and pattern not in names:
+        return (range(len(names))[POSITIONS[pattern]],)
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern[3:])
@@ -31,7 +39,7 @@ def matching(pattern: str, names: Sequence[str], option: str) -> tuple[int, ...]
             if name == pattern or fnmatch.fnmatchcase(name, pattern)
         )
     if not found:
-        hint = near(pattern, list(names))
+        hint = near(pattern, list(POSITIONS) if pattern.startswith("@") else list(names))
         if hint.startswith("known are") and len(names) > 6:
             hint = f"layers are {names[0]!r}, {names[1]!r}, … {names[-1]!r}."
         raise UsageError(f"the pattern {pattern!r} of {option} matches no layer: {hint}")
@@ -50,3 +58,40 @@ def split_bits(text: str, option: str) -> tuple[str, tuple[int, ...]]:
             f"{option} must end in bit-widths, like 'PATTERN=8', got {text!r}."
         ) from None
     return pattern.strip(), check_bits(bits, f"{option} {text!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What a pin holds its layers at.
+
+    `activation_bits` is read where `both`: `None` is float then. Else activations stay open.
+    """
+
+    pattern: str
+    bits: int
+    activation_bits: int | None = None
+    both: bool = False
+
+
+def split_pin(text: str) -> Held:
+    """`PATTERN=8` or `PATTERN=8/4` (weights/activations, these also `float`)."""
+    pattern, equals, wanted = text.rpartition("=")
+    weight, slash, activation = wanted.partition("/") if equals else ("", "", "")
+    pattern, bits = split_bits(f"{pattern}={weight}" if slash else text, "a pin")
+    if len(bits) != 1 or "," in activation:
+        raise UsageError(
+            f"a pin names one bit-width, got {text!r}; give several as candidates instead."
+        )
+    if not slash:
+        return Held(pattern=pattern, bits=bits[0])
+    if activation.strip() == FLOAT:
+        return Held(pattern=pattern, bits=bits[0], both=True)
+    try:
+        checked = check_bits([int(activation)], f"a pin {text!r}")
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"a pin must end in weight and activation bits, like 'PATTERN=8/4', got {text!r}."
+        ) from None
+    return Held(pattern=pattern, bits=bits[0], activation_bits=checked[0], both=True)

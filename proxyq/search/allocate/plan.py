@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from proxyq.errors import ProxyqError
 from proxyq.files import read_json, write_atomic
 from proxyq.search.allocate.assignment import Assignment
+from proxyq.search.allocate.budget import SHARE, Budget, parse_budget, raw_budget, share_of
 from proxyq.search.allocate.build import ActivationBits, LayerLike
 from proxyq.search.allocate.text import elided, wrapped
 
@@ -59,12 +60,35 @@ class PlannedLayer(_Record):
 
 
 class PlannedBudget(_Record):
-    """A budget and what the plan takes of it, both in `unit`."""
+    """A budget and what the plan takes of it, both in `unit`.
+
+    In `%`, `low` and `high` are the raw amounts (bits, operations, picoseconds) that 0 and
+    100 % stand for.
+    """
 
     name: str
     asked: Number
     achieved: Number
     unit: str = ""
+    low: Count | None = None
+    high: Count | None = None
+
+    @model_validator(mode="after")
+    def _has_ends(self) -> "PlannedBudget":
+        if self.unit == SHARE and (self.low is None or self.high is None or self.low > self.high):
+            raise ValueError("a budget in % must hold the raw amounts 'low' <= 'high' of its ends")
+        return self
+
+    def budget(self) -> Budget:
+        """The budget on its own: a share as the raw amount that it stood for.
+
+        **Raises** `UsageError` for a budget that this version does not know.
+        """
+        found = parse_budget(f"{self.name}={self.asked}{self.unit}")
+        if not found.is_share:
+            return found
+        assert self.low is not None and self.high is not None
+        return raw_budget(self.name, share_of(self.low, self.high, found.amount))
 
 
 class SolverRecord(_Record):
@@ -130,6 +154,10 @@ class Plan(_Record):
                 del data[optional]
         if self.solver is not None and not self.solver.notes:
             del data["solver"]["notes"]
+        for budget in data["budgets"]:
+            for end in ("low", "high"):
+                if budget[end] is None:
+                    del budget[end]
         parts = []
         for key, value in data.items():
             if key == "layers":
@@ -240,34 +268,46 @@ def plan_from(
 ) -> Plan:
     """The plan of an `Assignment`; `layers` are those that the problem was built from.
 
+    Activation bits are the assignment's where they were chosen, else `activation_bits`, for all
+    layers or by name.
+
     **Raises** `ProxyqError` when the names differ or a free-form part is no plain JSON.
     """
     problem = assignment.problem
     if tuple(layer.name for layer in layers) != problem.layers:
         raise ProxyqError("the layers of the plan are not those of the assignment.")
     pinned = {i for pin in problem.pins for i in pin.layers}
-    of_layer = activation_bits if isinstance(activation_bits, Mapping) else None
-    planned = {
-        layer.name: PlannedLayer(
-            weight_bits=assignment.bits[i],
-            activation_bits=activation_bits if of_layer is None else of_layer.get(layer.name),  # type: ignore[arg-type]
-            weights=int(layer.weights),
-            macs=int(layer.macs),
-            group=layer.group,
-            pinned=i in pinned,
-        )
-        for i, layer in enumerate(layers)
-    }
+    beside = assignment.activation_bits
+    if beside is None:
+        beside = [
+            activation_bits.get(layer.name)
+            if isinstance(activation_bits, Mapping)
+            else activation_bits
+            for layer in layers
+        ]
     budgets = [
         PlannedBudget(
             name=limit.name,
             asked=_number(limit.asked_in_units),
             achieved=_number(limit.in_units(amount)),
             unit=limit.unit,
+            low=None if limit.ends is None else limit.ends[0],
+            high=None if limit.ends is None else limit.ends[1],
         )
         for limit, amount in zip(problem.limits, assignment.usage, strict=True)
     ]
     try:
+        planned = {
+            layer.name: PlannedLayer(
+                weight_bits=assignment.bits[i],
+                activation_bits=beside[i],  # type: ignore[arg-type]
+                weights=int(layer.weights),
+                macs=int(layer.macs),
+                group=layer.group,
+                pinned=i in pinned,
+            )
+            for i, layer in enumerate(layers)
+        }
         return Plan(
             model=dict(model or {}),
             method=dict(method or {}),

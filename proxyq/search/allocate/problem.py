@@ -1,10 +1,11 @@
-"""What an allocation problem is: one bit-width per layer, least total cost, hard limits.
+"""What an allocation problem is: one choice of bits per layer, least total cost, hard limits.
 
     minimise  sum_l cost[l, k_l]   subject to   fixed_m + sum_l usage_m[l, k_l] <= budget_m
 
-over one column k_l per layer (bits[k_l] is the layer's bit-width), where the layers of a
-group take the same column. Usages and budgets are exact integers, so that "within the
-budget" is a fact and not a tolerance.
+over one column k_l per layer, where the layers of a group take the same column. A column is a
+weight bit-width bits[k] and, where activations are decided too, the bit-width
+activation_bits[k] of the layer's input. Usages and budgets are exact integers, so that
+"within the budget" is a fact and not a tolerance.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,9 @@ def exact_integer(value: Any, what: str) -> int:
     raise UsageError(f"{what} must be an integer, got {value!r}.")
 
 
-def check_bits(bits: Sequence[int], what: str = "`bits`") -> tuple[int, ...]:
+def check_bits(
+    bits: Sequence[int], what: str = "`bits`", *, distinct: bool = True
+) -> tuple[int, ...]:
     """`bits` as a tuple: at least one, distinct, each 1..8 or 16; else `UsageError`."""
     checked = tuple(exact_integer(b, f"every bit-width in {what}") for b in bits)
     if not checked:
@@ -45,7 +48,7 @@ def check_bits(bits: Sequence[int], what: str = "`bits`") -> tuple[int, ...]:
     for b in checked:
         if not (1 <= b <= 8 or b == 16):
             raise UsageError(f"a bit-width in {what} must be 1 to 8 or 16, got {b}.")
-    if len(set(checked)) < len(checked):
+    if distinct and len(set(checked)) < len(checked):
         twice = next(b for b in checked if checked.count(b) > 1)
         raise UsageError(f"{what} names the bit-width {twice} twice; name each once.")
     return checked
@@ -59,7 +62,9 @@ class Limit:
       are not allowed, so that the effect of a pin can be told.
     - `fixed`: what is counted but belongs to none of the layers.
     - `unit`, `per_unit`: how users write the amount; `per_unit` raw amounts make one unit.
-    - `asked`: the budget as the user wrote it, in units; `None` means `budget / per_unit`.
+    - `ends`: the raw amounts that 0 and 100 units stand for, where the unit is a share of the
+      way between them; `per_unit` is not read then.
+    - `asked`: the budget as the user wrote it, in units; `None` means the budget itself.
     """
 
     name: str
@@ -68,6 +73,7 @@ class Limit:
     unit: str = ""
     fixed: int = 0
     per_unit: Fraction = Fraction(1)
+    ends: tuple[int, int] | None = None
     asked: Fraction | None = None
 
     def __post_init__(self) -> None:
@@ -103,7 +109,11 @@ class Limit:
 
     def in_units(self, raw: int | Fraction) -> Fraction:
         """A raw amount in the unit that users write."""
-        return Fraction(raw) / self.per_unit
+        if self.ends is None:
+            return Fraction(raw) / self.per_unit
+        low, high = self.ends
+        # Ends that meet leave no way to share out: all that is reachable is then 0 %.
+        return Fraction(100 * (raw - low)) / max(high - low, 1)
 
     @property
     def asked_in_units(self) -> Fraction:
@@ -137,14 +147,17 @@ class Pin:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
-    """One bit-width per layer, at least total cost, within all limits.
+    """One choice of bits per layer, at least total cost, within all limits.
 
-    - `layers`: names, `[layers]`; `bits`: the candidate bit-widths, `[bits]`.
+    - `layers`: names, `[layers]`; `bits`: the weight bit-width of every column, `[bits]`.
+    - `activation_bits`: the activation bit-width of every column beside it, `None` in a column
+      for float; `None` for all: activations are no part of the problem. Columns are distinct
+      as pairs.
     - `cost`: float64 `[layers, bits]`, predicted rise of the loss (nats unless said
       otherwise); what is not allowed may hold anything and is stored as infinity.
     - `allowed`: bool `[layers, bits]`, all by default.
     - `limits`: hard, all at once.
-    - `groups`: layers, by index, that take the same bit-width; disjoint.
+    - `groups`: layers, by index, that take the same column; disjoint.
     - `pins`: which layers are held where, already expressed in `allowed`; kept so that an
       infeasible problem can say which wish causes it.
     """
@@ -156,11 +169,14 @@ class Problem:
     limits: tuple[Limit, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     pins: tuple[Pin, ...] = ()
+    activation_bits: tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "layers", tuple(self.layers))
-        put(self, "bits", check_bits(self.bits))
+        put(self, "bits", check_bits(self.bits, distinct=self.activation_bits is None))
+        if self.activation_bits is not None:
+            put(self, "activation_bits", self._checked_activations(self.activation_bits))
         put(self, "limits", tuple(self.limits))
         put(self, "pins", tuple(self.pins))
         put(self, "groups", tuple(tuple(int(i) for i in group) for group in self.groups))
@@ -191,12 +207,36 @@ class Problem:
         put(self, "cost", _frozen(np.where(allowed, cost, np.inf)))
         self._check_limits(shape)
 
+    def _checked_activations(self, given: Sequence[int | None]) -> tuple[int | None, ...]:
+        given = tuple(given)
+        check_bits([b for b in given if b is not None] or [1], "`activation_bits`", distinct=False)
+        if len(given) != len(self.bits):
+            raise UsageError(
+                f"`activation_bits` must have an entry for each of the {len(self.bits)} columns, "
+                f"got {len(given)}."
+            )
+        pairs = list(zip(self.bits, given, strict=True))
+        if len(set(pairs)) < len(pairs):
+            twice = next(pair for pair in pairs if pairs.count(pair) > 1)
+            raise UsageError(
+                f"weights at {twice[0]} bits with activations at {twice[1] or 'float'} are given "
+                "twice; name each pair once."
+            )
+        return given
+
+    def shown(self, column: int) -> str:
+        """What a column stands for: `4`, or `4/8` where activations are decided too."""
+        if self.activation_bits is None:
+            return str(self.bits[column])
+        activations = self.activation_bits[column]
+        return f"{self.bits[column]}/{'float' if activations is None else activations}"
+
     def _check_cost(self, cost: np.ndarray) -> None:
         bad = np.argwhere(self.allowed & ~np.isfinite(cost))
         if len(bad):
             layer, column = bad[0]
             raise UsageError(
-                f"the cost of layer {self.layers[layer]!r} at {self.bits[column]} bits is "
+                f"the cost of layer {self.layers[layer]!r} at {self.shown(column)} bits is "
                 f"{cost[layer, column]}; leave out that bit-width or find out why its score is "
                 "not a number."
             )

@@ -1,0 +1,130 @@
+"""What every choice takes of a budget, in whole bits, operations or picoseconds.
+
+    size = sum_l weights_l b      bops = sum_l macs_l b a      macs-bits = sum_l macs_l b
+    latency = other + sum_l time_l(b, a)
+
+Python integers throughout; float activations count as 32 bits in BOPs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Protocol
+
+import numpy as np
+
+from proxyq.errors import UsageError
+from proxyq.search.allocate.budget import Budget, share_of
+from proxyq.search.allocate.feasible import extremes
+from proxyq.search.allocate.problem import Limit, Problem
+
+FLOAT_BITS = 32
+
+
+class Latencies(Protocol):
+    """Whole picoseconds by layer and bits, and of what is no layer; `name` is for messages."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def other(self) -> int: ...
+    def of(self, layer: str, bits: int, activation_bits: int | None) -> int | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What is counted of the layers of a problem, `[layers]` each.
+
+    `fixed` holds activation bits (`None`: float) where the problem's columns do not;
+    `searched` is false for pinned layers.
+    """
+
+    weights: Sequence[int]
+    macs: Sequence[int]
+    fixed: Sequence[int | None]
+    searched: Sequence[bool]
+    latency: Latencies | None = None
+
+    def activations(self, problem: Problem, layer: int, column: int) -> int | None:
+        """The activation bits of a layer at a column."""
+        if problem.activation_bits is None:
+            return self.fixed[layer]
+        return problem.activation_bits[column]
+
+
+def limit_of(budget: Budget, problem: Problem, counted: Counted) -> Limit:
+    """The limit that a budget sets on the choices of `problem`.
+
+    **Raises** `UsageError` when the amount cannot be counted.
+    """
+    other = 0
+    per_unit = budget.per_unit(0)
+    if budget.kind == "latency":
+        usage, other = _latency(budget, problem, counted)
+    elif budget.is_average:
+        amounts = [w if s else 0 for w, s in zip(counted.weights, counted.searched, strict=True)]
+        per_unit = budget.per_unit(sum(amounts))
+        if not per_unit:
+            raise UsageError(
+                f"the budget {budget.text!r} is an average over the searched layers, but every "
+                "layer with weights is pinned; lift a pin or give the size in MiB."
+            )
+        usage = [[amount * b for b in problem.bits] for amount in amounts]
+    elif budget.kind == "bops":
+        usage = [
+            [
+                macs * b * (counted.activations(problem, i, k) or FLOAT_BITS)
+                for k, b in enumerate(problem.bits)
+            ]
+            for i, macs in enumerate(counted.macs)
+        ]
+    else:
+        amounts = counted.weights if budget.kind == "size" else counted.macs
+        usage = [[amount * b for b in problem.bits] for amount in amounts]
+    limit = Limit(
+        name=budget.kind,
+        usage=np.array(usage, dtype=object),
+        budget=0,
+        unit=budget.unit,
+        fixed=other,
+        per_unit=per_unit or Fraction(1),
+        asked=budget.amount,
+    )
+    if budget.is_share:
+        low, high = extremes(problem, limit)
+        return replace(limit, budget=share_of(low, high, budget.amount), ends=(low, high))
+    return replace(limit, budget=min(int(budget.amount * per_unit), 2**61))
+
+
+def _latency(
+    budget: Budget, problem: Problem, counted: Counted
+) -> tuple[list[list[int | Fraction]], int]:
+    """Picoseconds `[layers, columns]`, and those of what is no layer."""
+    table = counted.latency
+    if table is None:
+        raise UsageError(
+            f"the budget {budget.text!r} needs a latency table, which says how long each layer "
+            "takes at each bit-width: give one (--latency-table)."
+        )
+    usage, missing = [], []
+    for i, name in enumerate(problem.layers):
+        row = []
+        for k, b in enumerate(problem.bits):
+            activations = counted.activations(problem, i, k)
+            row.append(table.of(name, b, activations))
+            if row[k] is None and problem.allowed[i, k]:
+                missing.append(f"layer {name!r} at {b} weight bits and {_shown(activations)}")
+        # What no one may choose only has to be a number, and no tempting one.
+        known = max((value for value in row if value is not None), default=0)
+        usage.append([known if value is None else value for value in row])
+    if missing:
+        more = f" (and of {len(missing) - 1} more choices)" if len(missing) > 1 else ""
+        raise UsageError(
+            f"the latency table {table.name!r} says nothing of {missing[0]}{more}; measure it, or "
+            "leave out that choice."
+        )
+    return usage, table.other
+
+
+def _shown(activations: int | None) -> str:
+    return "float activations" if activations is None else f"{activations} activation bits"
