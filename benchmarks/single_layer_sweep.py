@@ -54,7 +54,8 @@ class Kept:
     def __init__(self, kl):
         self.kl, self.logits = kl, []
 
-    def __call__(self, reference, logits):
+    def __call__(self, reference, logits, start=0):
+        del start
         self.logits.append(np.asarray(logits))
         return self.kl(reference, logits)
 
@@ -89,7 +90,7 @@ def main():
     from proxyq.api import inputs_of
     from proxyq.engine import Edit, Engine
     from proxyq.engine.sweep import single_layer_sweep
-    from proxyq.ptq.measure import kl_divergence
+    from proxyq.engine.divergence import kl_divergence
     from proxyq.quantize import quantize_columns
 
     torch.set_num_threads(threads)

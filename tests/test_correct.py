@@ -6,6 +6,8 @@ import pytest
 from networks import mixer, small_net
 
 from proxyq.engine import Engine
+from proxyq.engine.divergence import kl_divergence, log_softmax
+from proxyq.engine.ranges import input_grids
 from proxyq.errors import UsageError
 from proxyq.model.graph import evaluate
 from proxyq.ptq.correct import (
@@ -17,8 +19,8 @@ from proxyq.ptq.correct import (
     float_moments,
     match,
 )
-from proxyq.ptq.measure import kl_divergence, log_softmax, top1
-from proxyq.ptq.quantized import input_grids, round_weights, with_input_grids
+from proxyq.ptq.measure import top1
+from proxyq.ptq.quantized import round_weights, with_input_grids
 
 
 def images(model, count=64, seed=1):

@@ -7,15 +7,20 @@ import pytest
 from networks import mixer, small_net
 
 from proxyq.engine import Edit, Engine, collect, compiled_count, single_layer_sweep
+from proxyq.engine.divergence import kl_divergence
 from proxyq.engine.memory import bytes_per_image, images_at_once
 from proxyq.engine.taps import TapOptions
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.function_import import from_function
 from proxyq.model.graph import evaluate
 from proxyq.model.network import network
-from proxyq.ptq.measure import kl_divergence
 from proxyq.ptq.quantized import round_weights
 from proxyq.quantize import quantize_columns
+
+
+def measure_kl(reference, logits, start):
+    del start
+    return kl_divergence(reference, logits)
 
 
 def images(model, count, seed=1):
@@ -121,9 +126,7 @@ def test_sweep_equals_one_full_run_for_each_change(build, stacked):
     x = images(model, 6)
     engine = Engine.build(model, 6, batch_size=4)
     bits = (2, 4)
-    table = single_layer_sweep(
-        engine, x, alternatives(engine, bits), kl_divergence, stacked=stacked
-    )
+    table = single_layer_sweep(engine, x, alternatives(engine, bits), measure_kl, stacked=stacked)
     reference = engine.logits(x)
     whole = Engine.build(model, 6, batch_size=6)
     for row, name in enumerate(engine.network.names):
@@ -136,7 +139,7 @@ def test_sweep_equals_one_full_run_for_each_change(build, stacked):
 def test_sweep_refuses_missing_layers():
     engine = Engine.build(small_net(), 2)
     with pytest.raises(UsageError, match="every layer"):
-        single_layer_sweep(engine, images(small_net(), 2), {"stem": [{}]}, kl_divergence)
+        single_layer_sweep(engine, images(small_net(), 2), {"stem": [{}]}, measure_kl)
 
 
 def test_memory_bound_sets_the_batch_size():
@@ -291,7 +294,7 @@ def test_stacked_sweep_where_the_first_output_does_not_see_the_layer():
     engine = Engine.build(model, 3)
     x = images(model, 3)
     tables = [
-        single_layer_sweep(engine, x, alternatives(engine, (1, 2)), kl_divergence, stacked=stacked)
+        single_layer_sweep(engine, x, alternatives(engine, (1, 2)), measure_kl, stacked=stacked)
         for stacked in (False, True)
     ]
     np.testing.assert_allclose(*tables, atol=1e-6)

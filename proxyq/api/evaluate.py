@@ -19,25 +19,30 @@ from proxyq.api.inputs import (
 from proxyq.api.method import DEFAULT_SAMPLES, check_correction
 from proxyq.api.quantize import check_plan_fits, quantize_model, rounding_of
 from proxyq.engine import Engine
+from proxyq.engine.divergence import kl_divergence
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
-from proxyq.ptq.measure import kl_divergence
 from proxyq.ptq.quantized import QuantizedModel
 from proxyq.search.allocate import build_problem, solve
-from proxyq.search.allocate.plan import Plan
+from proxyq.search.allocate.plan import Plan, PlannedLayer
+from proxyq.search.allocate.usage import Latencies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Accuracy of one network: top-1 in percent, KL to the float network in nats."""
+    """Accuracy of one network: top-1 in percent, KL to the float network in nats.
+
+    `activation_bits` are those of all searched layers, where they have one bit-width.
+    """
 
     name: str
     top1: float
     size_bits: int
     average_bits: float
     kl: float | None = None
+    activation_bits: int | None = None
     correction: str = "none"
     notes: Mapping[str, Any] | None = None
 
@@ -56,6 +61,8 @@ class Evaluation:
         uniform = None
         if self.uniform is not None:
             uniform = {"bits": round(self.uniform.average_bits), **_record(self.uniform)}
+            if self.uniform.activation_bits is not None:
+                uniform["activation_bits"] = self.uniform.activation_bits
             del uniform["file"]
         return {
             "float": {"top1": round(self.float_top1, 4), "n": self.images},
@@ -89,12 +96,14 @@ def evaluate(
     samples: int = DEFAULT_SAMPLES,
     seed: int | None = None,
     memory: int | None = None,
+    latency: Latencies | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Measured accuracy of plans, beside the float network and a uniform one.
 
     `data` are the unlabelled images for the correction and the activation ranges; the
-    correction is each plan's own unless given.
+    correction is each plan's own unless given. `latency` is the table that plans with a budget
+    on latency were made with: without it they get no uniform rival.
     """
     if not plans:
         raise UsageError("`plans` must hold at least one plan.")
@@ -111,6 +120,7 @@ def evaluate(
         names=names,
         correction=correction,
         memory=memory,
+        latency=latency,
         progress=progress,
     )
 
@@ -124,13 +134,14 @@ def measure(
     names: Sequence[str] | None = None,
     correction: str | None = None,
     memory: int | None = None,
+    latency: Latencies | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """`evaluate`, from prepared calibration inputs and checked, labelled data."""
     for plan in plans:
         check_plan_fits(model, plan)
     given = list(names) if names else [f"plan {i + 1}" for i in range(len(plans))]
-    uniform = uniform_plan(model, plans[0])
+    uniform = uniform_plan(model, plans[0], latency)
     # A plan is run once, however often it is asked for; the uniform one may be among them.
     wanted = [*plans, *([] if uniform is None else [uniform])]
     keys = [_what_runs(plan) for plan in wanted]
@@ -166,6 +177,7 @@ def measure(
             size_bits=plan.size_bits,
             average_bits=plan.average_bits,
             kl=divergence[key] / number,
+            activation_bits=_one_width(plan),
             correction=runs[key].correction,
             notes=runs[key].notes,
         )
@@ -185,11 +197,16 @@ def _what_runs(plan: Plan) -> tuple[Any, ...]:
     return (*layers, plan.method.get("correction"), rounding_of(plan))
 
 
-def uniform_plan(model: Model, plan: Plan) -> Plan | None:
+def uniform_plan(model: Model, plan: Plan, latency: Latencies | None = None) -> Plan | None:
     """The plan with the largest one bit-width for all searched layers that fits its budgets.
 
     Pinned layers stay as they are. It has at most the plan's largest candidate; without
-    budgets, no more bits on average than the plan.
+    budgets, no more bits on average than the plan. Activations keep the plan's bits where these
+    were given, and have the weights' where they did in the plan. Where they were chosen beside
+    the weights they get one bit-width too: of all pairs that fit, the one whose smaller width is
+    largest, then with more activation bits, so W3A4 before W4A3 and W2A6.
+
+    `None` where nothing fits, or a budget cannot be counted (latency without its table).
     """
     layers = network(model, LAYERS_AT).layers
     pins = [
@@ -197,25 +214,70 @@ def uniform_plan(model: Model, plan: Plan) -> Plan | None:
         for name, layer in plan.layers.items()
         if layer.pinned and layer.weight_bits is not None
     ]
-    budgets = [f"{b.name}={b.asked}{b.unit}" for b in plan.budgets]
-    activations = {name: layer.activation_bits for name, layer in plan.layers.items()}
-    for width in (16, 8, 7, 6, 5, 4, 3, 2, 1):
-        most = max(plan.method.get("bits", [16])) if budgets else plan.average_bits
-        if width > most + 1e-9:
-            continue
+    try:
+        budgets = [budget.budget() for budget in plan.budgets]
+    except ProxyqError:  # of a version to come
+        return None
+    if latency is None and any(budget.kind == "latency" for budget in budgets):
+        return None
+    for width, beside in _uniform_pairs(plan):
+        changed = {
+            name: layer
+            if layer.pinned or layer.weight_bits is None
+            else layer.model_copy(
+                update={"weight_bits": width}
+                | ({} if beside is None else {"activation_bits": beside})
+            )
+            for name, layer in plan.layers.items()
+        }
+        activations = {name: layer.activation_bits for name, layer in changed.items()}
         try:
-            cost = np.zeros((len(layers), 1))
             problem = build_problem(
-                layers, cost, [width], budgets, pins=pins, activation_bits=activations
+                layers,
+                np.zeros((len(layers), 1)),
+                [width],
+                budgets,
+                pins=pins,
+                activation_bits=activations,
+                latency=latency,
             )
             solve(problem, "greedy")
         except ProxyqError:
             continue
-        changed = {
-            name: layer
-            if layer.pinned or layer.weight_bits is None
-            else layer.model_copy(update={"weight_bits": width})
-            for name, layer in plan.layers.items()
-        }
         return plan.model_copy(update={"layers": changed, "solver": None})
     return None
+
+
+_WIDTHS = (16, 8, 7, 6, 5, 4, 3, 2, 1)
+
+
+def _searched(plan: Plan) -> list[PlannedLayer]:
+    layers = plan.layers.values()
+    return [layer for layer in layers if not layer.pinned and layer.weight_bits is not None]
+
+
+def _one_width(plan: Plan) -> int | None:
+    widths = {layer.activation_bits for layer in _searched(plan)}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _uniform_pairs(plan: Plan) -> list[tuple[int, int | None]]:
+    """Weight bits and activation bits (`None`: as they are) of uniform plans, the best first."""
+    searched = _searched(plan)
+    most = max(plan.method.get("bits", [16])) if plan.budgets else plan.average_bits
+    widths = [width for width in _WIDTHS if width <= most + 1e-9]
+    given = plan.method.get("activation_bits")
+    beside = [layer.activation_bits for layer in searched]
+    varies = len(set(beside)) > 1  # what plans tell that do not say how they came by them
+    as_weights = all(layer.weight_bits == layer.activation_bits for layer in searched)
+    if given == "weights" or (given is None and varies and as_weights):
+        return [(width, width) for width in widths]
+    if isinstance(given, int) or (not isinstance(given, list) and not varies):
+        return [(width, None) for width in widths]
+    known = [bits for bits in beside if bits is not None] or [16]
+    most = sum(known) / len(known)
+    if plan.budgets:
+        most = max(given if isinstance(given, list) else known)
+    beside = [width for width in _WIDTHS if width <= most + 1e-9]
+    pairs = sorted(((min(w, a), a, w) for w in widths for a in beside), reverse=True)
+    return [(w, a) for _, a, w in pairs]

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 
 from proxyq.engine import Engine
+from proxyq.engine.ranges import input_grids
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.model.model import Model
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 from proxyq.ptq.correct import correct
-from proxyq.ptq.quantized import QuantizedModel, input_grids, round_weights, with_input_grids
+from proxyq.ptq.quantized import QuantizedModel, round_weights, with_input_grids
 from proxyq.quantize import Rounding
 from proxyq.search.allocate.plan import Plan
 

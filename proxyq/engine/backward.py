@@ -127,6 +127,28 @@ def _jvp(function: Callable[..., Any], primals: Any, tangents: Any) -> Any:
     return jax.vmap(one)([given[i] for i in active])
 
 
+def _jvp_of_rest(rest: Rest) -> Callable[..., Any]:
+    """`(out, reads, constants, others, their tangents) -> tangents of writes`."""
+
+    def forward(out: Any, reads: Any, constants: Any, others: Any, tangents: Any) -> Any:
+        return _jvp(lambda o, r: rest(o, r, constants, others), (out, reads), tangents)
+
+    return forward
+
+
+def _jvp_of_vjp(rest: Rest) -> Callable[..., Any]:
+    """Tangents of `_vjp_of_rest`, along those of its output, reads and cotangents."""
+    backward = _vjp_of_rest(rest)
+
+    def forward(out: Any, reads: Any, constants: Any, others: Any, given: Any, moved: Any) -> Any:
+        def function(out: Any, reads: Any, given: Any) -> Any:
+            return backward(out, reads, constants, others, given)
+
+        return _jvp(function, (out, reads, given), moved)
+
+    return forward
+
+
 def _site_call(eqn: Equation, operand: int, x: Any, weight: Any) -> Any:
     weight = weight.astype(eqn.invars[operand].aval.dtype)
     return run(eqn, [x, weight] if operand == 1 else [weight, x])[0]
@@ -272,13 +294,7 @@ class Tape:
             reads = [known.get(var) for var in rest.reads]
             moved.xs[site], moved.outs[site], moved.reads[site] = dx, dy, reads
             if dy is not None or any(value is not None for value in reads):
-
-                def make(rest: Rest = rest) -> Callable[..., Any]:
-                    return lambda out, reads, consts, others, d: _jvp(
-                        lambda o, r: rest(o, r, consts, others), (out, reads), d
-                    )
-
-                program = _program("jvp", rest.key, make)
+                program = _program("jvp", rest.key, lambda rest=rest: _jvp_of_rest(rest))
                 writes = program(*self._arguments(site), (dy, reads))
                 known.update(zip(rest.writes, writes, strict=True))
             keeps = self.engine.segments[site + 1].keeps
@@ -362,24 +378,13 @@ class Tangents:
         rest = self.tape._rests[site]
         zeros = self.tape.cotangents[site]
 
-        def make() -> Callable[..., Any]:
-            backward = _vjp_of_rest(rest)
-
-            def push(out: Any, reads: Any, consts: Any, others: Any, given: Any, d: Any) -> Any:
-                def function(out: Any, reads: Any, given: Any) -> Any:
-                    return backward(out, reads, consts, others, given)
-
-                return _jvp(function, (out, reads, given), d)
-
-            return push
-
         # What has no cotangent may still have a tangent of one.
         given = [
             jnp.zeros(var.aval.shape, var.aval.dtype) if have is None and want is not None else have
             for var, have, want in zip(rest.writes, zeros, cotangents, strict=True)
         ]
         d = (self.outs[site], self.reads[site], cotangents)
-        program = _program("vjp-jvp", rest.key, make)
+        program = _program("jvp of vjp", rest.key, lambda: _jvp_of_vjp(rest))
         return program(*self.tape._arguments(site), given, d)
 
 

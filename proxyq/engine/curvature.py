@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.checkpoint import Checkpoint
-from proxyq.engine.backward import Tape, record
+from proxyq.engine.backward import record
 from proxyq.engine.blocks import Block, along, blocks, first_blocks, summed
 from proxyq.engine.engine import Engine
 from proxyq.engine.objectives import Objective, Targets
@@ -323,7 +323,9 @@ def top_eigenvalues(
                     "the model's weights and the data."
                 )
             last = value[layer]
-            change[layer] = abs(quotient - last) / (abs(last) + 1e-6) if iterations[layer] else np.inf
+            change[layer] = (
+                abs(quotient - last) / (abs(last) + 1e-6) if iterations[layer] else np.inf
+            )
             value[layer] = quotient
             iterations[layer] += 1
             if norm == 0:  # a layer that the loss does not depend on

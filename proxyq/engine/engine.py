@@ -45,10 +45,14 @@ class Engine:
         batch_norm: str = "running",
         memory: int | None = None,
         batch_size: int | None = None,
+        tape: bool = False,
     ) -> "Engine":
-        """An engine for a set of `images`, as many at once as `memory` bytes allow."""
+        """An engine for a set of `images`, as many at once as `memory` bytes allow.
+
+        With `tape`, as many as can be kept whole for derivatives.
+        """
         if batch_size is None:
-            batch_size = images_at_once(model, images, memory)
+            batch_size = images_at_once(model, images, memory, tape=tape)
         engine = _engine(cls, model, batch_size, batch_norm)
         if all(site.apart for site in engine.network.sites):
             return engine

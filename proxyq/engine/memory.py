@@ -7,12 +7,13 @@ import jax
 from proxyq.errors import UsageError
 from proxyq.model.graph import Graph, is_literal
 from proxyq.model.model import Model
-from proxyq.model.network import LAYERS_AT, network
+from proxyq.model.network import LAYERS_AT, Network, network
 
-CPU_MEMORY, ACCELERATOR_MEMORY = 1 << 26, 1 << 30
+CPU_MEMORY, ACCELERATOR_MEMORY, TAPE_MEMORY = 1 << 26, 1 << 30, 1 << 29
 """Bytes of activations that the engine lets live at once, unless told otherwise.
 
 On CPU 64 MiB: larger batches leave the caches and pay for fresh pages (twice the time at 1 GiB).
+Derivatives keep a whole batch: 512 MiB.
 """
 
 
@@ -42,15 +43,27 @@ def bytes_per_image(graph: Graph) -> int:
     return math.ceil(peak / graph.batch_size)
 
 
-def images_at_once(model: Model, images: int, memory: int | None = None) -> int:
+def tape_bytes_per_image(of: Network) -> int:
+    """What derivatives keep of one image: of each site the output, the state, and of both the
+    derivative and a tangent, some six times the outputs."""
+    outs = (of.graph.main[site.position].outvars[0].aval for site in of.sites)
+    return math.ceil(6 * sum(a.size * a.dtype.itemsize for a in outs) / of.graph.batch_size)
+
+
+def images_at_once(
+    model: Model, images: int, memory: int | None = None, *, tape: bool = False
+) -> int:
     """The batch size for a set of `images`: as few, equally large batches as fit `memory`.
 
-    Two states live at once (the clean one and a perturbed one), hence the factor of two.
+    Two states live at once (the clean one and a perturbed one), hence the factor of two; with
+    `tape`, all states that derivatives need.
     """
     if images < 1:
         raise UsageError(f"at least one image is needed, got {images}.")
-    per_image = bytes_per_image(network(model, LAYERS_AT).graph)
+    found = network(model, LAYERS_AT)
+    per_image = tape_bytes_per_image(found) if tape else 2 * bytes_per_image(found.graph)
     if memory is None:
-        memory = CPU_MEMORY if jax.default_backend() == "cpu" else ACCELERATOR_MEMORY
-    most = max(1, memory // (2 * per_image))
+        on_cpu = jax.default_backend() == "cpu"
+        memory = TAPE_MEMORY if tape else CPU_MEMORY if on_cpu else ACCELERATOR_MEMORY
+    most = max(1, memory // per_image)
     return math.ceil(images / math.ceil(images / most))

@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from proxyq.checkpoint import Checkpoint
 from proxyq.engine.engine import Edits, Engine
 from proxyq.engine.segments import NO_EDIT
 from proxyq.errors import UsageError
 from proxyq.model.model import logits_of
 from proxyq.progress import Progress, silent
 
-Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Measure = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+"""`(the float network's logits, the changed one's, number of the first image) -> [images, …]`."""
 
 
 def single_layer_sweep(
@@ -27,17 +29,19 @@ def single_layer_sweep(
     measure: Measure,
     *,
     stacked: bool = False,
+    checkpoint: Checkpoint | None = None,
     progress: Progress = silent,
 ) -> np.ndarray:
-    """The mean of `measure` with one layer changed, for every alternative: `[layers, B]`.
+    """The mean of `measure` with one layer changed, for every alternative: `[layers, B, …]`.
 
     **Arguments:**
 
     - `alternatives`: for each layer, edits of its sites (all layers the same number).
-    - `measure(reference, logits)`: a number for each image, `[images]`, from the float
-      network's logits and the changed network's.
+    - `measure(reference, logits, start)`: a number (or several) for each image, from the
+      float network's logits and the changed network's; `start` numbers the first image.
     - `stacked`: run a layer's alternatives together along a new axis, for accelerators; on
       CPU it gains nothing, and sums run in another order.
+    - `checkpoint`: keeps the sums so far, under the name `sweep`.
 
     **Raises** `UsageError` when a layer is missing or has another number of alternatives.
     """
@@ -50,20 +54,33 @@ def single_layer_sweep(
         )
     # A layer used several times is changed at all its places: its run starts at the first.
     starting = {network.sites_of(name)[0]: row for row, name in enumerate(network.names)}
-    totals = np.zeros((len(network.names), numbers.pop()))
-    images = len(jax.tree.leaves(inputs)[0])
-    batches = -(-images // engine.batch_size)
+    columns = numbers.pop()
+    checkpoint = checkpoint or Checkpoint()
+    kept = checkpoint.load("sweep") or {}
+    totals = kept.get("totals")
+    finished = int(kept.get("steps", 0))
+    images, sites = len(jax.tree.leaves(inputs)[0]), len(network.sites)
+    steps = -(-images // engine.batch_size) * sites
     for done, (batch, count) in enumerate(engine.chunks(inputs)):
+        if (done + 1) * sites <= finished:
+            continue
+        start = done * engine.batch_size
         reference = np.asarray(logits_of(engine.run(batch)))[:count]
         state = engine.start(batch)
-        for site in range(len(network.sites)):
-            row = starting.get(site)
-            if row is not None:
+        for site in range(sites):
+            row, step = starting.get(site), done * sites + site + 1
+            if row is not None and step > finished:
                 edits = alternatives[network.names[row]]
                 for column, logits in enumerate(_runs(engine, state, site, edits, stacked)):
-                    totals[row, column] += np.sum(measure(reference, logits[:count]))
+                    measured = measure(reference, logits[:count], start)
+                    if totals is None:
+                        totals = np.zeros((len(network.names), columns, *measured.shape[1:]))
+                    totals[row, column] += np.sum(measured, axis=0, dtype=np.float64)
             state, _ = engine.step(state, site, NO_EDIT)
-            progress("sweep", done * len(network.sites) + site + 1, batches * len(network.sites))
+            progress("sweep", step, steps)
+            if totals is not None and checkpoint.due():
+                checkpoint.save("sweep", {"totals": totals, "steps": np.array(step)})
+    assert totals is not None
     return totals / images
 
 

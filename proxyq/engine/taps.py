@@ -1,36 +1,55 @@
-"""Record what proxies need: weights, and reductions of the tensors around each layer.
+"""Record what proxies need of every layer, in as few passes over the images as they allow.
 
-One pass over the images serves every proxy that asks for the same setting. Large tensors
-are reduced as soon as they appear, so memory holds one layer's tensors at a time.
+One forward pass, one backward pass, one sweep and one look at the inputs serve all proxies
+that ask for the same setting.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from proxyq.checkpoint import Checkpoint
+from proxyq.engine.divergence import cross_entropy_of, kl_divergence, two_classes
 from proxyq.engine.engine import Engine
-from proxyq.engine.segments import NO_EDIT, Edit, State
+from proxyq.engine.gradients import GRADIENT_NEEDS, record_gradients
+from proxyq.engine.objectives import LABELS, Targets, objective, targets
+from proxyq.engine.ranges import input_errors
+from proxyq.engine.rounded import rounded_layer
+from proxyq.engine.sweep import single_layer_sweep
+from proxyq.engine.walk import FORWARD_NEEDS, record_forward
 from proxyq.errors import ProxyqError, UsageError
-from proxyq.model.examples import Examples, locate, split_examples
 from proxyq.model.features import features
 from proxyq.model.graph import Var
-from proxyq.model.layers import Layer, Site
+from proxyq.model.layers import Layer
 from proxyq.progress import Progress, silent
 from proxyq.quantize import Rounding, quantize_columns
 
+SWEEP_NEEDS = {
+    "kl": "KL to the float network when this layer alone is rounded, [bits], in nats",
+    "loss-change": "rise of the cross-entropy when this layer alone is rounded, [bits], in nats",
+    "logit-mse": "mean squared change of the logits when this layer alone is rounded, [bits]",
+}
 NEEDS = {
     "weight": "the layer's weight, batch norm folded in",
-    "input": "the tensor that the layer reads, [images, …]",
-    "output": "the layer's output before bias and activation, [images, positions, channels]",
-    "feature": "what the layer hands on (option `feature`), [images, positions, channels]",
-    "gram": "Gram matrix of the images' features, [images, images]",
-    "pooled": "the feature after ReLU, averaged over positions, [images, channels]",
-    "output-error": "mean squared change of the output at each bit-width over its variance",
+    **FORWARD_NEEDS,
+    **GRADIENT_NEEDS,
+    **SWEEP_NEEDS,
+    "input-error": "mean squared error of rounding what the layer reads, and its variance",
+    "engine": "the network, ready to run, differentiate and change: `taps.engine`, `taps.inputs`",
+}
+
+# Which options of `TapOptions` govern which needs.
+GOVERNS = {
+    "batch_norm": frozenset(FORWARD_NEEDS),
+    "feature": frozenset({"feature", "gram", "pooled", "codes", "sample"}),
+    "centre": frozenset({"gram"}),
+    "loss": frozenset(GRADIENT_NEEDS),
+    "labels": frozenset({*GRADIENT_NEEDS, "loss-change", "engine"}),
+    "temperature": frozenset({"kl"}),
 }
 
 
@@ -42,17 +61,29 @@ class TapOptions:
     - `feature`: what a layer's feature is: its `post-activation` tensor (residual sum and
       activation included), or its own `output`.
     - `centre`: subtract each feature's mean over the images before the Gram matrix.
+    - `loss`: what gradients are of: `cross-entropy`, `log-logit` or `logit-sum`.
+    - `labels`: the targets: `data`, `predicted`, `sampled`, or `auto` (those of the data where
+      there are any, else predicted).
+    - `temperature`: of both softmaxes in `kl`.
     """
 
     batch_norm: str = "running"
     feature: str = "post-activation"
     centre: bool = True
+    loss: str = "cross-entropy"
+    labels: str = "auto"
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.feature not in ("post-activation", "output"):
             raise UsageError(
                 f"`feature` must be 'post-activation' or 'output', got {self.feature!r}."
             )
+        if self.labels not in LABELS:
+            raise UsageError(f"`labels` must be one of {', '.join(LABELS)}, got {self.labels!r}.")
+        objective(self.loss)
+        if not 0 < self.temperature < float("inf"):
+            raise UsageError(f"`temperature` must be positive, got {self.temperature}.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,12 +133,26 @@ class LayerTap:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Taps:
-    """The taps of all layers, in the network's order, and the candidate bit-widths."""
+    """The taps of all layers, in the network's order, and the candidate bit-widths.
+
+    - `engine`: the network as the taps were recorded with; `tape_engine` the same with batches
+      small enough to be differentiated; `inputs`, `targets`: the images and what is true of
+      them, for measured proxies (need `engine`).
+    - `checkpoint`: where a long computation of one proxy may keep how far it is.
+    """
 
     taps: tuple[LayerTap, ...]
     bits: tuple[int, ...]
+    engine: Engine
+    activation_bits: tuple[int, ...] = ()
     images: int = 0
     options: TapOptions = field(default_factory=TapOptions)
+    inputs: Any = None
+    labels: Any = None
+    seed: int = 0
+    memory: int | None = None
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    progress: Progress = silent
 
     def __iter__(self) -> Iterator[LayerTap]:
         return iter(self.taps)
@@ -119,6 +164,16 @@ class Taps:
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in order."""
         return tuple(tap.layer for tap in self.taps)
+
+    @property
+    def targets(self) -> Targets:
+        """Which class counts as true for every image, by the option `labels`."""
+        return targets(self.options.labels, self.labels, self.seed)
+
+    @cached_property
+    def tape_engine(self) -> Engine:
+        """An engine whose batches are small enough to keep all that derivatives need."""
+        return _tape_engine(self.engine, self.images, self.memory)
 
     def map(self, function: Callable[[LayerTap], Any]) -> np.ndarray:
         """`[layers]`: one number for each layer."""
@@ -136,25 +191,33 @@ def collect(
     needs: Sequence[str],
     bits: Sequence[int],
     *,
+    labels: Any = None,
+    activation_bits: Sequence[int] = (),
     options: TapOptions | None = None,
     rounding: Rounding | None = None,
+    seed: int = 0,
+    memory: int | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: Progress = silent,
 ) -> Taps:
     """Record what `needs` names (see `NEEDS`) of every layer.
 
     **Arguments:**
 
-    - `inputs`: the images, `[images, …]`, or `None` when only weights are needed.
-    - `bits`: candidate bit-widths, for `output-error` and `LayerTap.quantized`.
-    - `rounding`: how weights are rounded.
+    - `inputs`: the images, `[images, …]`, or `None` when only weights are needed; `labels`
+      are theirs, `[images]`, where they have any.
+    - `bits`: candidate bit-widths of weights; `activation_bits`: of what layers read.
+    - `rounding`: how weights are rounded; `seed`: of what is drawn.
+    - `memory`: bound on the activations held at once.
+    - `checkpoint`: keeps how far the long passes are.
 
     **Raises** `UsageError` for an unknown need, or when images are needed and missing.
     """
     options, rounding = options or TapOptions(), rounding or Rounding()
-    for need in needs:
-        if need not in NEEDS:
-            raise UsageError(f"unknown need {need!r}: known are {', '.join(NEEDS)}.")
-    network = engine.network
+    checkpoint = checkpoint or Checkpoint()
+    if unknown := set(needs) - set(NEEDS):
+        raise UsageError(f"unknown need {min(unknown)!r}: known are {', '.join(NEEDS)}.")
+    network, bits = engine.network, tuple(bits)
     first = {name: network.sites_of(name)[0] for name in network.names}
     recorded: dict[str, dict[str, Any]] = {name: {} for name in network.names}
     images = 0
@@ -167,7 +230,46 @@ def collect(
                 f"statistics of the batch need all {images} images at once, but memory allows "
                 f"{engine.batch_size}: give fewer images or more memory."
             )
-        _record(engine, inputs, tuple(needs), tuple(bits), options, rounding, recorded, progress)
+    aims = targets(options.labels, labels, seed) if set(needs) & GOVERNS["labels"] else None
+    own = tuple(need for need in needs if need in FORWARD_NEEDS)
+    if own:
+        record_forward(
+            engine,
+            inputs,
+            own,
+            bits,
+            rounding,
+            recorded,
+            feature=options.feature,
+            centre=options.centre,
+            progress=progress,
+        )
+    own = tuple(need for need in needs if need in GRADIENT_NEEDS)
+    if own:
+        assert aims is not None
+        found = record_gradients(
+            _tape_engine(engine, images, memory),
+            inputs,
+            own,
+            bits,
+            objective(options.loss),
+            aims,
+            rounding=rounding,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        for name, values in zip(network.names, found, strict=True):
+            recorded[name].update(values)
+    own = tuple(need for need in needs if need in SWEEP_NEEDS)
+    if own:
+        table = _sweep(engine, inputs, own, bits, rounding, options, aims, checkpoint, progress)
+        for row, name in enumerate(network.names):
+            recorded[name].update({need: table[row, :, i] for i, need in enumerate(own)})
+    if "input-error" in needs:
+        widths = tuple(dict.fromkeys([*bits, *activation_bits]))
+        for name, values in input_errors(engine, inputs, widths).items():
+            errors = dict(zip(widths, values["error"].tolist(), strict=True))
+            recorded[name]["input-error"] = {**errors, "variance": float(values["variance"])}
     owner: dict[Var, str] = {}
     taps = tuple(
         LayerTap(
@@ -182,190 +284,58 @@ def collect(
             network.layers, features(network, options.feature).values(), strict=True
         )
     )
-    return Taps(taps=taps, bits=tuple(bits), images=images, options=options)
+    return Taps(
+        taps=taps,
+        bits=bits,
+        engine=engine,
+        activation_bits=tuple(activation_bits),
+        images=images,
+        options=options,
+        inputs=inputs,
+        labels=labels,
+        seed=seed,
+        memory=memory,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
 
 
-_WHOLE = frozenset({"gram", "feature", "input", "output"})
+def _tape_engine(engine: Engine, images: int, memory: int | None) -> Engine:
+    return Engine.build(engine.network.model, max(images, 1), memory=memory, tape=True)
 
 
-def _record(
+def _sweep(
     engine: Engine,
     inputs: Any,
     needs: tuple[str, ...],
     bits: tuple[int, ...],
-    options: TapOptions,
     rounding: Rounding,
-    recorded: dict[str, dict[str, Any]],
+    options: TapOptions,
+    aims: Targets | None,
+    checkpoint: Checkpoint,
     progress: Progress,
-) -> None:
-    """Walk the network segment by segment, reducing what each one makes.
+) -> np.ndarray:
+    """`[layers, bits, needs]`, from one sweep over the layers."""
 
-    What relates images to each other (a Gram matrix) needs all of them at one layer, so all
-    chunks walk in step and their states are held together; all else adds up over chunks,
-    one after the other, and memory holds a single chunk.
-    """
-    chunks = engine.chunks(inputs)
-    walks = [list(chunks)] if set(needs) & _WHOLE else ([chunk] for chunk in chunks)
-    total = len(engine.network.sites) * (
-        1 if set(needs) & _WHOLE else -(-len(jax.tree.leaves(inputs)[0]) // engine.batch_size)
+    def measure(reference: np.ndarray, logits: np.ndarray, start: int) -> np.ndarray:
+        found = []
+        for need in needs:
+            if need == "kl":
+                found.append(kl_divergence(reference, logits, temperature=options.temperature))
+            elif need == "logit-mse":
+                # mean over outputs of (z' - z)^2
+                change = np.asarray(logits, np.float64) - reference
+                found.append(np.mean(change.reshape(len(change), -1) ** 2, axis=1))
+            else:
+                assert aims is not None
+                true = np.asarray(aims.of(two_classes(reference), start, len(reference)))
+                found.append(cross_entropy_of(logits, true) - cross_entropy_of(reference, true))
+        return np.stack(found, axis=-1)
+
+    alternatives = {
+        name: [rounded_layer(engine, name, b, rounding) for b in bits]
+        for name in engine.network.names
+    }
+    return single_layer_sweep(
+        engine, inputs, alternatives, measure, checkpoint=checkpoint, progress=progress
     )
-    sums: dict[int, np.ndarray] = {}
-    pooled: dict[str, list[np.ndarray]] = {}
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        progress("record", done, total)
-
-    for walk in walks:
-        _walk(engine, walk, needs, bits, options, rounding, recorded, sums, pooled, tick)
-    for name, parts in pooled.items():
-        recorded[name]["pooled"] = np.concatenate(parts).astype(np.float64)
-    if "output-error" in needs:
-        for name in engine.network.names:
-            ratios = []
-            for site in engine.network.sites_of(name):
-                number, first, square, *wrong = sums[site]
-                variance = square / number - (first / number) ** 2
-                ratios.append(np.array(wrong) / number / max(variance, np.finfo(float).tiny))
-            # A tied weight acts at several places; each place counts alike.
-            recorded[name]["output-error"] = np.mean(ratios, axis=0)
-
-
-def _walk(
-    engine: Engine,
-    chunks: list[tuple[Any, int]],
-    needs: tuple[str, ...],
-    bits: tuple[int, ...],
-    options: TapOptions,
-    rounding: Rounding,
-    recorded: dict[str, dict[str, Any]],
-    sums: dict[int, np.ndarray],
-    pooled: dict[str, list[np.ndarray]],
-    tick: Callable[[], None],
-) -> None:
-    network, graph, batch = engine.network, engine.network.graph, engine.batch_size
-    first = {network.sites_of(name)[0]: name for name in network.names}
-    owners: dict[Var, list[int]] = {}  # which layers' feature a variable is
-    if set(needs) & {"feature", "gram", "pooled"}:
-        for name, var in features(network, options.feature).items():
-            owners.setdefault(var, []).append(network.sites_of(name)[0])
-    states: list[State] = [engine.start(inputs) for inputs, _ in chunks]
-    counts = [count for _, count in chunks]
-    places = locate(graph)
-    measured = "output-error" in needs
-    for index, site in enumerate(network.sites):
-        eqn = graph.main[site.position]
-        out, data = eqn.outvars[0], eqn.invars[1 - site.operand]
-        made = {var for e in engine.segments[index + 1].eqns for var in e.outvars}
-        own = [out] if measured or "output" in needs else []
-        capture = tuple(dict.fromkeys([*own, *(var for var in owners if var in made)]))
-        # Convolution and dot are linear: the output's change is that of the weight.
-        deltas = _weight_changes(engine, index, bits, rounding) if measured else []
-        captured: dict[Var, list[Any]] = {var: [] for var in capture}
-        reads: list[Any] = []
-        for chunk, (state, count) in enumerate(zip(states, counts, strict=True)):
-            if "input" in needs and index in first:
-                x = state[data] if data in state else engine.frontier[data]
-                reads.append(_by_image(x, places.get(data, site.examples), batch)[:count])
-            states[chunk], values = engine.step(state, index, NO_EDIT, capture)
-            for var, value in zip(capture, values, strict=True):
-                captured[var].append(value)
-            if measured:
-                wrong = _squares(engine, index, state, deltas)[:, :count].sum(axis=1)
-                moments = _moments(site.rows(captured[out][-1], batch)[:count])
-                sums[index] = sums.get(index, 0) + np.concatenate([moments, wrong])
-        if index in first:
-            own = recorded[first[index]]
-            if "input" in needs:
-                own["input"] = jnp.concatenate(reads)
-            if "output" in needs:
-                own["output"] = _columns(site, captured[out], counts, batch)
-        for var in owners.keys() & captured.keys():
-            for owner in owners[var]:
-                own = recorded[network.sites[owner].layer]
-                part = _feature(network.sites[owner], captured[var], counts, batch, needs, options)
-                if "pooled" in part:
-                    pooled.setdefault(network.sites[owner].layer, []).append(part.pop("pooled"))
-                own.update(part)
-        tick()
-
-
-def _by_image(x: Any, where: Examples, batch: int) -> Any:
-    split = split_examples(x, where, batch)
-    folded = where.axis + 1  # what else lay on the images' axis; nothing, mostly
-    return jnp.squeeze(split, folded) if split.shape[folded] == 1 else split
-
-
-def _columns(site: Site, parts: list[Any], counts: list[int], batch: int) -> Any:
-    columns = [
-        site.output_columns(part, batch)[:count] for part, count in zip(parts, counts, strict=True)
-    ]
-    return columns[0] if len(columns) == 1 else jnp.concatenate(columns)
-
-
-def _feature(
-    site: Site,
-    parts: list[Any],
-    counts: list[int],
-    batch: int,
-    needs: tuple[str, ...],
-    options: TapOptions,
-) -> dict[str, Any]:
-    """What the needs ask of one layer's feature."""
-    own: dict[str, Any] = {}
-    if "feature" in needs:
-        own["feature"] = _columns(site, parts, counts, batch)
-    if "gram" in needs:
-        where, whole = site.examples, tuple(counts)
-        own["gram"] = np.asarray(_gram(parts, whole, where, batch, options.centre), np.float64)
-    if "pooled" in needs:
-        pooled = [np.asarray(_pooled(site.output_columns(part, batch))) for part in parts]
-        real = [part[:count] for part, count in zip(pooled, counts, strict=True)]
-        own["pooled"] = np.concatenate(real)
-    return own
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _gram(
-    parts: list[Any], counts: tuple[int, ...], where: Examples, batch: int, centre: bool
-) -> Any:
-    """`X X'` of features `[images, p]`; centring X first loses no digits to large means."""
-    rows = [split_examples(part, where, batch).reshape(batch, -1) for part in parts]
-    x = jnp.concatenate([row[:count] for row, count in zip(rows, counts, strict=True)])
-    if centre:
-        x = x - jnp.mean(x, axis=0)
-    return jnp.dot(x, x.T, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.jit
-def _pooled(feature: Any) -> Any:
-    return jnp.mean(jax.nn.relu(feature), axis=1)
-
-
-@jax.jit
-def _row_moments(rows: Any) -> Any:
-    # Sums over one image stay small; images are added in float64 by the caller.
-    rows = rows.astype(jnp.float32)
-    return jnp.sum(rows, axis=1), jnp.sum(rows * rows, axis=1)
-
-
-def _moments(rows: Any) -> np.ndarray:
-    """Count, sum and sum of squares, accumulated in float64 over the images."""
-    total, square = _row_moments(rows)
-    sums = (np.sum(np.asarray(part, np.float64)) for part in (total, square))
-    return np.array([rows.size, *sums])
-
-
-def _weight_changes(engine: Engine, index: int, bits: tuple[int, ...], how: Rounding) -> list[Any]:
-    site, columns = engine.network.sites[index], engine.columns(index)
-    shape = engine.weight(index).shape
-    return [site.from_columns(quantize_columns(columns, b, how) - columns, shape) for b in bits]
-
-
-def _squares(engine: Engine, index: int, state: State, deltas: list[Any]) -> np.ndarray:
-    """`[bits, images]`: squared change of a site's output, for each changed weight."""
-    site, batch = engine.network.sites[index], engine.batch_size
-    changes = (engine.site_output(state, index, Edit(weight=delta)) for delta in deltas)
-    return np.stack([np.asarray(_row_moments(site.rows(c, batch))[1], np.float64) for c in changes])

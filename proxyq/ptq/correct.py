@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.engine import Edit, Edits, Engine
+from proxyq.engine.divergence import kl_divergence
 from proxyq.errors import UsageError
 from proxyq.model.examples import Examples
 from proxyq.model.layers import columns_of
 from proxyq.progress import Progress, silent
-from proxyq.ptq.measure import kl_divergence
 
 Correction = Literal["auto", "none", "weights", "statistics"]
 CORRECTIONS = ("auto", "none", "weights", "statistics")

@@ -1,0 +1,83 @@
+"""What layers read: samples of their inputs, grids that fit them, and the error of rounding."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proxyq.engine.engine import Engine
+from proxyq.engine.gradients import stride
+from proxyq.quantize import Grid, Range, fake_quantize, fit_grid
+
+_SAMPLES = 1 << 16
+
+
+def input_samples(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict[int, np.ndarray]:
+    """Values that the named layers' sites read in the float network, by site.
+
+    At most 65,536 values a batch, at a fixed stride that meets all channels, and then the
+    extremes, which stay whatever the stride. Padding repeats an image, which harms no range.
+    """
+    network = engine.network
+    samples: dict[int, list[np.ndarray]] = {}
+    for batch, _ in engine.chunks(inputs):
+        state = engine.start(batch)
+        for index, site in enumerate(network.sites):
+            data = network.graph.main[site.position].invars[1 - site.operand]
+            if site.layer in layers:
+                x = np.asarray(state[data] if data in state else engine.frontier[data])
+                thin = x.ravel()[:: stride(x.size, _SAMPLES)]
+                samples.setdefault(index, []).append(np.append(thin, [x.min(), x.max()]))
+            state, _ = engine.step(state, index)
+    return {index: np.concatenate(parts) for index, parts in samples.items()}
+
+
+def input_grids(
+    engine: Engine, bits: Mapping[str, int], inputs: Any, *, method: Range = "mse"
+) -> dict[int, Grid]:
+    """A grid for each named layer's input: asymmetric, one for the tensor, by site."""
+    samples = input_samples(engine, inputs, tuple(bits))
+    return {
+        index: fit_input_grid(x, bits[engine.network.sites[index].layer], method=method)
+        for index, x in samples.items()
+    }
+
+
+@partial(jax.jit, static_argnames="method")
+def _fit(x: Any, bits: Any, method: Range) -> Grid:
+    return fit_grid(x, bits, symmetric=False, method=method)
+
+
+def fit_input_grid(x: np.ndarray, bits: int, *, method: Range = "mse") -> Grid:
+    """The grid of one tensor, from samples of it."""
+    grid = _fit(jnp.asarray(x, jnp.float32), bits, method)
+    return Grid(*(jnp.reshape(field, ()) for field in grid))
+
+
+def input_errors(
+    engine: Engine, inputs: Any, bits: Sequence[int]
+) -> dict[str, dict[str, np.ndarray]]:
+    """What rounding does to each layer's input, from samples: mean squares, per value.
+
+    For each layer `error [bits]`, the mean squared rounding error; `variance` of the values.
+    Several sites of a layer count alike.
+    """
+    found: dict[str, list[tuple[np.ndarray, float]]] = {}
+    for index, x in input_samples(engine, inputs, engine.network.names).items():
+        values = jnp.asarray(x, jnp.float32)
+        errors = [
+            float(np.mean((np.asarray(fake_quantize(values, fit_input_grid(x, b))) - x) ** 2))
+            for b in bits
+        ]
+        own = (np.array(errors), float(np.var(x, dtype=np.float64)))
+        found.setdefault(engine.network.sites[index].layer, []).append(own)
+    return {
+        name: {
+            "error": np.mean([error for error, _ in parts], axis=0),
+            "variance": np.array(np.mean([variance for _, variance in parts])),
+        }
+        for name, parts in found.items()
+    }

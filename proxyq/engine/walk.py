@@ -1,0 +1,278 @@
+"""One forward pass over the images: reductions of the tensors around each layer.
+
+Large tensors are reduced as soon as they appear, so memory holds one layer's tensors at a
+time. One pass serves every need that asks for the same setting.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proxyq.engine.engine import Engine
+from proxyq.engine.gradients import stride
+from proxyq.engine.rounded import weight_changes
+from proxyq.engine.segments import NO_EDIT, Edit, State
+from proxyq.model.examples import Examples, locate, split_examples
+from proxyq.model.features import features
+from proxyq.model.graph import Var
+from proxyq.model.layers import Site
+from proxyq.progress import Progress
+from proxyq.quantize import Rounding
+
+FORWARD_NEEDS = {
+    "input": "the tensor that the layer reads, [images, …]",
+    "output": "the layer's output before bias and activation, [images, positions, channels]",
+    "feature": "what the layer hands on (option `feature`), [images, positions, channels]",
+    "sample": "some values of the feature, at a fixed stride, [values]",
+    "gram": "Gram matrix of the images' features, [images, images]",
+    "codes": "how many units agree, on or off, between images' features, [images, images]",
+    "pooled": "the feature after ReLU, averaged over positions, [images, channels]",
+    "output-error": "mean squared change of the output at each bit-width over its variance",
+    "output-variance": "variance of the output: in float, then at each bit-width, [1 + bits]",
+}
+_WHOLE = frozenset({"gram", "codes", "feature", "input", "output"})
+_OF_FEATURES = frozenset({"feature", "gram", "pooled", "codes", "sample"})
+_OF_ROUNDING = frozenset({"output-error", "output-variance"})
+_SAMPLED = 4096
+
+
+def record_forward(
+    engine: Engine,
+    inputs: Any,
+    needs: tuple[str, ...],
+    bits: tuple[int, ...],
+    rounding: Rounding,
+    recorded: dict[str, dict[str, Any]],
+    *,
+    feature: str,
+    centre: bool,
+    progress: Progress,
+) -> None:
+    """Walk the network segment by segment, reducing what each one makes into `recorded`.
+
+    What relates images to each other (a Gram matrix) needs all of them at one layer, so all
+    chunks walk in step and their states are held together; all else adds up over chunks,
+    one after the other, and memory holds a single chunk.
+    """
+    chunks = engine.chunks(inputs)
+    walks = [list(chunks)] if set(needs) & _WHOLE else ([chunk] for chunk in chunks)
+    total = len(engine.network.sites) * (
+        1 if set(needs) & _WHOLE else -(-len(jax.tree.leaves(inputs)[0]) // engine.batch_size)
+    )
+    sums: dict[int, np.ndarray] = {}
+    parts: dict[tuple[str, str], list[np.ndarray]] = {}
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress("record", done, total)
+
+    for walk in walks:
+        _walk(
+            engine,
+            walk,
+            needs,
+            bits,
+            rounding,
+            recorded,
+            sums,
+            parts,
+            tick,
+            feature=feature,
+            centre=centre,
+        )
+    for (name, need), own in parts.items():
+        recorded[name][need] = np.concatenate(own).astype(np.float64)
+    if set(needs) & _OF_ROUNDING:
+        for name in engine.network.names:
+            found = [
+                _errors_and_variances(sums[site], len(bits))
+                for site in engine.network.sites_of(name)
+            ]
+            # A tied weight acts at several places; each place counts alike.
+            recorded[name]["output-error"] = np.mean([error for error, _ in found], axis=0)
+            recorded[name]["output-variance"] = np.mean([var for _, var in found], axis=0)
+
+
+def _errors_and_variances(sums: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """From counts, sums and squares of a site's output, its changes and its changed outputs."""
+    number, first, square = sums[:3]
+    wrong, changed, changed_square = (sums[3 + i * bits : 3 + (i + 1) * bits] for i in range(3))
+    variance = square / number - (first / number) ** 2
+    after = changed_square / number - (changed / number) ** 2
+    error = wrong / number / max(variance, np.finfo(float).tiny)
+    return error, np.maximum(np.append(variance, after), 0.0)
+
+
+def _walk(
+    engine: Engine,
+    chunks: list[tuple[Any, int]],
+    needs: tuple[str, ...],
+    bits: tuple[int, ...],
+    rounding: Rounding,
+    recorded: dict[str, dict[str, Any]],
+    sums: dict[int, np.ndarray],
+    parts: dict[tuple[str, str], list[np.ndarray]],
+    tick: Callable[[], None],
+    *,
+    feature: str,
+    centre: bool,
+) -> None:
+    network, graph, batch = engine.network, engine.network.graph, engine.batch_size
+    first = {network.sites_of(name)[0]: name for name in network.names}
+    owners: dict[Var, list[int]] = {}  # which layers' feature a variable is
+    if set(needs) & _OF_FEATURES:
+        for name, var in features(network, feature).items():
+            owners.setdefault(var, []).append(network.sites_of(name)[0])
+    states: list[State] = [engine.start(inputs) for inputs, _ in chunks]
+    counts = [count for _, count in chunks]
+    places = locate(graph)
+    measured = bool(set(needs) & _OF_ROUNDING)
+    for index, site in enumerate(network.sites):
+        eqn = graph.main[site.position]
+        out, data = eqn.outvars[0], eqn.invars[1 - site.operand]
+        made = {var for e in engine.segments[index + 1].eqns for var in e.outvars}
+        own = [out] if measured or "output" in needs else []
+        capture = tuple(dict.fromkeys([*own, *(var for var in owners if var in made)]))
+        # Convolution and dot are linear: the output's change is that of the weight.
+        deltas = weight_changes(engine, index, bits, rounding) if measured else []
+        captured: dict[Var, list[Any]] = {var: [] for var in capture}
+        reads: list[Any] = []
+        for chunk, (state, count) in enumerate(zip(states, counts, strict=True)):
+            if "input" in needs and index in first:
+                x = state[data] if data in state else engine.frontier[data]
+                reads.append(_by_image(x, places.get(data, site.examples), batch)[:count])
+            states[chunk], values = engine.step(state, index, NO_EDIT, capture)
+            for var, value in zip(capture, values, strict=True):
+                captured[var].append(value)
+            if measured:
+                own_rows = site.rows(captured[out][-1], batch)[:count]
+                moments = _moments(own_rows)
+                wrong = [
+                    _change_moments(site.rows(change, batch)[:count], own_rows)
+                    for change in _changes(engine, index, state, deltas)
+                ]
+                sums[index] = sums.get(index, 0) + np.append(moments, np.stack(wrong, axis=1))
+        if index in first:
+            own = recorded[first[index]]
+            if "input" in needs:
+                own["input"] = jnp.concatenate(reads)
+            if "output" in needs:
+                own["output"] = _columns(site, captured[out], counts, batch)
+        for var in owners.keys() & captured.keys():
+            for owner in owners[var]:
+                own = recorded[network.sites[owner].layer]
+                part = _feature(network.sites[owner], captured[var], counts, batch, needs, centre)
+                for need in {"pooled", "sample"} & part.keys():
+                    parts.setdefault((network.sites[owner].layer, need), []).append(part.pop(need))
+                own.update(part)
+        tick()
+
+
+def _by_image(x: Any, where: Examples, batch: int) -> Any:
+    split = split_examples(x, where, batch)
+    folded = where.axis + 1  # what else lay on the images' axis; nothing, mostly
+    return jnp.squeeze(split, folded) if split.shape[folded] == 1 else split
+
+
+def _columns(site: Site, parts: list[Any], counts: list[int], batch: int) -> Any:
+    columns = [
+        site.output_columns(part, batch)[:count] for part, count in zip(parts, counts, strict=True)
+    ]
+    return columns[0] if len(columns) == 1 else jnp.concatenate(columns)
+
+
+def _feature(
+    site: Site,
+    parts: list[Any],
+    counts: list[int],
+    batch: int,
+    needs: tuple[str, ...],
+    centre: bool,
+) -> dict[str, Any]:
+    """What the needs ask of one layer's feature."""
+    own: dict[str, Any] = {}
+    if "feature" in needs:
+        own["feature"] = _columns(site, parts, counts, batch)
+    if "gram" in needs:
+        where, whole = site.examples, tuple(counts)
+        own["gram"] = np.asarray(_gram(parts, whole, where, batch, centre), np.float64)
+    if "codes" in needs:
+        where, whole = site.examples, tuple(counts)
+        own["codes"] = np.asarray(_agreement(parts, whole, where, batch), np.float64)
+    if "sample" in needs:
+        columns = [site.output_columns(part, batch) for part in parts]
+        rows = [part[:count].ravel() for part, count in zip(columns, counts, strict=True)]
+        own["sample"] = np.concatenate([row[:: stride(len(row), _SAMPLED)] for row in rows])
+    if "pooled" in needs:
+        pooled = [np.asarray(_pooled(site.output_columns(part, batch))) for part in parts]
+        real = [part[:count] for part, count in zip(pooled, counts, strict=True)]
+        own["pooled"] = np.concatenate(real)
+    return own
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _gram(
+    parts: list[Any], counts: tuple[int, ...], where: Examples, batch: int, centre: bool
+) -> Any:
+    """`X X'` of features `[images, p]`; centring X first loses no digits to large means."""
+    rows = [split_examples(part, where, batch).reshape(batch, -1) for part in parts]
+    x = jnp.concatenate([row[:count] for row, count in zip(rows, counts, strict=True)])
+    if centre:
+        x = x - jnp.mean(x, axis=0)
+    return jnp.dot(x, x.T, precision=jax.lax.Precision.HIGHEST)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _agreement(parts: list[Any], counts: tuple[int, ...], where: Examples, batch: int) -> Any:
+    """`C C' + (1 - C)(1 - C)'` of the on-off codes `C = (feature > 0)`: units that agree."""
+    rows = [split_examples(part, where, batch).reshape(batch, -1) for part in parts]
+    x = jnp.concatenate([row[:count] for row, count in zip(rows, counts, strict=True)])
+    code = jnp.where(x > 0, 1.0, -1.0)  # agreements minus disagreements, in one product
+    return (jnp.dot(code, code.T, precision=jax.lax.Precision.HIGHEST) + x.shape[1]) / 2
+
+
+@jax.jit
+def _pooled(feature: Any) -> Any:
+    return jnp.mean(jax.nn.relu(feature), axis=1)
+
+
+@jax.jit
+def _row_moments(rows: Any) -> Any:
+    # Sums over one image stay small; images are added in float64 by the caller.
+    rows = rows.astype(jnp.float32)
+    return jnp.sum(rows, axis=1), jnp.sum(rows * rows, axis=1)
+
+
+def _moments(rows: Any) -> np.ndarray:
+    """Count, sum and sum of squares, accumulated in float64 over the images."""
+    total, square = _row_moments(rows)
+    sums = (np.sum(np.asarray(part, np.float64)) for part in (total, square))
+    return np.array([rows.size, *sums])
+
+
+@jax.jit
+def _change_sums(change: Any, rows: Any) -> Any:
+    change, rows = change.astype(jnp.float32), rows.astype(jnp.float32)
+    after = rows + change
+    return (
+        jnp.sum(change * change, axis=1),
+        jnp.sum(after, axis=1),
+        jnp.sum(after * after, axis=1),
+    )
+
+
+def _change_moments(change: Any, rows: Any) -> np.ndarray:
+    """Square of a change, sum and square of what it changes, in float64 over the images."""
+    parts = _change_sums(change, rows)
+    return np.array([np.sum(np.asarray(part, np.float64)) for part in parts])
+
+
+def _changes(engine: Engine, index: int, state: State, deltas: list[Any]) -> list[Any]:
+    """The change of a site's output, for each changed weight."""
+    return [engine.site_output(state, index, Edit(weight=delta)) for delta in deltas]
