@@ -3,21 +3,32 @@
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from proxyq.errors import ProxyqError, UsageError
-from proxyq.search.allocate import SOLVERS
+from proxyq.search.allocate import SOLVERS, build_problem, shared_by, solve
 from proxyq.search.recipes import available_recipes, load_recipe
 from proxyq.shelf import SHELVES, shelf
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@dataclass(frozen=True)
+class PlainLayer:
+    name: str
+    weights: int
+    macs: int
+    group: str | None = None
+    shares_input: str | None = None
+
+
 def test_every_recipe_on_the_shelf_loads() -> None:
     names = available_recipes()
-    assert {"ompq", "csmpq"} <= set(names)
+    assert {"ompq", "csmpq", "hawq-v3", "limpq"} <= set(names)
     for name in names:
         recipe = load_recipe(name)
         assert recipe.name == name
@@ -34,6 +45,49 @@ def test_the_published_settings() -> None:
     csmpq = load_recipe("csmpq")
     assert (csmpq.proxy, csmpq.options["form"]) == ("separability", "exp")
     assert csmpq.samples == 32 and csmpq.correction == "none"
+
+
+def test_the_recipes_that_choose_activations() -> None:
+    hawq = load_recipe("hawq-v3")
+    assert (hawq.proxy, hawq.bits, hawq.activation_bits) == ("hessian-trace", [4, 8], "weights")
+    assert hawq.ties_inputs and not hawq.ties_features and hawq.tie_patterns == []
+    assert (hawq.pins, hawq.outliers) == (["@first=8", "@last=8"], "keep")
+    limpq = load_recipe("limpq")
+    assert (limpq.proxy, limpq.activation_bits) == ("limpq", [2, 3, 4, 5, 6])
+    assert limpq.pins == ["@first=8/8", "@last=8/8"] and not limpq.ties_inputs
+    assert (limpq.outliers, limpq.options) == ("erase", {"alpha": 2.0, "ends": False})
+
+
+@pytest.mark.parametrize("name", available_recipes())
+def test_every_recipe_makes_a_problem(name: str) -> None:
+    """Pins, ties and bits of a recipe fit together, whatever its proxy measures."""
+    recipe = load_recipe(name)
+    layers = [
+        PlainLayer("stem", 432, 442_368),
+        PlainLayer("block.conv1", 2304, 2_359_296, shares_input="block.conv1"),
+        PlainLayer("block.down", 512, 131_072, shares_input="block.conv1"),
+        PlainLayer("head", 640, 640),
+    ]
+    beside = recipe.activation_bits
+    chosen = np.zeros((4, len(beside))) if isinstance(beside, list) else None
+    problem = build_problem(
+        layers,
+        -np.ones((4, 1)) * recipe.bits,
+        recipe.bits,
+        ["bops=60%", "size=50%"],
+        pins=recipe.pins,
+        ties=recipe.tie_patterns,
+        shared=shared_by(layers, "shares_input") if recipe.ties_inputs else (),
+        activation_bits=beside,
+        activation_cost=chosen,
+    )
+    answer = solve(problem, recipe.solver, **recipe.solver_options())
+    if recipe.pins:
+        assert (answer.bits[0], answer.bits[-1]) == (8, 8)
+    if recipe.ties_inputs:
+        assert answer.bits[1] == answer.bits[2]
+    if beside == "weights":
+        assert answer.activation_bits == answer.bits
 
 
 def test_unknown_names_get_near_misses() -> None:
@@ -65,6 +119,13 @@ def test_a_recipe_from_a_file(tmp_path: Path) -> None:
         ('rounding = "closest"', "'rounding'.*did you mean 'closest-below'"),
         ("samples = 0", "'samples'"),
         ('correction = "some"', "'correction'"),
+        ('activation_bits = "weight"', "'activation_bits': must be .*'weights', got 'weight'"),
+        ("activation_bits = 9", "'activation_bits'.*1 to 8 or 16, got 9"),
+        ("activation_bits = [2, 9]", "'activation_bits'.*1 to 8 or 16, got 9"),
+        ("activation_bits = []", "'activation_bits'.*at least one"),
+        ("activation_bits = 2.5", "'activation_bits'"),
+        ('activation_bits = ["4"]', "'activation_bits"),
+        ('outliers = "remove"', "'outliers'.*'keep' or 'erase'"),
         ("colour = 1", "'colour': no such field"),
         ("proxy = 3", "'proxy'"),
         ("proxy =", "not valid TOML"),

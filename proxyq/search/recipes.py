@@ -1,8 +1,8 @@
 """Recipes: published methods as data, one TOML file each on the shelf `search/recipes`.
 
-A recipe says which proxy with which options, how scores become costs, bits, solver, rounding,
-ties and pins. It holds no code; names of proxies, cost mappings and solvers are looked up
-where they are used.
+A recipe says which proxy with which options, how scores become costs, bits of weights and
+activations, solver, rounding, ties and pins. It holds no code; names of proxies, cost mappings
+and solvers are looked up where they are used.
 """
 
 import os
@@ -14,18 +14,29 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.files import read_bytes
+from proxyq.search.allocate.build import AS_WEIGHTS
 from proxyq.search.allocate.lp import ROUNDINGS
 from proxyq.search.allocate.plan import first_problem
 from proxyq.search.allocate.problem import check_bits
 from proxyq.shelf import shelf
 
 FOLDER = "search/recipes"
-SAME_FEATURE = "same-feature"
+SAME_FEATURE, SAME_INPUT = "same-feature", "same-input"
 
 
 def _one_of_roundings(value: str | None) -> str | None:
     if value is not None and value not in ROUNDINGS:
         raise ValueError(f"unknown rounding {value!r}: {near(value, ROUNDINGS)}")
+    return value
+
+
+def _activation_bits(value: int | list[int] | str | None) -> int | list[int] | str | None:
+    if isinstance(value, str) and value != AS_WEIGHTS:
+        raise ValueError(f"must be a bit-width, a list of them or 'weights', got {value!r}")
+    if isinstance(value, int):
+        check_bits([value], "`activation_bits`")
+    elif isinstance(value, list):
+        check_bits(value, "`activation_bits`")
     return value
 
 
@@ -37,8 +48,12 @@ class Recipe(BaseModel):
 
     - `proxy`, `options`, `samples`: what is measured, and on how many images.
     - `cost`: how scores become costs; `linear-bits` is cost = -score × bits.
-    - `ties`: `same-feature` (layers whose measured feature is one tensor share bits), or
-      patterns as for `--tie`; `pins` as for `--pin`.
+    - `activation_bits`: of all layers; a list: chosen beside the weights', from scores that hold
+      a cost of them; `weights`: those of the layer's weights; left out: float.
+    - `outliers`: `erase` removes bit-widths whose cost is below that of the next higher one.
+    - `ties`: `same-feature` (layers whose measured feature is one tensor share bits),
+      `same-input` (layers that read one tensor do), or patterns as for `--tie`; `pins` as for
+      `--pin`.
     - `correction`: what is corrected before the network is run quantized.
     - `note`: where this differs from the paper.
     """
@@ -53,7 +68,10 @@ class Recipe(BaseModel):
     samples: int = Field(32, ge=1)
     cost: str = "linear-bits"
     bits: Annotated[list[int], AfterValidator(lambda b: list(check_bits(b)))]
-    activation_bits: Annotated[int | None, Field(ge=1, le=16)] = None
+    activation_bits: Annotated[int | list[int] | str | None, AfterValidator(_activation_bits)] = (
+        None
+    )
+    outliers: Literal["keep", "erase"] = "keep"
     solver: str = "auto"
     rounding: Annotated[str | None, AfterValidator(_one_of_roundings)] = None
     ties: list[str] = []
@@ -67,9 +85,14 @@ class Recipe(BaseModel):
         return SAME_FEATURE in self.ties
 
     @property
+    def ties_inputs(self) -> bool:
+        """Whether layers that read one tensor share bits: those of one `Layer.shares_input`."""
+        return SAME_INPUT in self.ties
+
+    @property
     def tie_patterns(self) -> list[str]:
         """The ties that are patterns on layer names."""
-        return [tie for tie in self.ties if tie != SAME_FEATURE]
+        return [tie for tie in self.ties if tie not in (SAME_FEATURE, SAME_INPUT)]
 
     def solver_options(self) -> dict[str, Any]:
         """Keyword arguments for `solve` beside the method."""
