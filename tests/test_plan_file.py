@@ -147,6 +147,51 @@ def test_activation_bits_by_layer() -> None:
         plan_from(answer, LAYERS, provenance={"model": object()})
 
 
+def test_activation_bits_that_were_chosen() -> None:
+    problem = build_problem(
+        LAYERS,
+        np.outer([3, 1, 2, 2], [1.0, 0.5, 0.1]),
+        (2, 4, 8),
+        "bops=500M",
+        pins=["stem=8/float"],
+        activation_bits=[4, 8],
+        activation_cost=np.outer([1, 4, 1, 2], [0.8, 0.2]),
+    )
+    answer = solve(problem)
+    # What was chosen wins over what the caller says of all layers.
+    plan = plan_from(answer, LAYERS, activation_bits=[4, 8])
+    assert plan.layers["stem"].activation_bits is None and plan.layers["stem"].pinned
+    chosen = [layer.activation_bits for layer in plan.layers.values()]
+    assert tuple(chosen) == answer.activation_bits and set(chosen) == {None, 4, 8}
+    bops = sum(
+        layer.macs * (layer.weight_bits or 32) * (layer.activation_bits or 32)
+        for layer in plan.layers.values()
+    )
+    assert plan.budgets[0].achieved == bops / 1e6 <= 500
+    assert Plan.from_json(json.loads(plan.to_json())) == plan
+    with pytest.raises(ProxyqError, match=r"bad field 'activation_bits'"):
+        plan_from(solve(build_problem(LAYERS, np.zeros((4, 1)), (4,))), LAYERS, activation_bits=[4])
+
+
+def test_shares_keep_what_they_are_shares_of() -> None:
+    problem = build_problem(
+        LAYERS, np.outer([3, 1, 2, 2], [1.0, 0.5, 0.1]), (2, 4, 8), ["size=40%", "bops=3G"]
+    )
+    plan = plan_from(solve(problem), LAYERS)
+    weights = sum(layer.weights for layer in LAYERS)
+    share, bops = plan.budgets
+    assert (share.asked, share.unit, share.low, share.high) == (40, "%", 2 * weights, 8 * weights)
+    # size = low + achieved (high - low)
+    assert plan.size_bits == pytest.approx(weights * (2 + 6 * share.achieved / 100))
+    assert bops.low is None and '"low"' not in plan.to_json().split('"bops"')[1]
+    assert Plan.from_json(json.loads(plan.to_json())) == plan
+    # On its own it is the raw amount, whatever the candidates are then.
+    raw = share.budget()
+    assert raw.amount * raw.per_unit(0) == problem.limits[0].budget
+    assert bops.budget().amount == 3
+    assert "size" in str(plan) and "of 40 %" in str(plan)
+
+
 def damaged(change) -> dict:
     data = json.loads(make().to_json())
     change(data)
@@ -177,6 +222,9 @@ def damaged(change) -> dict:
         (lambda d: d["solver"].update(status="lucky"), r"'solver\.status'.*'optimal'"),
         (lambda d: d["solver"].update(objective=float("nan")), r"'solver\.objective'.*finite"),
         (lambda d: d["budgets"][0].update(asked="3"), r"'budgets\.0\.asked'"),
+        (lambda d: d["budgets"][0].update(unit="%"), r"'budgets\.0'.*'low' <= 'high'"),
+        (lambda d: d["budgets"][0].update(unit="%", low=3, high=2), r"'budgets\.0'.*'low'"),
+        (lambda d: d["budgets"][0].update(low=-1), r"'budgets\.0\.low'.*-1"),
         (lambda d: d.update(method=3), "'method'"),
         (lambda d: d["model"].update(x=float("inf")), "'model'.*plain JSON"),
     ],

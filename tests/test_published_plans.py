@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -10,9 +11,20 @@ import numpy as np
 import pytest
 from architectures import Conv, Network, mobilenetv2, resnet18, resnet50
 
-from proxyq.search.allocate import Assignment, InfeasibleError, Limit, Problem, solve
+from proxyq.search.allocate import (
+    Assignment,
+    InfeasibleError,
+    Limit,
+    Problem,
+    build_problem,
+    solve,
+    without_outliers,
+)
+from proxyq.search.allocate.budget import raw_budget
+from proxyq.search.allocate.latency import LatencyTable
 from proxyq.search.allocate.lp import relax, round_
 from proxyq.search.allocate.reduce import reduce
+from proxyq.search.recipes import load_recipe
 
 MIB = 8 * 2**20
 
@@ -205,70 +217,175 @@ OBJECTIVES = {
 }
 
 
+KINDS = {"modelsize": "size", "bops": "bops", "latency": "latency"}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A layer with published counts, in whole small units."""
+
+    name: str
+    weights: int
+    macs: int
+    group: str | None = None
+
+
+def hawq_program(inputs: dict[str, Any], budget: str) -> Problem:
+    """A program of HAWQ-V3's notebook as its recipe sets it, the ends of the network added.
+
+    cost = trace × (||dW8||² - ||dW4||²) at 8 bits and 0 at 4. Published counts are decimals;
+    a common factor makes them whole and leaves shares as they are.
+    """
+    recipe = load_recipe("hawq-v3")
+    v = {
+        key: [Fraction(x) for x in value["values"]]
+        for key, value in inputs.items()
+        if isinstance(value, dict)
+    }
+
+    def whole(key: str) -> list[int]:
+        factor = np.lcm.reduce([x.denominator for x in v[key]])
+        return [int(x * factor) for x in v[key]]
+
+    names = [f"slot{i}" for i in range(len(v["parameters"]))]
+    counts = zip(names, whole("parameters"), whole("bops"), strict=True)
+    layers = [Counted(*count) for count in counts]
+    layers = [Counted("stem", 9408, 10**8), *layers, Counted("classifier", 512_000, 512_000)]
+    gain = [
+        float(trace * (at8 - at4))
+        for trace, at8, at4 in zip(
+            v["Hutchinson_trace"],
+            v["delta_weights_8bit_square"],
+            v["delta_weights_4bit_square"],
+            strict=True,
+        )
+    ]
+    times = {
+        name: {(4, 4): int(at4 * 10**9), (8, 8): int(at8 * 10**9)}  # milliseconds
+        for name, at4, at8 in zip(names, v["latency_int4"], v["latency_int8"], strict=True)
+    }
+    ends = {"stem": {(8, 8): 10**8}, "classifier": {(8, 8): 10**7}}
+    return build_problem(
+        layers,
+        np.array([[0.0, g] for g in [0.0, *gain, 0.0]]),
+        recipe.bits,
+        budget,
+        pins=recipe.pins,
+        shared=[[names[i] for i in tied] for tied in inputs["equal_bit_ties"]],
+        activation_bits=recipe.activation_bits,
+        latency=LatencyTable(name="published", layers={**times, **ends}),
+    )
+
+
 @pytest.mark.parametrize("method", ["ilp", "dp"])
 def test_hawq_v3_programs(published: dict[str, Any], method: str) -> None:
-    """All 18 optima; 17 published plans are those, ResNet-50 at size 0.25 is one layer short.
-
-    cost = trace × (||dW8||² - ||dW4||²) at 8 bits and 0 at 4; one limit at a time, a share r
-    of the way from all 4 to all 8 bits; the downsample convolution and the first one of its
-    block are tied.
-    """
+    """All 18 optima; 17 published plans are those, ResNet-50 at size 0.25 is one layer short."""
     hawq = json.loads(json.dumps(published["hawq"]), parse_float=Decimal)
     exact = 0
-    for net, inputs in hawq["ilp_inputs"].items():
-        v = {
-            key: [Fraction(x) for x in value["values"]]
-            for key, value in inputs.items()
-            if isinstance(value, dict)
-        }
-        gain = [
-            float(trace * (at8 - at4))
-            for trace, at8, at4 in zip(
-                v["Hutchinson_trace"],
-                v["delta_weights_8bit_square"],
-                v["delta_weights_4bit_square"],
-                strict=True,
-            )
-        ]
-        tables = {
-            "modelsize": [(4 * x, 8 * x) for x in v["parameters"]],
-            "bops": [(16 * x, 64 * x) for x in v["bops"]],
-            "latency": list(zip(v["latency_int4"], v["latency_int8"], strict=True)),
-        }
-        for kind, table in tables.items():
-            whole = np.lcm.reduce([x.denominator for row in table for x in row])
-            usage = np.array([[int(x * whole) for x in row] for row in table])
-            low, high = (int(column.sum()) for column in usage.T)
-            for share, objective in zip(
-                ("0.75", "0.5", "0.25"), OBJECTIVES[net, kind], strict=True
-            ):
-                problem = Problem(
-                    layers=tuple(f"slot{i}" for i in range(len(gain))),
-                    bits=(4, 8),
-                    cost=np.array([[0.0, g] for g in gain]),
-                    limits=(
-                        Limit(
-                            name=kind,
-                            usage=usage,
-                            budget=low + int((high - low) * Fraction(share)),
-                        ),
-                    ),
-                    groups=tuple(map(tuple, inputs["equal_bit_ties"])),
-                )
-                answer = solve(problem, method)
-                assert round(answer.objective, 5) == objective, (net, kind, share)
-                assert answer.status.short == "optimal"
-                config = hawq["configs"][net][f"{kind}_{share}"]
-                differs = [
-                    i
-                    for i, (a, b) in enumerate(
-                        zip(config["slot_weight_bits"], answer.bits, strict=True)
-                    )
-                    if a != b
-                ]
-                exact += not differs
-                if differs:
-                    reproduction = config["ilp_reproduction"]
-                    assert list(answer.bits) == reproduction["ilp_optimum"]
-                    assert differs == reproduction["differs_at"] == [39]
+    for (net, kind), objectives in OBJECTIVES.items():
+        for share, objective in zip(("0.75", "0.5", "0.25"), objectives, strict=True):
+            budget = f"{KINDS[kind]}={100 * Fraction(share)}%"
+            answer = solve(hawq_program(hawq["ilp_inputs"][net], budget), method)
+            assert round(answer.objective, 5) == objective, (net, kind, share)
+            assert answer.status.short == "optimal"
+            assert answer.activation_bits == answer.bits
+            assert (answer.bits[0], answer.bits[-1]) == (8, 8)
+            bits = answer.bits[1:-1]
+            config = hawq["configs"][net][f"{kind}_{share}"]
+            pairs = zip(config["slot_weight_bits"], bits, strict=True)
+            differs = [i for i, (theirs, ours) in enumerate(pairs) if theirs != ours]
+            exact += not differs
+            if differs:
+                reproduction = config["ilp_reproduction"]
+                assert list(bits) == reproduction["ilp_optimum"]
+                assert differs == reproduction["differs_at"] == [39]
+                assert (net, kind, share) == ("resnet50", "modelsize", "0.25")
     assert exact == 17
+
+
+def test_hawq_v3_between_its_ends(published: dict[str, Any]) -> None:
+    """A share of 0 is W4A4 throughout, of 1 W8A8, and more never costs more."""
+    hawq = json.loads(json.dumps(published["hawq"]), parse_float=Decimal)
+    inputs = hawq["ilp_inputs"]["resnet18"]
+    for kind in KINDS.values():
+        answers = [solve(hawq_program(inputs, f"{kind}={p}%")) for p in range(0, 101, 10)]
+        assert set(answers[0].bits[1:-1]) == {4} and set(answers[-1].bits) == {8}
+        objectives = [answer.objective for answer in answers]
+        assert objectives == sorted(objectives, reverse=True)
+
+
+def limpq_layers() -> list[Counted]:
+    """ResNet-50 in torchvision's order with the operations that LIMPQ's code counts.
+
+    It does not round a stride's output down: (H + 2p - K)/2 + 1 leaves half a position more a
+    side. The ends have no operations, because its constraint leaves them out.
+    """
+    net, layers = resnet50(), []
+    for i, conv in enumerate(net.main):
+        block = conv.name.rpartition(".")[0]
+        later_stage = block.endswith(".0") and not block.startswith("layer1")
+        group = [(conv, later_stage and conv.name.endswith("conv2"))]
+        if i in net.downsample:
+            group.append((net.downsample[i], later_stage))
+        for one, strided in group:
+            positions = int((one.out + 0.5) ** 2) if strided else one.out**2
+            layers.append(Counted(one.name, one.weights, one.weights * positions))
+    ends = [Counted(one.name, one.weights, 0) for one in (net.stem, net.classifier)]
+    return [ends[0], *layers, ends[1]]
+
+
+def limpq_program(published: dict[str, Any], wb: int = 3, ab: int = 4, cr: str = "12.2"):
+    """LIMPQ's program on its published indicators, as its recipe sets it."""
+    recipe, layers = load_recipe("limpq"), limpq_layers()
+    found = published["limpq"]["resnet50_indicators"]
+    assert found["layer_order"] == [layer.name for layer in layers[1:-1]]
+    order = [found["bits"].index(b) for b in recipe.bits]
+    weight, act = (np.array(found[key])[:, order] for key in ("weight", "act"))
+
+    def with_ends(table: np.ndarray, value: float) -> np.ndarray:
+        row = np.full((1, len(recipe.bits)), value, table.dtype)
+        return np.concatenate([row, table, row])
+
+    assert recipe.outliers == "erase" and isinstance(recipe.activation_bits, list)
+    operations = sum(layer.macs for layer in layers)
+    size = int(32 * sum(layer.weights for layer in layers) / Fraction(cr))
+    return build_problem(
+        layers,
+        with_ends(recipe.options["alpha"] * weight, 0.0),
+        recipe.bits,
+        [raw_budget("bops", operations * wb * ab), raw_budget("size", size)],
+        pins=recipe.pins,
+        activation_bits=recipe.activation_bits,
+        activation_cost=with_ends(act, 0.0),
+        allowed=with_ends(without_outliers(weight, recipe.bits), True),
+        activation_allowed=with_ends(without_outliers(act, recipe.bits), True),
+    )
+
+
+def test_limpq_program(published: dict[str, Any]) -> None:
+    """The published policy, weights and activations of all 52 layers, is the proven optimum."""
+    policy = published["limpq"]["published_policy_w3a4_cr12.2"]
+    problem = limpq_program(published)
+    answer = solve(problem)
+    assert answer.status.short == "optimal"
+    assert answer.activation_bits is not None
+    assert list(answer.bits[1:-1]) == policy["weight_bits"]
+    assert list(answer.activation_bits[1:-1]) == policy["act_bits"]
+    assert (answer.bits[0], answer.activation_bits[-1]) == (8, 8)
+    assert answer.objective == pytest.approx(policy["objective"], abs=1e-9)
+    assert round(answer.objective, 6) == 4.617439
+    bops, size = answer.usage
+    assert (round(bops / 1e9, 4), round(problem.limits[0].budget / 1e9, 4)) == (48.2832, 48.2846)
+    assert round(32 * sum(layer.weights for layer in limpq_layers()) / size, 4) == 12.2029
+    # Two indicators rise with the bits; both leave the program.
+    assert len(problem.bits) == 25 + 1  # the pair 8/8 is for the ends alone
+    assert (~problem.allowed[1:-1, :-1]).sum() == 2 * 5
+
+
+def test_limpq_follows_its_budgets(published: dict[str, Any]) -> None:
+    def at(wb: int, ab: int, cr: str) -> float:
+        return solve(limpq_program(published, wb, ab, cr)).objective
+
+    budgets = [(2, 3, "12.2"), (3, 3, "12.2"), (3, 4, "12.2"), (3, 4, "10.5"), (4, 4, "8")]
+    objectives = [at(*budget) for budget in budgets]
+    assert objectives == sorted(objectives, reverse=True)
