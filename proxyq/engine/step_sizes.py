@@ -4,7 +4,7 @@ One network holds all bit-widths at once: shared weights, and for every layer an
 LSQ step size for the weights and one for the layer's input. After a short training with labels
 the step sizes tell how sensitive each layer is: the larger, the more it deserves the bits.
 
-One step of the training, on one mini-batch (section 3.3 and the published code):
+One step of the training, on one mini-batch (as in the published code):
 
 1. for each bit-width, a pass with all layers at it; the gradients of the passes add up;
 2. a pass with a bit-width drawn at random for every layer, weights and input alike;
@@ -163,7 +163,8 @@ def train_step_sizes(
     def batch(step: int) -> tuple[Any, Any]:
         epoch, place = divmod(step, per_epoch)
         rows = order(epoch)[place * batch_size : (place + 1) * batch_size]
-        part = [jnp.asarray(leaf[rows]) for leaf in leaves]
+        types = (var.aval.dtype for var in trainer.graph.inputs)
+        part = [jnp.asarray(leaf[rows], kind) for leaf, kind in zip(leaves, types, strict=True)]
         return jax.tree.unflatten(tree, part), jnp.asarray(classes[rows])
 
     numbers = {
@@ -579,7 +580,7 @@ def _mark(
         return np.zeros(0, np.uint8)  # nothing is kept; the images need not be read
     arrays = {"labels": labels, **{str(i): leaf for i, leaf in enumerate(leaves)}}
     key_data = np.asarray(jax.random.key_data(key)).tolist()
-    text = json.dumps([model.digest(), digest_arrays(arrays), key_data, numbers], sort_keys=True)
+    text = json.dumps([model.digest(), digest_arrays(arrays), key_data, numbers], default=float)
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
 
 
