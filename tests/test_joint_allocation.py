@@ -410,7 +410,15 @@ def test_erased_candidates_are_not_chosen() -> None:
         ({"activation_bits": {"fc": 8}, "pins": ["fc=8/4"]}, "'fc=8/4' names activation bits"),
         ({"allowed": np.ones((5, 3))}, r"`allowed` must be bool of shape \[layers, bits\]"),
         ({"allowed": np.ones((5, 2), bool)}, r"= \[5, 3\], got bool of shape \[5, 2\]"),
-        ({"activation_allowed": np.ones((5, 2), bool)}, r"`activation_allowed` must be bool"),
+        ({"activation_allowed": np.ones((5, 2), bool)}, "`activation_allowed` goes with a list"),
+        (
+            {
+                "activation_bits": [4, 8],
+                "activation_cost": BESIDE,
+                "activation_allowed": np.ones((5, 3), bool),
+            },
+            r"`activation_allowed` must be bool of shape \[layers, activation bits\] = \[5, 2\]",
+        ),
         ({"pins": ["fc=8/9"]}, "got 9"),
         ({"pins": ["fc=9/8"]}, "got 9"),
         ({"pins": ["fc=8/"]}, "weight and activation bits, like 'PATTERN=8/4'"),

@@ -86,6 +86,12 @@ def build_problem(
     table = _table(cost, (len(names), len(bits)), "`cost`", "[layers, bits]")
     groups = _groups(names, ties, shared)
     pinned = _pinned(names, pins, groups)
+    if activation_bits is None or isinstance(activation_bits, (int, str, Mapping)):
+        for option, value in (("cost", activation_cost), ("allowed", activation_allowed)):
+            if value is not None:
+                raise UsageError(
+                    f"`activation_{option}` goes with a list of `activation_bits` to choose from."
+                )
     activations = _activations(activation_bits, activation_cost, names, pinned)
     axis = activations.pairs(bits, [held for held, _ in pinned.values()])
     column = {pair: k for k, pair in enumerate(axis)}
@@ -196,9 +202,6 @@ def _activations(
 ) -> _Activations:
     what = "`activation_bits`"
     nothing = np.zeros((len(names), 0))
-    chosen = isinstance(given, Sequence) and not isinstance(given, str)
-    if cost is not None and not chosen:
-        raise UsageError("`activation_cost` goes with a list of `activation_bits` to choose from.")
     if isinstance(given, Sequence) and not isinstance(given, str):
         found = check_bits(given, what)
         if cost is None:
