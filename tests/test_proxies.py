@@ -13,6 +13,7 @@ from proxyq.errors import ProxyqError, UsageError
 from proxyq.proxies import PROXIES, Scores, as_cost, make_proxy
 from proxyq.proxies._orthogonality import importance, orthogonality_matrix
 from proxyq.proxies._separability import tf_idf
+from proxyq.proxies.cost import weight_errors
 from proxyq.registry import Registry
 
 fast = settings(deadline=None, max_examples=30, derandomize=True)
@@ -218,14 +219,14 @@ def test_every_proxy_is_finite_reproducible_and_ordered(name, build):
     proxy = PROXIES.get(name)
     model = build()
     x = images(model) if proxy.needs_images else None
-    scores = proxy(model, x, bits=(2, 4), key=jax.random.key(0))
-    again = proxy(model, x, bits=(2, 4), key=jax.random.key(0))
+    scores = proxy(model, x, bits=(2, 4), seed=0)
+    again = proxy(model, x, bits=(2, 4), seed=0)
     np.testing.assert_array_equal(scores.values, again.values)
     expected = (len(scores.layers),) if proxy.shape == "layers" else (len(scores.layers), 2)
     assert scores.values.shape == expected
     assert np.isfinite(scores.values).all()
     assert proxy.summary.endswith(".") or proxy.summary.endswith(")")
-    assert as_cost(scores).shape == (len(scores.layers), 2)
+    assert as_cost(scores, errors=weight_errors(model, (2, 4))).shape == (len(scores.layers), 2)
     assert scores.layers[0].name in str(scores)
 
 
@@ -234,7 +235,7 @@ def test_cost_of_an_importance_is_linear_in_bits():
     scores = proxies.params.on(taps)
     steps = np.diff(as_cost(scores), axis=1)
     np.testing.assert_allclose(steps, -scores.values[:, None] * np.array([1, 5]))
-    table = as_cost(scores, "times-dw2", taps=taps)
+    table = as_cost(scores, "times-dw2", errors=weight_errors(taps))
     np.testing.assert_allclose(
         table, scores.values[:, None] * proxies.weight_mse.on(taps).values, rtol=1e-5
     )

@@ -114,12 +114,21 @@ def _prepared(values: Any, labels: np.ndarray | None, model: Model) -> Prepared:
 
 def inputs_of(data: Data | Prepared, model: Model, samples: int, seed: int | None) -> Any:
     """Calibration inputs as the model reads them: the first `samples`, or a seeded draw."""
+    return calibration_of(data, model, samples, seed)[0]
+
+
+def calibration_of(
+    data: Data | Prepared, model: Model, samples: int, seed: int | None
+) -> tuple[Any, np.ndarray | None]:
+    """`inputs_of`, with the labels of the same images where there are any."""
     if isinstance(data, Data):
-        return model_inputs(model, sample(data, samples, seed))
+        chosen = sample(data, samples, seed)
+        return model_inputs(model, chosen), chosen.labels
     order = np.arange(len(data))
     if seed is not None:
         order = np.random.default_rng(seed).permutation(order)
-    return data.rows(order[:samples]).inputs
+    chosen = data.rows(order[:samples])
+    return chosen.inputs, chosen.labels
 
 
 def as_eval_data(eval_data: Any, model: Model) -> Data | Prepared:

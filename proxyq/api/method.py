@@ -6,6 +6,7 @@ from typing import Any
 
 from proxyq.errors import UsageError
 from proxyq.proxies import PROXIES, Proxy
+from proxyq.proxies.cost import check_cost
 from proxyq.ptq.correct import CORRECTIONS
 from proxyq.quantize import Rounding, check_bits
 from proxyq.search.allocate import SOLVERS
@@ -42,6 +43,7 @@ def method_of(
     recipe: str | Recipe | None = None,
     *,
     options: Mapping[str, Any] | None = None,
+    cost: str | None = None,
     bits: Sequence[int] | None = None,
     activation_bits: int | str | None = None,
     extra_code: str | None = None,
@@ -60,6 +62,7 @@ def method_of(
     if proxy is not None and recipe is not None:
         raise UsageError("give a proxy or a recipe, not both: a recipe brings its proxy.")
     check_correction(correction)
+    check_cost(cost or "auto")
     if samples is not None and samples < 1:
         raise UsageError(f"`samples` must be at least 1, got {samples}.")
     if solver not in (None, "auto"):
@@ -79,7 +82,7 @@ def method_of(
         return Method(
             proxy=chosen,
             options=chosen.check_options(options or {}),
-            cost="auto",
+            cost=cost or "auto",
             bits=tuple(sorted(set(bits or DEFAULT_BITS))),
             activation_bits=activations,
             rounding=rounding,
@@ -98,7 +101,7 @@ def method_of(
     return Method(
         proxy=chosen,
         options=chosen.check_options({**found.options, **(options or {})}),
-        cost=found.cost,
+        cost=cost or found.cost,
         bits=tuple(sorted(set(bits or found.bits))),
         activation_bits=found.activation_bits if activation_bits is None else activations,
         rounding=rounding,

@@ -8,15 +8,15 @@ import jax
 import numpy as np
 
 from proxyq.api.evaluate import measure
-from proxyq.api.inputs import as_data, as_eval_data, as_model, inputs_of
+from proxyq.api.inputs import as_data, as_eval_data, as_model, calibration_of
 from proxyq.api.method import Method, method_of
-from proxyq.engine import Engine, collect
 from proxyq.errors import UsageError
 from proxyq.model.features import layers_by_feature
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 from proxyq.provenance import provenance
-from proxyq.proxies import Proxy, Scores, as_cost
+from proxyq.proxies import Cache, Proxy, Scores, as_cost, score
+from proxyq.proxies.cost import NEED_ERRORS, cost_name, weight_errors
 from proxyq.search.allocate import build_problem, solve
 from proxyq.search.allocate.plan import Plan, plan_from
 from proxyq.search.recipes import Recipe
@@ -42,6 +42,8 @@ def search(
     solver: str | None = None,
     time_limit: float = 60.0,
     options: Mapping[str, Any] | None = None,
+    cost: str | None = None,
+    cache_dir: str | None = None,
     seed: int | None = None,
     memory: int | None = None,
     evaluate: bool = False,
@@ -54,7 +56,8 @@ def search(
 
     - `model`: a `Model`, a specification (`torchvision:resnet18`), or `None` for the embedded
       network. `data`: calibration images, as `as_data` takes them; labels are not read.
-    - `proxy` or `recipe`: what measures sensitivity; `options` are the proxy's.
+    - `proxy` or `recipe`: what measures sensitivity; `options` are the proxy's; `cost`: how
+      an importance becomes a cost for each bit-width (`proxyq.proxies.COSTS`).
     - `budget`: one or several, such as `size=3bit`, `size=1.5MiB`, `bops=75G`; all hold.
       Without any, 4 bits on average, or halfway where no candidate has more than 4.
     - `bits`: candidate bit-widths. `pins` (`'PATTERN=8'`), `ties` (`'PATTERN'`) and
@@ -66,6 +69,7 @@ def search(
     - `correction`: `auto`, `none`, `weights` or `statistics`, when the plan is run.
     - `samples`: how many calibration images; `seed`: draw them at random from this seed
       instead of taking the first, and seed what is random in the proxy.
+    - `cache_dir`: where finished scores are kept and long ones go on after a kill.
     - `evaluate`, `eval_data`: run the plan quantized, and measure it beside float and uniform.
 
     **Returns** a `Plan`; its `predicted` part holds the scores, `measured` the accuracy.
@@ -76,6 +80,7 @@ def search(
         proxy,
         recipe,
         options=options,
+        cost=cost,
         bits=bits,
         activation_bits=activation_bits,
         extra_code=extra_code,
@@ -117,23 +122,25 @@ def search(
     solve(blank_problem, first, time_limit=time_limit, **method.solver_options)
     labelled = as_eval_data(eval_data, model) if measured else None
 
-    inputs = None if calibration is None else inputs_of(calibration, model, method.samples, seed)
-    scores = method.proxy(
+    inputs = labels = None
+    if calibration is not None:
+        inputs, labels = calibration_of(calibration, model, method.samples, seed)
+    (scores,) = score(
         model,
+        [(method.proxy, method.options)],
         inputs if method.proxy.needs_images else None,
+        labels=labels,
         bits=method.bits,
-        key=jax.random.key(seed or 0),
+        seed=seed or 0,
         memory=memory,
         rounding=method.rounding,
+        cache=None if cache_dir is None else Cache(cache_dir),
         progress=progress,
-        **method.options,
     )
-    taps = None
-    if method.cost == "times-dw2":
-        taps = collect(
-            Engine.build(model, LAYERS_AT), None, ("weight",), method.bits, rounding=method.rounding
-        )
-    cost = as_cost(scores, method.cost, taps=taps)
+    errors = None
+    if cost_name(scores, method.cost) in NEED_ERRORS:
+        errors = weight_errors(model, method.bits, method.rounding)
+    cost = as_cost(scores, method.cost, errors=errors)
     for _, *others in shared:
         # What is measured once counts once.
         cost = np.where(np.isin(found.names, others)[:, None], 0.0, cost)
@@ -147,7 +154,7 @@ def search(
             "proxy": method.proxy.name,
             "recipe": method.recipe,
             "options": dict(scores.options),
-            "cost": method.cost,
+            "cost": cost_name(scores, method.cost),
             "bits": list(method.bits),
             "rounding": asdict(method.rounding),
             "correction": method.correction,

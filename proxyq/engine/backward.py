@@ -192,6 +192,7 @@ class Tape:
     curve: Callable[[Any], Any]
     cotangents: dict[int, list[Any]] = field(default_factory=dict)
     deltas: dict[int, Any] = field(default_factory=dict)
+    log_scales: dict[int, float] = field(default_factory=dict)
 
     def x(self, site: int) -> Any:
         """The data operand of a site."""
@@ -225,8 +226,13 @@ class Tape:
         if self.deltas:
             return
         cotangent: dict[Var, Any] = {self._logits_var: self.slope}
+        log_scale = 0.0
         for site in reversed(range(len(self._rests))):
             rest = self._rests[site]
+            if self.log_scales:
+                cotangent, log = _rescaled(cotangent)
+                log_scale += log
+                self.log_scales[site] += log_scale
             own = [cotangent.pop(var, None) for var in rest.writes]
             self.cotangents[site] = own
             if all(value is None for value in own):  # the objective does not depend on it
@@ -417,10 +423,29 @@ def _curvature(objective: Objective, logits: Any, targets: Any, real: Any, moved
     return jax.vmap(lambda dz: jax.jvp(slope, (logits,), (dz,))[1])(moved)
 
 
+def _rescaled(values: Mapping[Var, Any]) -> tuple[dict[Var, Any], float]:
+    """All tensors divided by their largest magnitude, and its logarithm."""
+    most = max((float(jnp.max(jnp.abs(v))) for k, v in values.items() if _is_float(k)), default=0)
+    if not 0 < most < np.inf:
+        return dict(values), 0.0
+    return {k: v / most if _is_float(k) else v for k, v in values.items()}, float(np.log(most))
+
+
 def record(
-    engine: Engine, batch: Any, count: int, objective: Objective, targets: Targets, start: int = 0
+    engine: Engine,
+    batch: Any,
+    count: int,
+    objective: Objective,
+    targets: Targets,
+    start: int = 0,
+    *,
+    rescale: bool = False,
 ) -> Tape:
     """Run one batch forwards and keep it; `start` is the number of its first image.
+
+    `rescale` divides the state before each site, and later the derivatives, by their largest
+    magnitude: for a network that is homogeneous in its state (no biases, piecewise linear)
+    nothing else changes, and nothing overflows.
 
     **Raises** `ProxyqError` when the objective is not finite, naming the image.
     """
@@ -431,7 +456,12 @@ def record(
         )
     state = engine.start(batch)
     states, outs = [], []
+    log_scale, log_scales = 0.0, {}
     for site in range(len(engine.network.sites)):
+        if rescale:
+            state, log = _rescaled(state)
+            log_scale += log
+            log_scales[site] = log_scale
         where = engine.network.sites[site]
         out = engine.network.graph.main[where.position].outvars[0]
         states.append(state)
@@ -457,4 +487,5 @@ def record(
         losses=losses,
         slope=slope,
         curve=partial(_curvature, objective, logits, aims, real),
+        log_scales=log_scales,
     )

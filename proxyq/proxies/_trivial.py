@@ -9,21 +9,21 @@ from proxyq.engine import Taps
 from proxyq.proxies.proxy import register
 
 
-@register(needs=(), shape="layers", passes="none", reference="baseline")
+@register(needs=(), shape="layers", passes="none", reference="baseline", baseline=True)
 def params(taps: Taps, *, key: Any) -> np.ndarray:
     """The number of weights: large layers get more bits."""
     del key
     return taps.map(lambda tap: tap.layer.weights)
 
 
-@register(needs=(), shape="layers", passes="none", reference="baseline")
+@register(needs=(), shape="layers", passes="none", reference="baseline", baseline=True)
 def macs(taps: Taps, *, key: Any) -> np.ndarray:
     """The number of multiply-accumulates: busy layers get more bits."""
     del key
     return taps.map(lambda tap: tap.layer.macs)
 
 
-@register(needs=(), shape="layers bits", passes="none", reference="baseline")
+@register(needs=(), shape="layers bits", passes="none", reference="baseline", baseline=True)
 def uniform(taps: Taps, *, key: Any) -> np.ndarray:
     """All weights alike: the optimum under a size budget is one bit-width for all layers.
 
@@ -34,7 +34,7 @@ def uniform(taps: Taps, *, key: Any) -> np.ndarray:
     return taps.table(lambda tap, bits: tap.layer.weights * 4.0**-bits)
 
 
-@register(needs=(), shape="layers", passes="none", reference="baseline")
+@register(needs=(), shape="layers", passes="none", reference="baseline", baseline=True)
 def random(taps: Taps, *, key: Any) -> np.ndarray:
     """Independent uniform draws from the key."""
     return np.asarray(jax.random.uniform(key, (len(taps),)))

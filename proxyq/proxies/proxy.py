@@ -3,39 +3,67 @@
 import inspect
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from proxyq.engine import NEEDS, Engine, TapOptions, Taps, collect
+from proxyq.checkpoint import Checkpoint
+from proxyq.engine import GOVERNS, GRADIENT_NEEDS, NEEDS, SWEEP_NEEDS, TapOptions, Taps
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.model.layers import Layer
 from proxyq.model.model import Model
-from proxyq.model.network import LAYERS_AT
 from proxyq.progress import Progress, silent
 from proxyq.quantize import Rounding
 from proxyq.registry import Registry
 
 Shape = Literal["layers", "layers bits"]
-_TAP_OPTIONS = ("batch_norm", "feature", "centre")
+COST_CLASSES = {
+    "weights": "looks at the weights alone",
+    "forward": "a few forward passes",
+    "backward": "one backward pass",
+    "curvature": "many derivative passes",
+    "sweep": "the network with each layer rounded at each bit-width",
+    "training": "minutes of training",
+}
+MOST = 1e150
+"""Scores beyond this cannot be squared and summed."""
+
+
+class Result(NamedTuple):
+    """What a kernel may return instead of an array.
+
+    - `values`: `[layers]` or `[layers, bits]`, as the proxy's shape says.
+    - `activations`: `[layers, activation_bits]`, the cost of rounding what each layer reads.
+    - `notes`: what else was found out, as plain JSON.
+    """
+
+    values: Any
+    activations: Any = None
+    notes: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
     """A proxy's answer: how sensitive each layer is.
 
-    `values` is `[layers]` (an importance: the higher, the more bits the layer deserves) or
-    `[layers, bits]` (a cost: what the bit-width is predicted to add to the loss).
+    - `values`: `[layers]` (an importance: the higher, the more bits the layer deserves) or
+      `[layers, bits]` (a cost: what the bit-width is predicted to add to the loss).
+    - `cost`: how an importance becomes costs, unless asked otherwise (see `as_cost`).
+    - `activations`: `[layers, activation_bits]`, costs of rounding what the layers read.
     """
 
     proxy: str
     layers: tuple[Layer, ...]
     bits: tuple[int, ...]
     values: np.ndarray
+    cost: str = "linear-bits"
+    activations: np.ndarray | None = None
+    activation_bits: tuple[int, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -60,8 +88,12 @@ class Proxy:
 
     - `needs`: what must be recorded (keys of `proxyq.engine.NEEDS`).
     - `shape`: whether it gives an importance for each layer, or a cost for each bit-width.
-    - `passes`: forward and backward passes over the images, as text.
-    - `options`: keyword options and their defaults.
+    - `passes`: forward and backward passes over the images, as text; `cost_class`: a key of
+      `COST_CLASSES`.
+    - `options`: keyword options and their defaults; `fixed`: tap options that are part of the
+      method.
+    - `cost`: how its importance becomes costs by default.
+    - `baseline`: whether it is meant to tell nothing, so that equal scores are no mistake.
     """
 
     name: str
@@ -72,6 +104,10 @@ class Proxy:
     reference: str
     summary: str
     options: Mapping[str, Any]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    cost: str = "linear-bits"
+    cost_class: str = "forward"
+    baseline: bool = False
 
     direction: str = "higher is more sensitive"
 
@@ -94,73 +130,120 @@ class Proxy:
                     f"the option {name!r} of the proxy {self.name!r} must be {words}, got "
                     f"{value!r}."
                 )
-        return {**self.options, **options}
+        settings = {**self.options, **options}
+        self.tap_options(settings)  # refuses values that no tap option has
+        return settings
 
-    def on(self, taps: Taps, *, key: Any = None, **options: Any) -> Scores:
+    def tap_options(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the settings, and of what is fixed, that govern how its taps are recorded."""
+        governing = {k: v for k, v in settings.items() if k in GOVERNS} | dict(self.fixed)
+        TapOptions(**governing)
+        return governing
+
+    def on(
+        self,
+        taps: Taps,
+        *,
+        key: Any = None,
+        checkpoint: Checkpoint | None = None,
+        **options: Any,
+    ) -> Scores:
         """Scores from recorded taps.
 
-        **Raises** `ProxyqError` naming layer and proxy when a score is not finite.
+        **Raises** `ProxyqError` naming layer and proxy when a score would break a solver: not
+        finite, too large to be summed, or equal for all layers.
         """
         settings = self.check_options(options)
         key = jax.random.key(0) if key is None else key
-        own = {name: value for name, value in settings.items() if name not in _TAP_OPTIONS}
+        if checkpoint is not None:
+            taps = replace(taps, checkpoint=checkpoint)
+        own = {name: value for name, value in settings.items() if name not in GOVERNS}
         started = time.perf_counter()
-        values = np.asarray(self.kernel(taps, key=key, **own), np.float64)
-        expected = (len(taps),) if self.shape == "layers" else (len(taps), len(taps.bits))
-        if values.shape != expected:
+        result = self.kernel(taps, key=key, **own)
+        if not isinstance(result, Result):
+            result = Result(result)
+        bits = taps.bits
+        wanted = (len(taps),) if self.shape == "layers" else (len(taps), len(bits))
+        values = self._checked(result.values, wanted, taps, bits)
+        if self.shape == "layers" and values.min() < 0:
             raise ProxyqError(
-                f"the proxy {self.name!r} must return an array of shape {expected} "
-                f"({self.shape}), got {values.shape}."
+                f"the proxy {self.name!r} gives {values.min():g} for layer "
+                f"{taps.layers[int(values.argmin())].name!r}, and an importance below zero would "
+                "pay for errors: it must not be negative."
             )
-        if not np.isfinite(values).all():
-            where = np.argwhere(~np.isfinite(values))[0]
-            at = f" at {taps.bits[where[1]]} bits" if len(where) > 1 else ""
+        if not self.baseline and len(taps) > 1 and np.all(values == values.flat[0]):
             raise ProxyqError(
-                f"the proxy {self.name!r} gives {values[tuple(where)]} for layer "
-                f"{taps.layers[where[0]].name!r}{at}: check the model's weights and the data."
+                f"the proxy {self.name!r} gives {values.flat[0]:g} for every layer, from "
+                f"{taps.layers[0].name!r} on, so it tells nothing apart: check the model's weights "
+                "and the data, or use another proxy."
             )
+        activations = result.activations
+        if activations is not None:
+            wanted = (len(taps), len(taps.activation_bits))
+            activations = self._checked(activations, wanted, taps, taps.activation_bits)
         return Scores(
             proxy=self.name,
             layers=taps.layers,
-            bits=taps.bits,
+            bits=bits,
             values=values,
+            cost=self.cost,
+            activations=activations if taps.activation_bits else None,
+            activation_bits=taps.activation_bits,
             options=settings,
+            notes=dict(result.notes),
             seconds=time.perf_counter() - started,
         )
+
+    def _checked(
+        self, values: Any, shape: tuple[int, ...], taps: Taps, bits: tuple[int, ...]
+    ) -> np.ndarray:
+        values = np.asarray(values, np.float64)
+        if values.shape != shape:
+            raise ProxyqError(
+                f"the proxy {self.name!r} must return an array of shape {shape} "
+                f"({self.shape}), got {values.shape}."
+            )
+        wrong = ~np.isfinite(values) | (np.abs(values) > MOST)
+        if wrong.any():
+            where = np.argwhere(wrong)[0]
+            at = f" at {bits[where[1]]} bits" if len(where) > 1 else ""
+            raise ProxyqError(
+                f"the proxy {self.name!r} gives {values[tuple(where)]:g} for layer "
+                f"{taps.layers[where[0]].name!r}{at}, which no solver can use: check the model's "
+                "weights and the data."
+            )
+        return values
 
     def __call__(
         self,
         model: Model,
         inputs: Any = None,
         *,
+        labels: Any = None,
         bits: tuple[int, ...] = (2, 3, 4, 8),
-        key: Any = None,
+        activation_bits: tuple[int, ...] = (),
+        seed: int = 0,
         memory: int | None = None,
         rounding: Rounding | None = None,
         progress: Progress = silent,
         **options: Any,
     ) -> Scores:
         """Scores of a model on a batch of inputs `[images, …]`, tapped for you."""
-        settings = self.check_options(options)
-        chosen = TapOptions(**{k: v for k, v in settings.items() if k in _TAP_OPTIONS})
-        started = time.perf_counter()
-        images = LAYERS_AT if inputs is None else len(jax.tree.leaves(inputs)[0])
-        whole = images if chosen.batch_norm == "batch" else None
-        engine = Engine.build(
-            model, images, batch_norm=chosen.batch_norm, memory=memory, batch_size=whole
+        from proxyq.proxies.scoring import score
+
+        (scores,) = score(
+            model,
+            [(self, options)],
+            inputs,
+            labels=labels,
+            bits=bits,
+            activation_bits=activation_bits,
+            seed=seed,
+            memory=memory,
+            rounding=rounding,
+            progress=progress,
         )
-        taps = collect(
-            engine, inputs, self.needs, bits, options=chosen, rounding=rounding, progress=progress
-        )
-        scores = self.on(taps, key=key, **options)
-        return Scores(
-            proxy=scores.proxy,
-            layers=scores.layers,
-            bits=scores.bits,
-            values=scores.values,
-            options=scores.options,
-            seconds=time.perf_counter() - started,
-        )
+        return scores
 
 
 def _kinds_like(default: Any) -> tuple[tuple[type, ...], str]:
@@ -187,24 +270,27 @@ def make_proxy(
     shape: Shape = "layers",
     passes: str,
     reference: str,
+    cost: str = "linear-bits",
+    cost_class: str | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    baseline: bool = False,
 ) -> Proxy:
-    """A `Proxy` record from a kernel `(taps, *, key, **options) -> array`.
+    """A `Proxy` record from a kernel `(taps, *, key, **options) -> array or Result`.
 
     The record's name is the function's with dashes, its summary the docstring's first line,
-    its options the keyword-only parameters with their defaults. `gram`, `pooled` and
-    `feature` bring the options of `TapOptions` that govern them.
+    its options the keyword-only parameters with their defaults, and the options of
+    `TapOptions` that govern its needs: those in `fixed` are set once and for all, those in
+    `defaults` have another default here.
     """
     for need in needs:
         if need not in NEEDS:
             raise UsageError(f"unknown need {need!r}: {near(need, list(NEEDS))}")
+    plain, fixed, defaults = TapOptions(), dict(fixed or {}), dict(defaults or {})
     options: dict[str, Any] = {}
-    if needs_images := set(needs) - {"weight"}:
-        defaults = TapOptions()
-        options["batch_norm"] = defaults.batch_norm
-        if needs_images & {"gram", "pooled", "feature"}:
-            options["feature"] = defaults.feature
-        if "gram" in needs:
-            options["centre"] = defaults.centre
+    for option, governed in GOVERNS.items():
+        if governed & set(needs) and option not in fixed and option != "loss":
+            options[option] = defaults.get(option, getattr(plain, option))
     for parameter in inspect.signature(kernel).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "key":
             options[parameter.name] = parameter.default
@@ -217,7 +303,23 @@ def make_proxy(
         reference=reference,
         summary=(inspect.getdoc(kernel) or "").split("\n")[0],
         options=options,
+        fixed=fixed,
+        cost=cost,
+        cost_class=cost_class or _cost_class(needs),
+        baseline=baseline,
     )
+
+
+def _cost_class(needs: tuple[str, ...]) -> str:
+    """The class of the dearest need; a kernel that runs the network itself must say its own."""
+    if "engine" in needs:
+        raise UsageError(
+            f"a proxy with the need 'engine' must say its `cost_class`: {', '.join(COST_CLASSES)}."
+        )
+    for name, group in (("sweep", SWEEP_NEEDS), ("backward", GRADIENT_NEEDS)):
+        if set(needs) & set(group):
+            return name
+    return "forward" if set(needs) - {"weight"} else "weights"
 
 
 def register(**record: Any) -> Callable[[Callable[..., Any]], Proxy]:

@@ -1,0 +1,23 @@
+"""Measured change of the logits when one layer is rounded and all others are not.
+
+`cost_l(b) = mean (z_b - z)^2` over images and classes. No labels.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from proxyq.engine import Taps
+from proxyq.proxies.proxy import register
+
+
+@register(
+    needs=("logit-mse",),
+    shape="layers bits",
+    passes="1 forward a layer and bit-width (what follows the layer)",
+    reference="measured",
+)
+def logit_mse(taps: Taps, *, key: Any) -> np.ndarray:
+    """Mean squared change of the logits when this layer alone is rounded."""
+    del key
+    return np.stack([tap.logit_mse for tap in taps])

@@ -1,0 +1,172 @@
+"""Scores that were computed before, kept on disk.
+
+One safetensors file for each answer, named after the SHA-256 of all that it depends on: the
+proxy with its options and the source of its function, bit-widths, rounding, seed, the model's
+weights and graph, images and labels, the sources of the stages that compute, and versions.
+Nothing is ever unpickled; what cannot be read is computed anew.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from proxyq.checkpoint import Checkpoint
+from proxyq.engine.segments import text_key
+from proxyq.errors import ProxyqError
+from proxyq.files import digest_arrays, write_atomic
+from proxyq.model.model import Model
+from proxyq.model.network import LAYERS_AT, network
+from proxyq.provenance import provenance
+from proxyq.proxies.proxy import Proxy, Scores
+from proxyq.quantize import Rounding
+
+SCHEMA = "proxyq/cached-scores/1"
+_STAGES = ("model", "quantize", "engine", "proxies")
+
+
+class Cache:
+    """Finished scores and checkpoints under one folder; without a folder it keeps nothing."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, *, every: float = 10.0):
+        self.folder = None if folder is None else Path(folder)
+        self.every = every
+
+    def facts(
+        self, model: Model, *, inputs: Any, labels: Any, rounding: Rounding, **settings: Any
+    ) -> dict[str, Any]:
+        """What all scores of one run depend on, as plain JSON; empty without a folder."""
+        if self.folder is None:
+            return {}
+        leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(inputs))}
+        if labels is not None:
+            leaves["labels"] = np.asarray(labels)
+        return {
+            "schema": SCHEMA,
+            "model": model.digest(),
+            "graph": graph_digest(model),
+            "images": digest_arrays(leaves),
+            "rounding": asdict(rounding),
+            "code": code_digest(),
+            "versions": provenance()["versions"],
+            "device": jax.devices()[0].device_kind,
+            "cores": os.cpu_count(),  # sums are split over threads
+            **settings,
+        }
+
+    def key(self, facts: Mapping[str, Any], proxy: Proxy, options: Mapping[str, Any]) -> str:
+        """The name under which a proxy's scores are kept."""
+        if self.folder is None:
+            return ""
+        own = {"proxy": proxy.name, "options": proxy.check_options(options)}
+        return _digest({**facts, **own, "kernel": _source_digest(proxy.kernel)})
+
+    def group_key(
+        self, facts: Mapping[str, Any], options: Mapping[str, Any], needs: Iterable[str]
+    ) -> str:
+        """The name of the checkpoint of taps that several proxies share."""
+        return _digest({**facts, "tap_options": dict(options), "needs": list(needs)})
+
+    def checkpoint(self, key: str) -> Checkpoint:
+        """Where an unfinished computation keeps how far it is."""
+        if self.folder is None:
+            return Checkpoint()
+        return Checkpoint(self.folder / "unfinished" / key, every=self.every)
+
+    def load(self, key: str, model: Model) -> Scores | None:
+        """Scores that were kept, or `None`."""
+        if self.folder is None:
+            return None
+        try:
+            with safe_open(self._file(key), framework="numpy") as file:
+                record = json.loads((file.metadata() or {}).get("record", "{}"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if record.pop("schema") != SCHEMA:
+                return None
+            layers = network(model, LAYERS_AT).layers
+            return Scores(
+                layers=layers,
+                values=arrays["values"],
+                activations=arrays.get("activations"),
+                bits=tuple(record.pop("bits")),
+                activation_bits=tuple(record.pop("activation_bits")),
+                **record,
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+
+    def save(self, key: str, scores: Scores) -> None:
+        """Keep scores; a cache that cannot be written is no reason to fail."""
+        if self.folder is None:
+            return
+        record = {
+            "schema": SCHEMA,
+            "proxy": scores.proxy,
+            "bits": list(scores.bits),
+            "activation_bits": list(scores.activation_bits),
+            "cost": scores.cost,
+            "options": dict(scores.options),
+            "notes": dict(scores.notes),
+            "seconds": scores.seconds,
+        }
+        arrays = {"values": np.asarray(scores.values, order="C")}
+        if scores.activations is not None:
+            arrays["activations"] = np.asarray(scores.activations, order="C")
+        try:
+            self._file(key).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self._file(key), save(arrays, {"record": json.dumps(record)}))
+        except (OSError, ProxyqError):
+            return
+
+    def _file(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{key}.safetensors"
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def graph_digest(model: Model) -> str:
+    """SHA-256 of a model's traced equations, whatever its weights."""
+    graph = network(model, LAYERS_AT).graph
+    known = [*graph.params.values(), *graph.constants]
+    prelude = text_key(graph.prelude, known, graph.frontier)
+    main = text_key(graph.main, [*graph.frontier, *graph.inputs], graph.outputs)
+    constants = {str(i): np.asarray(value) for i, value in enumerate(graph.constants.values())}
+    # Functions inside of equations have no text but where they lie in memory.
+    plain = re.sub(r"function#\d+|0x[0-9a-f]+", "", prelude + "\n" + main)
+    return _digest([plain, digest_arrays(constants)])
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 of the sources of the stages that scores come from."""
+    package = Path(__file__).resolve().parents[1]
+    hasher = hashlib.sha256()
+    for stage in _STAGES:
+        for file in sorted((package / stage).rglob("*.py")):
+            hasher.update(file.relative_to(package).as_posix().encode() + b"\0")
+            hasher.update(file.read_bytes())
+    return hasher.hexdigest()
+
+
+def _source_digest(function: Any) -> str:
+    """SHA-256 of the file that a kernel is written in; its name where there is no file."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+        return hashlib.sha256(Path(file or "").read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return getattr(function, "__qualname__", repr(type(function)))

@@ -1,0 +1,142 @@
+"""Several proxies at once: shared passes, kept results, and going on after a kill.
+
+Proxies that record with the same options share one set of taps. What each of them answers is
+kept in a cache, under a digest of everything that it depends on: weights, graph, images,
+options, seed, code and versions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from proxyq.engine import Engine, TapOptions, collect
+from proxyq.errors import ProxyqError
+from proxyq.model.model import Model
+from proxyq.model.network import LAYERS_AT
+from proxyq.progress import Progress, silent
+from proxyq.proxies.cache import Cache
+from proxyq.proxies.proxy import Proxy, Scores
+from proxyq.quantize import Rounding
+
+Request = tuple[Proxy, Mapping[str, Any]]
+
+
+@dataclass(kw_only=True)
+class Group:
+    """Requests that share taps: the options that they agree on, and what they need together."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    members: list[int] = field(default_factory=list)
+    needs: dict[str, None] = field(default_factory=dict)
+
+
+def grouped(requests: Sequence[Request]) -> list[Group]:
+    """Requests by the tap options they need; each joins the first group that it agrees with."""
+    groups: list[Group] = []
+    for index, (proxy, options) in enumerate(requests):
+        governing = proxy.tap_options(proxy.check_options(options))
+        for group in groups:
+            if all(group.options.get(k, v) == v for k, v in governing.items()):
+                break
+        else:
+            group = Group()
+            groups.append(group)
+        group.options |= governing
+        group.members.append(index)
+        group.needs |= dict.fromkeys(proxy.needs)
+    return groups
+
+
+def score(
+    model: Model,
+    requests: Sequence[Request],
+    inputs: Any = None,
+    *,
+    labels: Any = None,
+    bits: Sequence[int] = (2, 3, 4, 8),
+    activation_bits: Sequence[int] = (),
+    seed: int = 0,
+    memory: int | None = None,
+    rounding: Rounding | None = None,
+    cache: Cache | None = None,
+    progress: Progress = silent,
+) -> list[Scores]:
+    """The scores of several proxies, in the order of `requests` (proxy, options).
+
+    **Arguments:**
+
+    - `inputs`: images `[images, …]`, or `None` where weights are enough; `labels`: theirs.
+    - `bits`, `activation_bits`: candidate bit-widths of weights and of what layers read.
+    - `seed`: of whatever is random in proxies and targets.
+    - `cache`: where finished scores are kept, and long computations go on after a kill.
+
+    **Raises** `ProxyqError` when a score would break a solver, naming layer and proxy.
+    """
+    cache, rounding = cache or Cache(), rounding or Rounding()
+    facts = cache.facts(
+        model,
+        inputs=inputs,
+        labels=labels,
+        bits=list(bits),
+        activation_bits=list(activation_bits),
+        seed=seed,
+        memory=memory,
+        rounding=rounding,
+    )
+    answers: dict[int, Scores] = {}
+    for group in grouped(requests):
+        keys = {index: cache.key(facts, *requests[index]) for index in group.members}
+        missing = []
+        for index, key in keys.items():
+            found = cache.load(key, model)
+            if found is None:
+                missing.append(index)
+            else:
+                answers[index] = found
+        if not missing:
+            continue
+        options = TapOptions(**group.options)
+        number = LAYERS_AT if inputs is None else len(jax.tree.leaves(inputs)[0])
+        engine = Engine.build(
+            model,
+            number,
+            batch_norm=options.batch_norm,
+            memory=memory,
+            batch_size=number if options.batch_norm == "batch" else None,
+        )
+        # All that the group needs, also for those that are done: a run that goes on after a
+        # kill compiles the same programs, so its last digits are the same.
+        shared = cache.checkpoint(cache.group_key(facts, group.options, group.needs))
+        taps = collect(
+            engine,
+            inputs,
+            tuple(group.needs),
+            bits,
+            labels=labels,
+            activation_bits=activation_bits,
+            options=options,
+            rounding=rounding,
+            seed=seed,
+            memory=memory,
+            checkpoint=shared,
+            progress=progress,
+        )
+        for index in missing:
+            proxy, own = requests[index]
+            kept = cache.checkpoint(keys[index])
+            answers[index] = proxy.on(taps, key=jax.random.key(seed), checkpoint=kept, **own)
+            cache.save(keys[index], answers[index])
+            kept.clear()
+        shared.clear()
+    return [answers[index] for index in range(len(requests))]
+
+
+def check_images(requests: Sequence[Request], inputs: Any) -> None:
+    """Refuse early when a proxy needs images and there are none."""
+    for proxy, _ in requests:
+        if proxy.needs_images and inputs is None:
+            raise ProxyqError(
+                f"calibration images are needed by {proxy.name!r}: give `data` (--data)."
+            )
