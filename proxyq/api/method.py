@@ -10,6 +10,7 @@ from proxyq.proxies.cost import check_cost
 from proxyq.ptq.correct import CORRECTIONS
 from proxyq.quantize import Rounding, check_bits
 from proxyq.search.allocate import SOLVERS
+from proxyq.search.allocate.build import AS_WEIGHTS
 from proxyq.search.recipes import Recipe, load_recipe
 
 DEFAULT_BITS = (2, 3, 4, 8)
@@ -26,7 +27,7 @@ class Method:
     options: Mapping[str, Any]
     cost: str
     bits: tuple[int, ...]
-    activation_bits: int | None
+    activation_bits: int | tuple[int, ...] | str | None
     rounding: Rounding
     correction: str
     samples: int
@@ -35,6 +36,8 @@ class Method:
     pins: tuple[str, ...]
     ties: tuple[str, ...]
     tie_features: bool
+    tie_inputs: bool
+    outliers: str
     recipe: str | None
 
 
@@ -45,7 +48,7 @@ def method_of(
     options: Mapping[str, Any] | None = None,
     cost: str | None = None,
     bits: Sequence[int] | None = None,
-    activation_bits: int | str | None = None,
+    activation_bits: int | str | Sequence[int] | None = None,
     extra_code: str | None = None,
     correction: str | None = None,
     samples: int | None = None,
@@ -55,7 +58,8 @@ def method_of(
 ) -> Method:
     """The method that a proxy or a recipe stands for; what is given explicitly wins.
 
-    `activation_bits` may be `"float"`, against a recipe that rounds activations.
+    `activation_bits` may be a list to choose from, `"weights"` (those of the layer's weights), or
+    `"float"`, against a recipe that rounds activations.
 
     **Raises** `UsageError` for unknown names, both at once, or impossible values.
     """
@@ -93,6 +97,8 @@ def method_of(
             pins=tuple(pins),
             ties=tuple(ties),
             tie_features=False,
+            tie_inputs=False,
+            outliers="keep",
             recipe=None,
         )
     found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -103,7 +109,9 @@ def method_of(
         options=chosen.check_options({**found.options, **(options or {})}),
         cost=cost or found.cost,
         bits=tuple(sorted(set(bits or found.bits))),
-        activation_bits=found.activation_bits if activation_bits is None else activations,
+        activation_bits=(
+            _activation_bits(found.activation_bits) if activation_bits is None else activations
+        ),
         rounding=rounding,
         correction=correction or found.correction,
         samples=samples or found.samples,
@@ -112,6 +120,8 @@ def method_of(
         pins=(*found.pins, *pins),
         ties=(*found.tie_patterns, *ties),
         tie_features=found.ties_features,
+        tie_inputs=found.ties_inputs,
+        outliers=found.outliers,
         recipe=found.name,
     )
 
@@ -124,9 +134,20 @@ def check_correction(correction: str | None) -> None:
         )
 
 
-def _activation_bits(value: int | str | None) -> int | None:
+def _activation_bits(
+    value: int | str | Sequence[int] | None,
+) -> int | tuple[int, ...] | str | None:
     if value is None or value == FLOAT:
         return None
     if isinstance(value, str):
-        raise UsageError(f"`activation_bits` must be a bit-width or 'float', got {value!r}.")
+        if value != AS_WEIGHTS:
+            raise UsageError(
+                "`activation_bits` must be a bit-width, several to choose from, 'weights' or "
+                f"'float', got {value!r}."
+            )
+        return value
+    if isinstance(value, Sequence):
+        if not value:
+            raise UsageError("`activation_bits` must name at least one bit-width, got none.")
+        return tuple(sorted({check_bits(bits, "activation_bits") for bits in value}))
     return check_bits(value, "activation_bits")

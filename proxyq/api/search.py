@@ -10,14 +10,17 @@ import numpy as np
 from proxyq.api.evaluate import measure
 from proxyq.api.inputs import as_data, as_eval_data, as_model, calibration_of
 from proxyq.api.method import Method, method_of
+from proxyq.api.program import program
 from proxyq.errors import UsageError
 from proxyq.model.features import layers_by_feature
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 from proxyq.provenance import provenance
-from proxyq.proxies import Cache, Proxy, Scores, as_cost, score
+from proxyq.proxies import Cache, Proxy, Scores, score
 from proxyq.proxies.cost import NEED_ERRORS, cost_name, weight_errors
-from proxyq.search.allocate import build_problem, solve
+from proxyq.search.allocate import solve
+from proxyq.search.allocate.build import shared_by
+from proxyq.search.allocate.latency import LatencyTable, load_latency
 from proxyq.search.allocate.plan import Plan, plan_from
 from proxyq.search.recipes import Recipe
 
@@ -32,7 +35,7 @@ def search(
     recipe: str | Recipe | None = None,
     budget: str | Sequence[str] | None = None,
     bits: Sequence[int] | None = None,
-    activation_bits: int | str | None = None,
+    activation_bits: int | str | Sequence[int] | None = None,
     extra_code: str | None = None,
     correction: str | None = None,
     samples: int | None = None,
@@ -43,6 +46,7 @@ def search(
     time_limit: float = 60.0,
     options: Mapping[str, Any] | None = None,
     cost: str | None = None,
+    latency: str | LatencyTable | None = None,
     cache_dir: str | None = None,
     seed: int | None = None,
     memory: int | None = None,
@@ -62,13 +66,15 @@ def search(
       Without any, 4 bits on average, or halfway where no candidate has more than 4.
     - `bits`: candidate bit-widths. `pins` (`'PATTERN=8'`), `ties` (`'PATTERN'`) and
       `candidates` (`'PATTERN=2,4'`) bind layers by shell patterns, or `re:` expressions.
-    - `activation_bits`: bits of every layer's input, or `"float"`; `None` is the recipe's, else
-      float.
+    - `activation_bits`: bits of every layer's input; several to choose from, by a proxy that
+      measures activations too; `"weights"`, as many as the layer's weights; or `"float"`. `None`
+      is the recipe's, else float.
     - `extra_code`: on which side of zero a weight grid has its odd code: `negative` (two's
       complement, the default) or `either`, whichever rounds a channel better.
     - `correction`: `auto`, `none`, `weights` or `statistics`, when the plan is run.
     - `samples`: how many calibration images; `seed`: draw them at random from this seed
       instead of taking the first, and seed what is random in the proxy.
+    - `latency`: a table of what layers take (or its file), for budgets on latency.
     - `cache_dir`: where finished scores are kept and long ones go on after a kill.
     - `evaluate`, `eval_data`: run the plan quantized, and measure it beside float and uniform.
 
@@ -108,18 +114,27 @@ def search(
     # What cannot be solved (or not by this solver) and images that do not fit are told before
     # minutes of measuring.
     layers = found.layers
-    shared = layers_by_feature(found) if method.tie_features else ()
     binding = {
+        "counted_once": layers_by_feature(found) if method.tie_features else (),
+        "shared": shared_by(layers, "shares_input") if method.tie_inputs else (),
+        "activation_bits": method.activation_bits,
         "pins": method.pins,
         "ties": method.ties,
-        "shared": shared,
         "candidates": candidates,
-        "activation_bits": method.activation_bits,
+        "latency": load_latency(latency) if isinstance(latency, str) else latency,
     }
-    blank = np.zeros((len(layers), len(method.bits)))
-    blank_problem = build_problem(layers, blank, method.bits, budget, **binding)
+    beside = method.activation_bits if isinstance(method.activation_bits, tuple) else ()
+    blank = Scores(
+        proxy=method.proxy.name,
+        layers=layers,
+        bits=method.bits,
+        values=np.zeros((len(layers), len(method.bits))),
+        activations=np.zeros((len(layers), len(beside))) if method.proxy.activations else None,
+        activation_bits=beside,
+    )
     first = "greedy" if method.solver == "auto" else method.solver
-    solve(blank_problem, first, time_limit=time_limit, **method.solver_options)
+    trial = program(layers, blank, budget, **binding)
+    solve(trial, first, time_limit=time_limit, **method.solver_options)
     labelled = as_eval_data(eval_data, model) if measured else None
 
     inputs = labels = None
@@ -131,6 +146,7 @@ def search(
         inputs if method.proxy.needs_images else None,
         labels=labels,
         bits=method.bits,
+        activation_bits=beside,
         seed=seed or 0,
         memory=memory,
         rounding=method.rounding,
@@ -140,11 +156,15 @@ def search(
     errors = None
     if cost_name(scores, method.cost) in NEED_ERRORS:
         errors = weight_errors(model, method.bits, method.rounding)
-    cost = as_cost(scores, method.cost, errors=errors)
-    for _, *others in shared:
-        # What is measured once counts once.
-        cost = np.where(np.isin(found.names, others)[:, None], 0.0, cost)
-    problem = build_problem(layers, cost, method.bits, budget, **binding)
+    problem = program(
+        layers,
+        scores,
+        budget,
+        cost=method.cost,
+        errors=errors,
+        outliers=method.outliers,
+        **binding,
+    )
     answer = solve(problem, method.solver, time_limit=time_limit, **method.solver_options)
     plan = plan_from(
         answer,
@@ -156,11 +176,12 @@ def search(
             "options": dict(scores.options),
             "cost": cost_name(scores, method.cost),
             "bits": list(method.bits),
+            "activation_bits": list(beside) or method.activation_bits,
             "rounding": asdict(method.rounding),
             "correction": method.correction,
             "samples": 0 if inputs is None else len(jax.tree.leaves(inputs)[0]),
         },
-        activation_bits=method.activation_bits,
+        activation_bits=None if beside else method.activation_bits,
         provenance=provenance(
             seed=seed, data=None if calibration is None else calibration.identity
         ),
@@ -168,7 +189,15 @@ def search(
     )
     if labelled is None:
         return plan
-    result = measure(model, [plan], inputs, labelled, memory=memory, progress=progress)
+    result = measure(
+        model,
+        [plan],
+        inputs,
+        labelled,
+        latency=binding["latency"],
+        memory=memory,
+        progress=progress,
+    )
     record = plan.model_dump(by_alias=True)
     return Plan.model_validate({**record, "measured": result.to_json()})
 

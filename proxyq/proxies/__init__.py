@@ -10,6 +10,7 @@ from proxyq.proxies._hessian_eigenvalue import hessian_eigenvalue as hessian_eig
 from proxyq.proxies._hessian_trace import hessian_trace as hessian_trace
 from proxyq.proxies._jacobian_covariance import jacobian_covariance as jacobian_covariance
 from proxyq.proxies._kl_delta import kl_delta as kl_delta
+from proxyq.proxies._limpq import limpq as limpq
 from proxyq.proxies._logit_mse import logit_mse as logit_mse
 from proxyq.proxies._loss_delta import loss_delta as loss_delta
 from proxyq.proxies._mpqco import mpqco as mpqco

@@ -19,6 +19,7 @@ from proxyq.proxies.proxy import Result, register
     shape="layers bits",
     passes="1 forward",
     reference="baseline",
+    activations=True,
 )
 def activation_mse(taps: Taps, *, key: Any, relative: bool = True) -> Result:
     """Mean squared error of rounding what the layer reads."""

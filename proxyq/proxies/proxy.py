@@ -93,6 +93,7 @@ class Proxy:
     - `options`: keyword options and their defaults; `fixed`: tap options that are part of the
       method.
     - `cost`: how its importance becomes costs by default.
+    - `activations`: whether it also gives costs of rounding what layers read.
     - `baseline`: whether it is meant to tell nothing, so that equal scores are no mistake.
     """
 
@@ -107,6 +108,7 @@ class Proxy:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     cost: str = "linear-bits"
     cost_class: str = "forward"
+    activations: bool = False
     baseline: bool = False
 
     direction: str = "higher is more sensitive"
@@ -274,6 +276,7 @@ def make_proxy(
     cost_class: str | None = None,
     fixed: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
+    activations: bool = False,
     baseline: bool = False,
 ) -> Proxy:
     """A `Proxy` record from a kernel `(taps, *, key, **options) -> array or Result`.
@@ -306,6 +309,7 @@ def make_proxy(
         fixed=fixed,
         cost=cost,
         cost_class=cost_class or _cost_class(needs),
+        activations=activations,
         baseline=baseline,
     )
 

@@ -1,0 +1,69 @@
+"""From scores to the program that is solved: costs, outliers, ties, activation bits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from proxyq.errors import UsageError
+from proxyq.proxies import Scores, as_cost
+from proxyq.proxies.cost import WeightErrors
+from proxyq.search.allocate import Problem, build_problem
+from proxyq.search.allocate.build import ActivationBits, LayerLike
+from proxyq.search.allocate.outliers import without_outliers
+
+
+def program(
+    layers: Sequence[LayerLike],
+    scores: Scores,
+    budget: str | Sequence[str],
+    *,
+    cost: str = "auto",
+    errors: WeightErrors | None = None,
+    counted_once: Sequence[Sequence[str]] = (),
+    shared: Sequence[Sequence[str]] = (),
+    outliers: str = "keep",
+    activation_bits: ActivationBits = None,
+    **binding: Any,
+) -> Problem:
+    """The problem of choosing bits by `scores`.
+
+    - `cost`, `errors`: as for `as_cost`.
+    - `counted_once`: sets of layers that were measured on one tensor and share their bits;
+      only the first of each has a cost. `shared`: sets that share bits and each have theirs.
+    - `outliers`: `erase` takes out bit-widths that look better than the next higher one.
+    - `activation_bits`: as for `build_problem`; a list needs scores that hold their costs.
+    - `binding`: what else `build_problem` takes.
+
+    **Raises** `UsageError` when activation bits are to be chosen by scores that tell nothing of
+    activations.
+    """
+    table = as_cost(scores, cost, errors=errors)
+    beside: dict[str, Any] = {}
+    if isinstance(activation_bits, (list, tuple)):
+        if scores.activations is None:
+            raise UsageError(
+                f"the proxy {scores.proxy!r} tells nothing of activations, so their bits cannot "
+                "be chosen: give one bit-width for all (activation_bits=8), or use a proxy that "
+                "does, such as hessian-trace, activation-mse or limpq."
+            )
+        beside["activation_cost"] = scores.activations
+    if outliers == "erase":
+        beside["allowed"] = without_outliers(table, scores.bits)
+        if "activation_cost" in beside:
+            mask = without_outliers(scores.activations, scores.activation_bits)
+            beside["activation_allowed"] = mask
+    names = [layer.name for layer in layers]
+    for _, *others in counted_once:
+        # What is measured once counts once.
+        table = np.where(np.isin(names, others)[:, None], 0.0, table)
+    return build_problem(
+        layers,
+        table,
+        scores.bits,
+        budget,
+        shared=(*counted_once, *shared),
+        activation_bits=activation_bits,
+        **beside,
+        **binding,
+    )
