@@ -16,13 +16,14 @@ from proxyq.checkpoint import Checkpoint
 from proxyq.engine.backward import record
 from proxyq.engine.blocks import Block, along, blocks, first_blocks, summed
 from proxyq.engine.engine import Engine
-from proxyq.engine.objectives import Objective, Targets
+from proxyq.engine.gradients import per_image, squared_norms
+from proxyq.engine.objectives import Objective, Targets, cross_entropy, curvature_probe
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.progress import Progress, silent
 
 OF = ("weights", "inputs")
 CURVATURES = ("hessian", "gauss-newton")
-PROBES = ("layer", "joint")
+PROBES = ("auto", "output", "layer", "joint")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,8 +43,8 @@ def hutchinson(
     *,
     key: Any,
     of: str = "weights",
-    curvature: str = "hessian",
-    probes: str = "layer",
+    curvature: str = "gauss-newton",
+    probes: str = "auto",
     tolerance: float = 0.1,
     least: int = 8,
     most: int = 64,
@@ -52,17 +53,21 @@ def hutchinson(
 ) -> Trace:
     """Traces of the diagonal blocks by Hutchinson's estimator.
 
-    With Rademacher probes, `E[v' H v] = tr H`, with variance twice the sum of squares off the
-    diagonal: exact for a diagonal matrix (Hutchinson 1990).
+    With probes of random signs, `E[v' H v] = tr H`, with variance twice the sum of squares off
+    the diagonal: exact for a diagonal matrix (Hutchinson 1990).
 
     **Arguments:**
 
     - `of`: `weights`, or `inputs` (what each layer reads; per image).
-    - `curvature`: `hessian`, or `gauss-newton`, `J' (d2L/dz2) J`: never negative, one
-      forward pass a probe instead of two passes, and all of the Hessian where the network is
-      piecewise linear and fits its targets.
-    - `probes`: `layer`, a probe in one layer alone; or `joint`, one for all layers at once,
-      `v_l' (H v)_l`: unbiased too, with the blocks off the diagonal as further noise.
+    - `curvature`: `gauss-newton`, `G = J' (d2L/dz2) J`, never negative, and in one layer's
+      weight the whole Hessian where the network is piecewise linear (ReLU, max pooling); or
+      `hessian`, with the network's own second derivatives.
+    - `probes`: where the random signs are. `output`, for Gauss-Newton and cross-entropy: signs
+      on the outputs of every image apart, `tr G = E |J' L u|^2` with `L L' = d2L/dz2`; one
+      backward pass serves all layers, and the noise averages out over images too. `layer`: on
+      one layer's weight at a time, all images alike. `joint`: on all weights at once,
+      `v_l' (H v)_l`; unbiased, with the blocks off the diagonal as further noise. `auto` is
+      `output` for Gauss-Newton, and `layer` for the Hessian.
     - `tolerance`, `least`, `most`: a layer is done after `least` probes, when the standard
       error of its mean is within `tolerance` of it (or of a hundredth of the largest average
       over a layer's entries); or after `most`. The rule of PyHessian, that the running mean
@@ -85,25 +90,37 @@ def hutchinson(
     sums = kept.get("sums", np.zeros(number))
     squares = kept.get("squares", np.zeros(number))
     counts = kept.get("counts", np.zeros(number, np.int64))
-    joint = probes == "joint"
-    if joint and curvature == "gauss-newton":
-        raise UsageError("probes='joint' works with curvature='hessian' alone: use probes='layer'.")
+    if probes == "auto":
+        probes = "output" if curvature == "gauss-newton" else "layer"
+    joint = probes in ("joint", "output")
+    if probes == "joint" and curvature == "gauss-newton":
+        raise UsageError("probes='joint' are for curvature='hessian': use probes='output'.")
+    if probes == "output" and (curvature != "gauss-newton" or objective is not cross_entropy):
+        raise UsageError(
+            "probes='output' are for curvature='gauss-newton' of the cross-entropy: use "
+            "probes='layer'."
+        )
     while (open_ := _unfinished(sums, squares, counts, sizes, tolerance, least, most)).any():
         if joint:
             open_[:] = True
         index = int(counts.max(initial=0)) if joint else int(counts[open_].min())
         now = open_ & (counts == index)
-        forms = _forms(
-            engine,
-            inputs,
-            objective,
-            targets,
-            [block for block in all_blocks if now[block.layer]],
-            jax.random.fold_in(key, index),
-            inputs_too=of == "inputs",
-            gauss_newton=curvature == "gauss-newton",
-            joint=joint,
-        )
+        wanted = [block for block in all_blocks if now[block.layer]]
+        own_key = jax.random.fold_in(key, index)
+        if probes == "output":
+            forms = _output_forms(engine, inputs, wanted, own_key, of)
+        else:
+            forms = _forms(
+                engine,
+                inputs,
+                objective,
+                targets,
+                wanted,
+                own_key,
+                inputs_too=of == "inputs",
+                gauss_newton=curvature == "gauss-newton",
+                joint=joint,
+            )
         sums, squares = sums + forms, squares + forms**2
         counts = counts + now
         progress("probe", int(counts.sum()), int(np.where(open_, most, counts).sum()))
@@ -201,6 +218,27 @@ def _forms(
                     forms[block.layer] += moved.gauss_newton_forms()[0, :count].sum()
                 else:
                     forms[block.layer] += _inner(block, draws, moved.hessian(), inputs_too)
+        images += count
+    return forms / images
+
+
+def _output_forms(
+    engine: Engine, inputs: Any, wanted: Sequence[Block], key: Any, of: str
+) -> np.ndarray:
+    """`|J' L u|^2` of each layer, the mean over the images, one draw of signs each: `[layers]`."""
+    aims = Targets(how="probes", seed=int(jax.random.bits(key, dtype=jnp.uint32)))
+    forms = np.zeros(len(engine.network.names))
+    images = 0
+    for batch, count in engine.chunks(inputs):
+        tape = record(engine, batch, count, curvature_probe, aims, images)
+        tape.backward()
+        for block in wanted:
+            if of == "inputs":
+                pulled = (tape.pull_input(site, tape.deltas[site]) for site in block.sites)
+                forms[block.layer] += sum(_dot(p[None], p[None]) for p in pulled)
+            else:
+                norms = per_image(tape, block, squared_norms)
+                forms[block.layer] += np.sum(np.asarray(norms, np.float64)[:count])
         images += count
     return forms / images
 

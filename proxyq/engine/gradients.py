@@ -5,7 +5,7 @@ float64 over batches, so that memory holds one batch's tape.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -94,8 +94,8 @@ def record_gradients(
                 own = [
                     site for site in range(len(network.sites)) if _row(engine, site, rows) == row
                 ]
-                products = sum(_first_order(tape, site, deltas[site]) for site in own)
-                extend("first-order", row, products[:, :count])
+                products = [_first_order(tape, site, deltas[site]) for site in own]
+                extend("first-order", row, np.sum(products, axis=0)[:, :count])
         progress("backward", done + 1, len(chunks))
         if checkpoint.due():
             checkpoint.save("gradients", {**sums, "batches": np.array(done + 1)})
@@ -126,37 +126,49 @@ def _add_gradients(tape: Tape, row: int, block: Block, needs: Sequence[str], add
         add("gradient", row, where.columns(sum(parts)))
     if not set(needs) & {"gradient-squares", "gradient-magnitudes"}:
         return
-    if len(block.sites) == 1:
-        square, magnitude = _per_image(tape, block.sites[0], total=True)
-    else:  # a weight used twice has one gradient for each image, the sum of its uses'
-        whole = sum(_per_image(tape, site, total=False) for site in block.sites)
-        square, magnitude = jnp.sum(whole * whole, axis=0), jnp.sum(jnp.abs(whole), axis=0)
+    square, magnitude = per_image(tape, block, _sums)
     if "gradient-squares" in needs:
         add("gradient-squares", row, where.columns(square))
     if "gradient-magnitudes" in needs:
         add("gradient-magnitudes", row, where.columns(magnitude))
 
 
+def _sums(each: Any) -> Any:
+    return jnp.sum(each * each, axis=0), jnp.sum(jnp.abs(each), axis=0)
+
+
+def squared_norms(each: Any) -> Any:
+    """`[images]`: the squared norm of each image's gradient."""
+    return jnp.sum(jnp.reshape(each * each, (len(each), -1)), axis=1)
+
+
 _PER_IMAGE: dict[Any, Any] = {}
 
 
-def _per_image(tape: Tape, index: int, *, total: bool) -> Any:
-    """Each image's gradient by a site's weight; with `total` the sums of squares and magnitudes."""
+def per_image(tape: Tape, block: Block, reduce: Callable[[Any], Any]) -> Any:
+    """`reduce` of each image's gradient by a block's weight, `[batch, …]`.
+
+    A weight used at several sites has one gradient for each image, the sum of its uses'.
+    """
+    if len(block.sites) == 1:
+        return _site_gradients(tape, block.sites[0], reduce)
+    whole = sum(_site_gradients(tape, site, lambda each: each) for site in block.sites)
+    return reduce(whole)
+
+
+def _site_gradients(tape: Tape, index: int, reduce: Callable[[Any], Any]) -> Any:
     engine = tape.engine
     graph, site = engine.network.graph, engine.network.sites[index]
     eqn, batch = graph.main[site.position], engine.batch_size
-    data = eqn.invars[1 - site.operand]
-    reads = locate(graph).get(data, site.examples)
-    key = (text_key([eqn], [data], eqn.outvars, site.operand), reads, site.examples, batch, total)
+    reads = locate(graph).get(eqn.invars[1 - site.operand], site.examples)
+    text = text_key([eqn], [eqn.invars[1 - site.operand]], eqn.outvars, site.operand)
+    key = (text, reads, site.examples, batch, reduce.__qualname__)
     program = _PER_IMAGE.get(key)
     if program is None:
 
         def gradients(x: Any, delta: Any) -> Any:
             split = split_examples(x, reads, batch), split_examples(delta, site.examples, batch)
-            each = jax.vmap(partial(pull_weight, eqn, site.operand))(*split)
-            if not total:
-                return each
-            return jnp.sum(each * each, axis=0), jnp.sum(jnp.abs(each), axis=0)
+            return reduce(jax.vmap(partial(pull_weight, eqn, site.operand))(*split))
 
         program = remember(_PER_IMAGE, key, jax.jit(gradients))
     return program(tape.x(index), tape.deltas[index])

@@ -15,7 +15,7 @@ import numpy as np
 
 from proxyq.errors import ProxyqError, UsageError, near
 
-LABELS = ("auto", "data", "predicted", "sampled")
+LABELS = ("auto", "data", "predicted", "sampled", "probes")
 Objective = Callable[[Any, Any], Any]
 """`(logits [images, …, classes], targets [images, …]) -> [images]`."""
 
@@ -42,6 +42,21 @@ def logit_sum(logits: Any, targets: Any) -> Any:
     """`sum over classes of z`, the Jacobian's contraction with ones; targets are not used."""
     del targets
     return _per_image(jnp.sum(logits.astype(jnp.float32), axis=-1))
+
+
+def curvature_probe(logits: Any, signs: Any) -> Any:
+    """A function whose derivative by the logits is `L u`, where `L L' = d2CE/dz2`; `u` are signs.
+
+    The Hessian of the cross-entropy is `diag(p) - p p' = L L'` with
+    `L = diag(sqrt p) - p sqrt(p)'`. For random signs the gradients of this by anything are
+    draws with the Gauss-Newton matrix as their second moment: `E[g g'] = J' L E[u u'] L' J`.
+    Unlike gradients at sampled labels they are never rare and large.
+    """
+    p = jax.lax.stop_gradient(jax.nn.softmax(logits.astype(jnp.float32)))
+    root = jnp.sqrt(p)
+    # L u = sqrt(p) u - p (sqrt(p) . u)
+    slope = root * signs - p * jnp.sum(root * signs, axis=-1, keepdims=True)
+    return _per_image(jnp.sum(slope * logits, axis=-1))
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -71,11 +86,12 @@ def with_classes(logits: Any) -> Any:
 class Targets:
     """Which class counts as true, for every image.
 
-    - `how`: `data` (given labels), `predicted` (the network's own answer) or `sampled` (drawn
+    - `how`: `data` (given labels), `predicted` (the network's own answer), `sampled` (drawn
       from the network's distribution, which makes squared gradients the true Fisher
-      information).
-    - `labels`: `[images]`, for `data`. `draws`: uniform numbers, one for each image and
-      prediction, for `sampled`; drawn once, whatever the size of batches.
+      information), or `probes` (random signs for `curvature_probe`, for the same with less
+      variance).
+    - `labels`: `[images]`, for `data`. `seed`: of what is drawn, for each image apart, so that
+      it does not depend on the size of batches.
     """
 
     how: str
@@ -88,6 +104,10 @@ class Targets:
         if self.how == "predicted":
             return jnp.argmax(logits, axis=-1)
         rows = np.minimum(np.arange(start, start + shape[0]), start + count - 1)
+        if self.how == "probes":
+            rngs = (np.random.default_rng([self.seed, int(row)]) for row in rows)
+            signs = [rng.integers(0, 2, logits.shape[1:]) for rng in rngs]
+            return jnp.asarray(2.0 * np.stack(signs) - 1.0, jnp.float32)
         if self.how == "sampled":
             # One stream for each image: the same draw whatever the batches are.
             draws = [np.random.default_rng([self.seed, int(row)]).random(shape[1:]) for row in rows]
@@ -111,6 +131,19 @@ class Targets:
                 "or use labels='predicted'."
             )
         return jnp.asarray(own, jnp.int32)
+
+
+def objective_for(name: str, aims: Targets) -> Objective:
+    """The objective of this name at these targets; for `probes`, the function they belong to.
+
+    **Raises** `UsageError` for probes of anything but the cross-entropy.
+    """
+    found = objective(name)
+    if aims.how != "probes":
+        return found
+    if found is not cross_entropy:
+        raise UsageError("labels='probes' are for loss='cross-entropy'.")
+    return curvature_probe
 
 
 def targets(how: str, labels: Any = None, seed: int = 0) -> Targets:

@@ -16,7 +16,7 @@ from proxyq.checkpoint import Checkpoint
 from proxyq.engine.divergence import cross_entropy_of, kl_divergence, two_classes
 from proxyq.engine.engine import Engine
 from proxyq.engine.gradients import GRADIENT_NEEDS, record_gradients
-from proxyq.engine.objectives import LABELS, Targets, objective, targets
+from proxyq.engine.objectives import LABELS, Targets, objective, objective_for, targets
 from proxyq.engine.ranges import input_errors
 from proxyq.engine.rounded import rounded_layer
 from proxyq.engine.sweep import single_layer_sweep
@@ -62,8 +62,8 @@ class TapOptions:
       activation included), or its own `output`.
     - `centre`: subtract each feature's mean over the images before the Gram matrix.
     - `loss`: what gradients are of: `cross-entropy`, `log-logit` or `logit-sum`.
-    - `labels`: the targets: `data`, `predicted`, `sampled`, or `auto` (those of the data where
-      there are any, else predicted).
+    - `labels`: the targets: `data`, `predicted`, `sampled`, `probes` (see `Targets`), or `auto`
+      (those of the data where there are any, else predicted).
     - `temperature`: of both softmaxes in `kl`.
     """
 
@@ -252,7 +252,7 @@ def collect(
             inputs,
             own,
             bits,
-            objective(options.loss),
+            objective_for(options.loss, aims),
             aims,
             rounding=rounding,
             checkpoint=checkpoint,

@@ -6,10 +6,11 @@ With `g_s` the gradient of one image's loss, the diagonal of the Fisher matrix i
     form="diagonal"   cost_l(b) = 1/2 sum_i F_i (Q_b(W) - W)_i^2
     form="trace"      cost_l(b) = 1/2 (tr F / n) |Q_b(W) - W|^2
 
-with `n` weights. By default targets are drawn from the network's own distribution
-(`labels="sampled"`), which makes F the true Fisher information and needs no labels; with
-`labels="data"` it is the empirical one (the difference: Kunstner et al., NeurIPS 2019,
-arXiv:1905.12558).
+with `n` weights. By default F is the true Fisher information, which needs no labels and equals
+the Gauss-Newton matrix, from one random combination of classes for each image
+(`labels="probes"`); `labels="sampled"` draws a class from the network's distribution instead,
+which for a confident network is mostly nothing and rarely large. With `labels="data"` it is
+the empirical one (the difference: Kunstner et al., NeurIPS 2019, arXiv:1905.12558).
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ from proxyq.proxies.proxy import register
     shape="layers bits",
     passes="1 forward + 1 backward (per image)",
     reference="Fisher information; Kunstner et al. 2019, arXiv:1905.12558",
-    defaults={"labels": "sampled"},
+    defaults={"labels": "probes"},
 )
 def fisher(taps: Taps, *, key: Any, form: str = "diagonal") -> np.ndarray:
     """Fisher information times squared rounding error, weight by weight or layer by layer."""

@@ -10,8 +10,10 @@ estimate counts as zero: its cost would pay for errors.
 
 `curvature="gauss-newton"`, the default, leaves out the second derivatives of the network
 itself. In one layer's weight a piecewise linear network (ReLU, max pooling) has none, so
-there both are the same, and this takes a third of the time; elsewhere it is the part that is
-never negative. `curvature="hessian"` is the paper's. EMQ compares with the plain trace times bits:
+there both are the same; elsewhere it is the part that is never negative. Its probes sit on
+the outputs of every image apart (`probes="output"`), so that one backward pass serves all
+layers and little noise is left. `curvature="hessian"` is the paper's, with a probe in each
+layer's weight. EMQ compares with the plain trace times bits:
 `average=false` and the cost `linear-bits`.
 """
 
@@ -30,7 +32,7 @@ from proxyq.proxies.proxy import Result, register
 @register(
     needs=("engine",),
     shape="layers",
-    passes="1 to 3 forward a layer and probe (what follows the layer)",
+    passes="1 forward + 1 backward (per image) a probe",
     reference="HAWQ-V2: Dong et al. 2020, arXiv:1911.03852",
     cost="times-dw2",
     cost_class="curvature",
@@ -41,10 +43,10 @@ def hessian_trace(
     *,
     key: Any,
     curvature: str = "gauss-newton",
-    probes: str = "layer",
+    probes: str = "auto",
     tolerance: float = 0.1,
-    least: int = 8,
-    most: int = 64,
+    least: int = 4,
+    most: int = 32,
     average: bool = True,
 ) -> Result:
     """Average trace of the layer's Hessian block, to be multiplied by the rounding error."""

@@ -5,7 +5,9 @@ kept in a cache, under a digest of everything that it depends on: weights, graph
 options, seed, code and versions.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,7 @@ from proxyq.proxies.proxy import Proxy, Scores
 from proxyq.quantize import Rounding
 
 Request = tuple[Proxy, Mapping[str, Any]]
+logger = logging.getLogger("proxyq.scores")
 
 
 @dataclass(kw_only=True)
@@ -61,6 +64,7 @@ def score(
     memory: int | None = None,
     rounding: Rounding | None = None,
     cache: Cache | None = None,
+    failed: Callable[[Proxy, ProxyqError], None] | None = None,
     progress: Progress = silent,
 ) -> list[Scores]:
     """The scores of several proxies, in the order of `requests` (proxy, options).
@@ -71,6 +75,10 @@ def score(
     - `bits`, `activation_bits`: candidate bit-widths of weights and of what layers read.
     - `seed`: of whatever is random in proxies and targets.
     - `cache`: where finished scores are kept, and long computations go on after a kill.
+    - `failed`: called with a proxy that cannot score this network, which is then left out of
+      the answer; without it, its error is raised.
+
+    What came from the cache is logged (`proxyq.scores`), and what took how long.
 
     **Raises** `ProxyqError` when a score would break a solver, naming layer and proxy.
     """
@@ -95,42 +103,64 @@ def score(
                 missing.append(index)
             else:
                 answers[index] = found
+                logger.info("the scores of %s come from the cache.", requests[index][0].name)
         if not missing:
             continue
-        options = TapOptions(**group.options)
-        number = LAYERS_AT if inputs is None else len(jax.tree.leaves(inputs)[0])
-        engine = Engine.build(
-            model,
-            number,
-            batch_norm=options.batch_norm,
-            memory=memory,
-            batch_size=number if options.batch_norm == "batch" else None,
-        )
         # All that the group needs, also for those that are done: a run that goes on after a
         # kill compiles the same programs, so its last digits are the same.
         shared = cache.checkpoint(cache.group_key(facts, group.options, group.needs))
-        taps = collect(
-            engine,
-            inputs,
-            tuple(group.needs),
-            bits,
-            labels=labels,
-            activation_bits=activation_bits,
-            options=options,
-            rounding=rounding,
-            seed=seed,
-            memory=memory,
-            checkpoint=shared,
-            progress=progress,
-        )
+        started = time.perf_counter()
+        try:
+            options = TapOptions(**group.options)
+            number = LAYERS_AT if inputs is None else len(jax.tree.leaves(inputs)[0])
+            engine = Engine.build(
+                model,
+                number,
+                batch_norm=options.batch_norm,
+                memory=memory,
+                batch_size=number if options.batch_norm == "batch" else None,
+            )
+            taps = collect(
+                engine,
+                inputs,
+                tuple(group.needs),
+                bits,
+                labels=labels,
+                activation_bits=activation_bits,
+                options=options,
+                rounding=rounding,
+                seed=seed,
+                memory=memory,
+                checkpoint=shared,
+                progress=progress,
+            )
+        except ProxyqError as error:
+            if failed is None:
+                raise
+            for index in missing:
+                failed(requests[index][0], error)
+            continue
+        seconds = time.perf_counter() - started
+        if len(missing) > 1:
+            names = ", ".join(requests[index][0].name for index in missing)
+            logger.debug("%.2f s: what %s share", seconds, names)
+            seconds = 0.0
         for index in missing:
             proxy, own = requests[index]
             kept = cache.checkpoint(keys[index])
-            answers[index] = proxy.on(taps, key=jax.random.key(seed), checkpoint=kept, **own)
-            cache.save(keys[index], answers[index])
+            try:
+                found = proxy.on(taps, key=jax.random.key(seed), checkpoint=kept, **own)
+            except ProxyqError as error:
+                if failed is None:
+                    raise
+                failed(proxy, error)
+                continue
+            answers[index] = found
+            logger.debug("%.2f s: %s", seconds + found.seconds, proxy.name)
+            cache.save(keys[index], found)
             kept.clear()
         shared.clear()
-    return [answers[index] for index in range(len(requests))]
+    return [answers[index] for index in sorted(answers)]
 
 
 def check_images(requests: Sequence[Request], inputs: Any) -> None:
