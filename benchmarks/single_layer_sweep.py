@@ -13,39 +13,12 @@ the process has held up to the end of the phase, so phases can be told apart onl
 """
 
 import argparse
-import importlib.util
-from pathlib import Path
 
 import numpy as np
+from cifar import MEAN, STD, folded, resnet20
 from timing import Compilations, alternately, heading, once, peak_mib, pin, ratio, table
 
 BITS = (2, 3, 4, 8)
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "cifar_resnet.py"
-
-
-def resnet20():
-    """The network of `examples/cifar_resnet.py`."""
-    spec = importlib.util.spec_from_file_location("cifar_resnet", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.resnet20()
-
-
-def folded(module):
-    """A copy in evaluation mode with every batch norm folded into its convolution."""
-    import copy
-
-    from torch.nn import Identity
-    from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-    module = copy.deepcopy(module).eval()
-    for owner in list(module.modules()):
-        for name in ("1", "2"):
-            if hasattr(owner, f"bn{name}"):
-                conv, norm = getattr(owner, f"conv{name}"), getattr(owner, f"bn{name}")
-                setattr(owner, f"conv{name}", fuse_conv_bn_eval(conv, norm))
-                setattr(owner, f"bn{name}", Identity())
-    return module
 
 
 class Kept:
@@ -89,8 +62,8 @@ def main():
     import proxyq
     from proxyq.api import inputs_of
     from proxyq.engine import Edit, Engine
-    from proxyq.engine.sweep import single_layer_sweep
     from proxyq.engine.divergence import kl_divergence
+    from proxyq.engine.sweep import single_layer_sweep
     from proxyq.quantize import quantize_columns
 
     torch.set_num_threads(threads)
@@ -103,7 +76,7 @@ def main():
         from safetensors.torch import load_file
 
         module.load_state_dict(load_file(args.weights), strict=False)
-    scale = proxyq.Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    scale = proxyq.Preprocessing(mean=MEAN, std=STD)
     model = proxyq.from_torch(module, (3, 32, 32), preprocessing=scale)
     pixels = np.random.default_rng(args.seed).integers(0, 256, (args.images, 32, 32, 3), np.uint8)
     noise = proxyq.Data(name="noise", images=pixels)

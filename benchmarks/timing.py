@@ -91,6 +91,26 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
+def growth_mib(function: Callable[[], Any]) -> float:
+    """How much more memory this process holds at most during a call than before it, in MiB."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # forget the peak so far
+
+        def held(field: str) -> float:
+            with open("/proc/self/status") as file:
+                line = next(line for line in file if line.startswith(field))
+            return int(line.split()[1]) / 1024
+
+        before = held("VmRSS")
+        function()
+        return held("VmHWM") - before
+    except OSError:  # no Linux: what the peak rose by
+        before = peak_mib()
+        function()
+        return peak_mib() - before
+
+
 def heading(text: str, threads: int) -> str:
     """What is measured, with which versions, and how busy the machine is."""
     import jax
