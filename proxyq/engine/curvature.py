@@ -137,7 +137,8 @@ def _mean_and_error(
     number = np.maximum(counts, 1)
     mean = sums / number
     variance = np.maximum(squares / number - mean**2, 0.0) * number / np.maximum(number - 1, 1)
-    return mean, np.sqrt(variance / number)
+    # One draw tells nothing of how far it may be off.
+    return mean, np.where(counts > 1, np.sqrt(variance / number), np.inf)
 
 
 def _unfinished(

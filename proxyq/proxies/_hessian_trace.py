@@ -73,7 +73,8 @@ def hessian_trace(
     values = np.maximum(found.trace, 0.0) / sizes
     notes = {
         "trace": found.trace.tolist(),
-        "standard_error": found.error.tolist(),
+        # one probe alone has none
+        "standard_error": [e if np.isfinite(e) else None for e in found.error.tolist()],
         "probes": found.probes.tolist(),
     }
     if not taps.activation_bits:
