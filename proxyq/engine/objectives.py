@@ -50,13 +50,16 @@ def curvature_probe(logits: Any, signs: Any) -> Any:
     The Hessian of the cross-entropy is `diag(p) - p p' = L L'` with
     `L = diag(sqrt p) - p sqrt(p)'`. For random signs the gradients of this by anything are
     draws with the Gauss-Newton matrix as their second moment: `E[g g'] = J' L E[u u'] L' J`.
-    Unlike gradients at sampled labels they are never rare and large.
+    Unlike gradients at sampled labels they are never rare and large. Of several predictions of
+    an image, whose cross-entropies are averaged, each has its own signs.
     """
     p = jax.lax.stop_gradient(jax.nn.softmax(logits.astype(jnp.float32)))
     root = jnp.sqrt(p)
     # L u = sqrt(p) u - p (sqrt(p) . u)
     slope = root * signs - p * jnp.sum(root * signs, axis=-1, keepdims=True)
-    return _per_image(jnp.sum(slope * logits, axis=-1))
+    each = jnp.sum(slope * logits, axis=-1).reshape(len(logits), -1)
+    # The mean of T cross-entropies has the Hessian L L' / T.
+    return jnp.sum(each, axis=1) / np.sqrt(each.shape[1])
 
 
 OBJECTIVES: dict[str, Objective] = {
