@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from proxyq.checkpoint import Checkpoint
 from proxyq.errors import ProxyqError, UsageError
@@ -183,16 +184,17 @@ def train_step_sizes(
         nothing = jax.tree.map(jnp.zeros_like, values)
         state = _State(values, nothing, np.asarray(signed), [])
 
+    # lr = end + (begin - end) (1 + cos(pi t / T)) / 2
+    share = final_learning_rate / learning_rate if learning_rate else 0.0
+    rate = optax.cosine_decay_schedule(learning_rate, total, alpha=share)
     for step in range(len(state.losses), total):
-        # lr = end + (begin - end) (1 + cos(pi t / T)) / 2
-        fall = (1 + math.cos(math.pi * step / total)) / 2
         values, velocity, losses = trainer.step(
             state.values,
             state.velocity,
             state.signed,
             trainer.settings_of_step(draw_key, step, random_passes),
             *batch(step),
-            rate=final_learning_rate + (learning_rate - final_learning_rate) * fall,
+            rate=float(rate(step)),
             momentum=momentum,
             decay=weight_decay,
         )
@@ -410,24 +412,29 @@ class Trainer:
         self, values: Values, velocity: Values, gradient: Values, numbers: Any
     ) -> tuple[Values, Values]:
         rate, momentum, decay = numbers
-
-        def one(value: Any, speed: Any, slope: Any, alone: int) -> tuple[Any, Any]:
-            # The first `alone` axes count what are parameters of their own in published code.
-            inner = tuple(range(alone, value.ndim))
-            moved = jnp.any(slope != 0, axis=inner, keepdims=True)
-            slope = jnp.clip(slope, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
-            # g = clip(dL/dp, -1, 1) + lambda p;  v = mu v + g;  p = p - lr (g + mu v)
-            if len(inner) >= 2:
-                slope = slope + decay * value
-            faster = momentum * speed + slope
-            stepped = value - rate * (slope + momentum * faster)
-            return jnp.where(moved, stepped, value), jnp.where(moved, faster, speed)
-
-        axes = Values({name: int(name in self.follows) for name in self.trained}, 2, 2)
-        pairs = jax.tree.map(one, values, velocity, gradient, axes)
-        new, speeds = jax.tree.transpose(
-            jax.tree.structure(values), jax.tree.structure((0, 0)), pairs
+        # The first `alone` axes count what are parameters of their own in published code.
+        alone = Values({name: int(name in self.follows) for name in self.trained}, 2, 2)
+        # g = clip(dL/dp, -1, 1) + lambda p;  v = mu v + g;  p = p - lr (g + mu v)
+        rule = optax.chain(
+            optax.clip(_LARGEST_GRADIENT),
+            optax.add_decayed_weights(
+                decay, mask=jax.tree.map(lambda p, first: p.ndim - first >= 2, values, alone)
+            ),
+            optax.trace(decay=momentum, nesterov=True),
+            optax.scale(-rate),
         )
+        before: Any = list(rule.init(values))  # type: ignore[arg-type]
+        before[2] = optax.TraceState(trace=velocity)  # type: ignore[arg-type]
+        updates, after = rule.update(gradient, tuple(before), values)  # type: ignore[arg-type]
+        stepped = optax.apply_updates(values, updates)  # type: ignore[arg-type]
+
+        def moved(slope: Any, first: int) -> Any:
+            return jnp.any(slope != 0, axis=tuple(range(first, slope.ndim)), keepdims=True)
+
+        # What has no gradient at all stays as it is, its velocity too.
+        moves = jax.tree.map(moved, gradient, alone)
+        new = jax.tree.map(jnp.where, moves, stepped, values)
+        speeds = jax.tree.map(jnp.where, moves, after[2].trace, velocity)  # type: ignore[union-attr]
         return Values(new.params, *(jnp.clip(t, *STEP_RANGE) for t in new[1:])), speeds
 
     def _look(self, values: Values, fixed: Any, inputs: Any) -> tuple[Any, Any]:

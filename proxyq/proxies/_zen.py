@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.engine import NO_EDIT, Engine, Taps
+from proxyq.errors import UsageError
 from proxyq.proxies.proxy import register
 
 
@@ -31,8 +32,12 @@ from proxyq.proxies.proxy import register
 )
 def zen(taps: Taps, *, key: Any, images: int = 32, step: float = 0.01) -> np.ndarray:
     """How far the output moves when noise of the input does."""
+    if images < 1 or not 0 < step < 1:
+        raise UsageError(
+            f"`images` of zen must be at least 1 and `step` between 0 and 1, got {images} and {step}."
+        )
     model = taps.engine.network.model
-    engine = Engine.build(model, max(images, 1))
+    engine = Engine.build(model, images)
     moved = np.zeros(len(engine.network.sites))
     keys = jax.random.split(key)
     shapes = model.example(images)

@@ -12,7 +12,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Cache:
             "code": code_digest(),
             "versions": provenance()["versions"],
             "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),  # sums are split over threads
+            "cores": _cores(),  # sums are split over threads
             **settings,
         }
 
@@ -72,11 +72,9 @@ class Cache:
         own = {"proxy": proxy.name, "options": proxy.check_options(options)}
         return _digest({**facts, **own, "kernel": _source_digest(proxy.kernel)})
 
-    def group_key(
-        self, facts: Mapping[str, Any], options: Mapping[str, Any], needs: Iterable[str]
-    ) -> str:
+    def group_key(self, facts: Mapping[str, Any]) -> str:
         """The name of the checkpoint of taps that several proxies share."""
-        return _digest({**facts, "tap_options": dict(options), "needs": list(needs)})
+        return "" if self.folder is None else _digest(facts)
 
     def checkpoint(self, key: str) -> Checkpoint:
         """Where an unfinished computation keeps how far it is."""
@@ -137,6 +135,12 @@ class Cache:
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def graph_digest(model: Model) -> str:

@@ -179,6 +179,9 @@ class Proxy:
                 f"{taps.layers[0].name!r} on, so it tells nothing apart: check the model's weights "
                 "and the data, or use another proxy."
             )
+        notes = dict(result.notes)
+        if settings.get("labels") == "auto":
+            notes["labels"] = taps.targets.how
         activations = result.activations
         if activations is not None:
             wanted = (len(taps), len(taps.activation_bits))
@@ -192,7 +195,7 @@ class Proxy:
             activations=activations if taps.activation_bits else None,
             activation_bits=taps.activation_bits,
             options=settings,
-            notes=dict(result.notes),
+            notes=notes,
             seconds=time.perf_counter() - started,
         )
 

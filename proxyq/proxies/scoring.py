@@ -95,7 +95,10 @@ def score(
     )
     answers: dict[int, Scores] = {}
     for group in grouped(requests):
-        keys = {index: cache.key(facts, *requests[index]) for index in group.members}
+        # What is recorded together is compiled together, which decides the last digits: an
+        # answer from the cache must not depend on what else was asked for back then.
+        recorded = {**facts, "tap_options": group.options, "needs": list(group.needs)}
+        keys = {index: cache.key(recorded, *requests[index]) for index in group.members}
         missing = []
         for index, key in keys.items():
             found = cache.load(key, model)
@@ -103,12 +106,13 @@ def score(
                 missing.append(index)
             else:
                 answers[index] = found
-                logger.info("the scores of %s come from the cache.", requests[index][0].name)
+        if known := [requests[index][0].name for index in keys if index in answers]:
+            logger.info("from the cache: %s", ", ".join(known))
         if not missing:
             continue
         # All that the group needs, also for those that are done: a run that goes on after a
         # kill compiles the same programs, so its last digits are the same.
-        shared = cache.checkpoint(cache.group_key(facts, group.options, group.needs))
+        shared = cache.checkpoint(cache.group_key(recorded))
         started = time.perf_counter()
         try:
             options = TapOptions(**group.options)
@@ -143,7 +147,7 @@ def score(
         seconds = time.perf_counter() - started
         if len(missing) > 1:
             names = ", ".join(requests[index][0].name for index in missing)
-            logger.debug("%.2f s: what %s share", seconds, names)
+            logger.debug("%.2f s: passes for %s", seconds, names)
             seconds = 0.0
         for index in missing:
             proxy, own = requests[index]
@@ -156,7 +160,8 @@ def score(
                 failed(proxy, error)
                 continue
             answers[index] = found
-            logger.debug("%.2f s: %s", seconds + found.seconds, proxy.name)
+            if (spent := seconds + found.seconds) >= 0.005:
+                logger.debug("%.2f s: %s", spent, proxy.name)
             cache.save(keys[index], found)
             kept.clear()
         shared.clear()
