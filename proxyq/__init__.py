@@ -14,9 +14,11 @@ from proxyq.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from proxyq.api import Evaluation as Evaluation
+    from proxyq.api import allocate as allocate
     from proxyq.api import evaluate as evaluate
     from proxyq.api import inspect as inspect
     from proxyq.api import quantize_model as quantize_model
+    from proxyq.api import score as score
     from proxyq.data import Data as Data
     from proxyq.data import load_data as load_data
     from proxyq.engine import Engine as Engine
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from proxyq.search.allocate import Status as Status
     from proxyq.search.allocate import solve as solve
     from proxyq.search.allocate.plan import Plan as Plan
+    from proxyq.search.scores_file import ScoreFile as ScoreFile
 
 # Public names by the module that defines them, in the order of the walk.
 _PUBLIC = {
@@ -60,7 +63,15 @@ _PUBLIC = {
         "solve",
     ),
     "proxyq.search.allocate.plan": ("Plan",),
-    "proxyq.api": ("inspect", "evaluate", "quantize_model", "Evaluation"),
+    "proxyq.search.scores_file": ("ScoreFile",),
+    "proxyq.api": (
+        "inspect",
+        "score",
+        "allocate",
+        "evaluate",
+        "quantize_model",
+        "Evaluation",
+    ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

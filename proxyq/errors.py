@@ -31,7 +31,10 @@ def near(name: str, known: "list[str] | tuple[str, ...]") -> str:
     """`did you mean …?` for a mistyped name, or the list of what there is."""
     import difflib
 
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    # Upper for lower case is the nearest there can be, though no sign may be the same.
+    close = [one for one in known if one.lower() == name.lower()] or difflib.get_close_matches(
+        name, known, n=3, cutoff=0.5
+    )
     if close:
         return "did you mean " + " or ".join(repr(match) for match in close) + "?"
     return "known are " + ", ".join(sorted(known)) + "."

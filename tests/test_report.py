@@ -191,7 +191,7 @@ def test_listings():
     assert lines[-1].split() == ["12", "layers", "35,600", "811", "k"]
     assert max(map(len, lines)) <= 88
     text = "\n".join(shown(proxies_table(PROXIES)))
-    assert "orthogonality" in text and "layers, bits" in text
+    assert "orthogonality" in text and "curvature" in text
     assert "OMPQ" in "\n".join(shown(recipes_table(map(load_recipe, available_recipes()))))
 
 

@@ -1,9 +1,11 @@
 """The library calls behind the commands: one file for each.
 
-`search` walks the whole road (model, data, proxy, allocation, plan, accuracy); `evaluate`
-measures plans; `quantize_model` applies one; `inspect` shows what a model is made of.
+`search` walks the whole road (model, data, proxy, allocation, plan, accuracy); `score` and
+`allocate` are its two halves, with a file between them; `evaluate` measures plans;
+`quantize_model` applies one; `inspect` shows what a model is made of.
 """
 
+from proxyq.api.allocate import allocate as allocate
 from proxyq.api.evaluate import Evaluation as Evaluation
 from proxyq.api.evaluate import Measured as Measured
 from proxyq.api.evaluate import evaluate as evaluate
@@ -18,5 +20,6 @@ from proxyq.api.method import Method as Method
 from proxyq.api.method import method_of as method_of
 from proxyq.api.quantize import check_plan_fits as check_plan_fits
 from proxyq.api.quantize import quantize_model as quantize_model
+from proxyq.api.score import score as score
 from proxyq.api.search import DEFAULT_BUDGET as DEFAULT_BUDGET
 from proxyq.api.search import search as search

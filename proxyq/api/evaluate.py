@@ -1,6 +1,7 @@
 """`evaluate`: the measured accuracy of plans, beside the float network and a uniform plan."""
 
 import glob
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 from proxyq.ptq.quantized import QuantizedModel
 from proxyq.search.allocate import build_problem, solve
+from proxyq.search.allocate.latency import load_latency
 from proxyq.search.allocate.plan import Plan, PlannedLayer
 from proxyq.search.allocate.usage import Latencies
 
@@ -96,18 +98,20 @@ def evaluate(
     samples: int = DEFAULT_SAMPLES,
     seed: int | None = None,
     memory: int | None = None,
-    latency: Latencies | None = None,
+    latency: str | os.PathLike[str] | Latencies | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Measured accuracy of plans, beside the float network and a uniform one.
 
     `data` are the unlabelled images for the correction and the activation ranges; the
-    correction is each plan's own unless given. `latency` is the table that plans with a budget
-    on latency were made with: without it they get no uniform rival.
+    correction is each plan's own unless given. `latency` is the table (or its file) that plans
+    with a budget on latency were made with: without it they get no uniform rival.
     """
     if not plans:
         raise UsageError("`plans` must hold at least one plan.")
     check_correction(correction)
+    if isinstance(latency, (str, os.PathLike)):
+        latency = load_latency(latency)
     model = as_model(model)
     calibration = as_data(data, model)
     inputs = None if calibration is None else inputs_of(calibration, model, samples, seed)

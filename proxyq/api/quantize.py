@@ -59,7 +59,10 @@ def rounding_of(plan: Plan) -> Rounding:
             f"the plan's field 'method.rounding' may hold {', '.join(sorted(known))}, got "
             f"{record!r}."
         )
-    return Rounding(**record)
+    try:
+        return Rounding(**record)
+    except UsageError as error:
+        raise ProxyqError(f"the plan has a bad field 'method.rounding': {error}") from None
 
 
 def check_plan_fits(model: Model, plan: Plan) -> None:

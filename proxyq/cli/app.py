@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from proxyq.cli import evaluate, inspect, models, proxies, recipes, search
+from proxyq.cli import allocate, evaluate, inspect, models, proxies, recipes, score, search
 from proxyq.cli.errors import INTERRUPTED, explain
 from proxyq.cli.output import print_text
 from proxyq.version import __version__
@@ -26,6 +26,8 @@ app = typer.Typer(
     "needs nothing, and searches the embedded digits network.",
 )
 app.command()(search.search)
+app.command()(score.score)
+app.command()(allocate.allocate)
 app.command()(evaluate.evaluate)
 app.command()(inspect.inspect)
 app.command()(proxies.proxies)
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _stop)  # a process of its own
+        _open_what_is_closed()
     try:
         return _run(arguments)
     except BrokenPipeError:
@@ -91,6 +94,24 @@ def _run(arguments: Sequence[str] | None) -> int:
         text, code = explain(error)
         print(f"proxyq: {text}", file=sys.stderr)
     return code
+
+
+def _open_what_is_closed() -> None:
+    """Discard what goes to a stream that was closed (`>&-`), which Python shows as `None`.
+
+    Its number is taken too, or the next file that is opened would get it, and what libraries
+    print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        with contextlib.suppress(OSError):
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            mode = "r" if number == 0 else "w"
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
 
 
 def _discard_output() -> None:

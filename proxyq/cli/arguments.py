@@ -29,6 +29,20 @@ def positive_numbers(text: str, option: str, *, most: int | None = None) -> tupl
     return values
 
 
+def activation_bits(text: str | None) -> int | tuple[int, ...] | str | None:
+    """`8`, `4,8`, `weights` or `float`."""
+    if text in (None, "weights", "float"):
+        return text
+    try:
+        values = numbers(text, "--activation-bits")
+    except UsageError:
+        raise UsageError(
+            "--activation-bits must be a bit-width, several with commas between, 'weights' or "
+            f"'float', got {text!r}."
+        ) from None
+    return values[0] if len(values) == 1 else values
+
+
 def key_values(texts: Iterable[str] | None, option: str) -> dict[str, Any]:
     """`KEY=VALUE` texts to a dictionary; values that look like numbers or truths are those."""
     found: dict[str, Any] = {}

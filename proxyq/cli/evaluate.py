@@ -20,6 +20,7 @@ def evaluate(
     weights: o.Weights = None,
     input_shape: o.InputShape = None,
     correction: o.PlanCorrection = None,
+    latency_table: o.LatencyFile = None,
     seed: o.Seed = None,
     memory: o.Memory = None,
     json: o.AsJson = False,
@@ -58,6 +59,7 @@ def evaluate(
             samples=api.DEFAULT_SAMPLES if samples is None else samples,
             seed=seed,
             memory=bound,
+            latency=latency_table,
             progress=progress,
         ).to_json()
 

@@ -83,6 +83,54 @@ RecipeName = Annotated[
         help="A published method as a whole; `proxyq recipes` lists them.",
     ),
 ]
+ProxyNames = Annotated[
+    list[str] | None,
+    _option(
+        "--proxy",
+        metavar="NAME|all",
+        panel=METHOD,
+        help="What measures how sensitive a layer is; repeatable; all: every one that does not "
+        "train. `proxyq proxies` lists them.",
+    ),
+]
+ScoreOptions = Annotated[
+    list[str] | None,
+    _option(
+        "--option",
+        metavar="[PROXY.]KEY=VALUE",
+        panel=METHOD,
+        help="An option of one proxy, or of all that have it; repeatable.",
+    ),
+]
+WhoseScores = Annotated[
+    str | None,
+    _option(
+        "--proxy",
+        metavar="NAME",
+        panel=METHOD,
+        help="Whose scores, where the file holds those of several proxies.",
+    ),
+]
+Cost = Annotated[
+    str | None,
+    _option(
+        "--cost",
+        metavar="NAME",
+        panel=METHOD,
+        help="How an importance becomes costs: linear-bits, times-dw2, times-relative-dw2, "
+        "times-relative-dw or exponential. Default: the proxy's own, or the recipe's.",
+    ),
+]
+ShownProxy = Annotated[
+    str | None,
+    typer.Argument(metavar="NAME", show_default=False, help="Tell all about this one."),
+]
+ScoresFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="SCORES.json", show_default=False, help="The file that `proxyq score` wrote."
+    ),
+]
 ProxyOptions = Annotated[
     list[str] | None,
     _option(
@@ -107,9 +155,11 @@ ActivationBits = Annotated[
     str | None,
     _option(
         "--activation-bits",
-        metavar="N|float",
+        metavar="8|4,8|weights|float",
         panel=LAYERS,
-        help="Bits of every layer's input. Default: float, or the recipe's.",
+        help="Bits of every layer's input; several to choose from, by a proxy that measures "
+        "activations too; weights: as many as the layer's weights. Default: float, or the "
+        "recipe's.",
     ),
 ]
 ExtraCode = Annotated[
@@ -141,6 +191,16 @@ Ties = Annotated[
         help="Layers that share one bit-width; repeatable.",
     ),
 ]
+TiesByFile = Annotated[
+    list[str] | None,
+    _option(
+        "--tie",
+        metavar="PATTERN",
+        panel=LAYERS,
+        help="Layers that share one bit-width; same-feature: those that hand on one tensor; "
+        "same-input: those that read one; repeatable.",
+    ),
+]
 Candidates = Annotated[
     list[str] | None,
     _option(
@@ -159,7 +219,26 @@ Budgets = Annotated[
         metavar="KIND=AMOUNT",
         panel=BUDGETS,
         help="A hard limit; repeatable, all hold at once: size=3bit (average over the searched "
-        "layers), size=1.5MiB, bops=75G, macs-bits=12G. Default: size=4bit.",
+        "layers), size=1.5MiB, size=50% (of the way from least to most), bops=75G, "
+        "macs-bits=12G, latency=3ms. Default: size=4bit.",
+    ),
+]
+AskedBudgets = Annotated[
+    list[str] | None,
+    _option(
+        "--budget",
+        metavar="KIND=AMOUNT",
+        panel=BUDGETS,
+        help="A hard limit, as for `proxyq search`; repeatable, all hold at once.",
+    ),
+]
+LatencyFile = Annotated[
+    str | None,
+    _option(
+        "--latency-table",
+        metavar="FILE",
+        panel=BUDGETS,
+        help="What layers take at each bit-width (JSON), for budgets on latency.",
     ),
 ]
 SolverName = Annotated[
@@ -276,6 +355,10 @@ Out = Annotated[
     str | None,
     _option("--out", metavar="PLAN.json", panel=RESULT, help="Write the plan to this file."),
 ]
+OutScores = Annotated[
+    str | None,
+    _option("--out", metavar="SCORES.json", panel=RESULT, help="Write the scores to this file."),
+]
 Plot = Annotated[
     str | None,
     _option(
@@ -317,8 +400,8 @@ CacheDir = Annotated[
         "--cache-dir",
         metavar="DIR",
         panel=RUN,
-        help="Where compiled programs are kept. Default: $PROXYQ_CACHE_DIR, or proxyq in the "
-        "user's cache folder.",
+        help="Where compiled programs and finished scores are kept. Default: $PROXYQ_CACHE_DIR, "
+        "or proxyq in the user's cache folder.",
     ),
 ]
 NoCache = Annotated[bool, _option("--no-cache", panel=RUN, help="Keep and use no cache.")]

@@ -1,11 +1,19 @@
 """`proxyq proxies`: what there is to measure sensitivity with."""
 
+from typing import Any
+
 from proxyq.cli import options as o
-from proxyq.cli.output import print_blocks, print_json
+from proxyq.cli.output import print_blocks, print_json, print_text
 from proxyq.cli.runtime import working
+
+FIELDS = (
+    *("name", "direction", "needs", "passes", "cost_class", "shape", "cost", "activations"),
+    *("baseline", "reference", "summary", "options", "fixed"),
+)
 
 
 def proxies(
+    name: o.ShownProxy = None,
     seed: o.UnusedNumber = None,
     json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -13,15 +21,24 @@ def proxies(
     no_cache: o.UnusedFlag = False,
     device: o.UnusedDevice = None,
 ) -> None:
-    """List the proxies."""
+    """List the proxies, or tell all about one."""
     with working(no_cache=True, quiet=True):
         from proxyq.proxies import PROXIES
 
-        found = list(PROXIES)
-    if json:
-        names = ("name", "direction", "needs", "passes", "shape", "reference", "summary", "options")
-        print_json([{name: getattr(proxy, name) for name in names} for proxy in found])
-        return
-    from proxyq.report.tables import proxies_table
+        found = list(PROXIES) if name is None else [PROXIES.get(name)]
+    from proxyq.report.tables import proxies_table, proxy_docs, proxy_text
 
-    print_blocks(proxies_table(found))
+    if json and name is None:
+        print_json([_record(proxy) for proxy in found])
+    elif json:
+        print_json({**_record(found[0]), "docs": proxy_docs(found[0])})
+    elif name is None:
+        print_blocks(proxies_table(found))
+    else:
+        print_text(proxy_text(found[0]))
+
+
+def _record(proxy: Any) -> dict[str, Any]:
+    record = {field: getattr(proxy, field) for field in FIELDS}
+    # A cost for each bit-width needs no mapping.
+    return {**record, "cost": proxy.cost if proxy.shape == "layers" else None}

@@ -17,7 +17,8 @@ from proxyq.progress import Progress, silent
 
 DEVICES = ("cpu", "gpu", "tpu")
 CACHE_BYTES = 1 << 30
-"""Compiled programs kept at most; the oldest go first."""
+"""Compiled programs kept at most, and scores likewise; the oldest go first."""
+CHECKPOINT_SECONDS = 10.0
 
 
 @contextlib.contextmanager
@@ -27,10 +28,12 @@ def working(
     cache_dir: str | None = None,
     no_cache: bool = False,
     quiet: bool = False,
+    times: bool = False,
 ) -> Iterator[Progress]:
     """Run the body on `device`, its programs cached; gives what reports progress.
 
-    What the body prints goes to stderr: stdout belongs to the result.
+    What the body prints goes to stderr: stdout belongs to the result. So does what the
+    library notes, with `times` also how long things took.
 
     **Raises** `UsageError` for an unknown device, `ProxyqError` for one that is not there.
     """
@@ -38,6 +41,7 @@ def working(
         raise UsageError(f"unknown device {device!r}: {near(device, DEVICES)}")
     with (
         _silence(),
+        _notes(logging.CRITICAL if quiet else logging.DEBUG if times else logging.INFO),
         _bar(enabled=not quiet and sys.stderr.isatty()) as progress,
         contextlib.redirect_stdout(sys.stderr),
     ):
@@ -112,6 +116,35 @@ def _use_cache(folder: Path | None, *, quiet: bool) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def score_folder(cache_dir: str | None, *, no_cache: bool) -> str | None:
+    """The folder of finished scores, shrunk to its bound; `None` where none can be kept."""
+    if no_cache:
+        return None
+    folder = cache_folder(cache_dir) / "scores"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            return None  # said already, of the folder of programs beside it
+        _shrink(folder)
+    except OSError:
+        return None
+    return str(folder)
+
+
+def checkpoint_seconds() -> float:
+    """Seconds between two savings of how far a long computation is."""
+    text = os.environ.get("PROXYQ_CHECKPOINT_SECONDS", "")
+    try:
+        seconds = float(text or CHECKPOINT_SECONDS)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise UsageError(
+            f"PROXYQ_CHECKPOINT_SECONDS must be a number of seconds of at least 0, got {text!r}."
+        )
+    return seconds
+
+
 def _processor() -> str:
     """What tells kinds of processors apart: the features that compilers use."""
     features = f"{platform.machine()} {platform.processor()}"
@@ -127,10 +160,12 @@ def _processor() -> str:
 def _shrink(folder: Path) -> None:
     """Delete the oldest entries beyond `CACHE_BYTES`; another process may do so too."""
     found = []
-    for entry in os.scandir(folder):
-        with contextlib.suppress(OSError):
-            info = entry.stat()
-            found.append((info.st_mtime, info.st_size, entry.path))
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            path = os.path.join(parent, name)
+            with contextlib.suppress(OSError):
+                info = os.stat(path)
+                found.append((info.st_mtime, info.st_size, path))
     excess = sum(size for _, size, _ in found) - CACHE_BYTES
     for _, size, path in sorted(found):
         if excess <= 0:
@@ -163,6 +198,27 @@ def _silence() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _notes(level: int) -> Iterator[None]:
+    """Show what the library logs, from this level on."""
+    logger, handler = logging.getLogger("proxyq"), _Sayer()
+    before = logger.level
+    logger.setLevel(level)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+class _Sayer(logging.Handler):
+    """Lines for people on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(" ".join(record.getMessage().split()))
 
 
 @contextlib.contextmanager

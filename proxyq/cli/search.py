@@ -1,10 +1,12 @@
 """`proxyq search`: a bit-width for every layer."""
 
 from proxyq.cli import options as o
+from proxyq.cli.arguments import activation_bits as parse_activation_bits
 from proxyq.cli.arguments import byte_count, key_values, numbers
 from proxyq.cli.models import load
-from proxyq.cli.output import print_blocks, print_text, say
-from proxyq.cli.runtime import working
+from proxyq.cli.output import say
+from proxyq.cli.plans import check_results, save_plan, show_plan, tell_unused_pins
+from proxyq.cli.runtime import score_folder, working
 
 
 def search(
@@ -12,6 +14,7 @@ def search(
     proxy: o.ProxyName = None,
     recipe: o.RecipeName = None,
     option: o.ProxyOptions = None,
+    cost: o.Cost = None,
     bits: o.Bits = None,
     activation_bits: o.ActivationBits = None,
     extra_code: o.ExtraCode = None,
@@ -21,6 +24,7 @@ def search(
     budget: o.Budgets = None,
     solver: o.SolverName = None,
     time_limit: o.TimeLimit = 60.0,
+    latency_table: o.LatencyFile = None,
     data: o.CalibrationData = None,
     samples: o.Samples = None,
     eval_data: o.EvalData = None,
@@ -46,19 +50,11 @@ def search(
 
     Without arguments: the embedded digits network at 4 bits on average.
     """
-    from proxyq.files import check_writable, write_atomic
-    from proxyq.report.plots import check_format, draw_plan
-
     widths = None if bits is None else numbers(bits, "--bits")
-    activations = activation_bits
-    if activation_bits not in (None, "float"):
-        activations = numbers(activation_bits, "--activation-bits")[0]
+    activations = parse_activation_bits(activation_bits)
     settings = key_values(option, "--option")
     bound = None if memory is None else byte_count(memory, "--memory")
-    if plot is not None:
-        check_format(plot)
-    for file in filter(None, (out, plot)):
-        check_writable(file)
+    check_results(out, plot=plot)
 
     with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
         from proxyq import api
@@ -88,28 +84,21 @@ def search(
             candidates=candidates or (),
             solver=solver,
             time_limit=time_limit,
+            latency=latency_table,
             options=settings,
+            cost=cost,
+            cache_dir=score_folder(cache_dir, no_cache=no_cache),
             seed=seed,
             memory=bound,
             evaluate=evaluate,
             eval_data=eval_data,
             progress=progress,
         )
-        if out is not None:
-            plan.save(out)
-        if plot is not None:
-            write_atomic(plot, draw_plan(plan, plot))
+        save_plan(plan, out, plot)
         kinds = {layer.name: layer.kind for layer in api.inspect(loaded).layers}
 
     if not budget:
         taken = plan.budgets[0]
         say(f"no --budget given: took {taken.name}={taken.asked:g}{taken.unit}.", quiet=quiet)
-    if json:
-        print_text(plan.to_json())
-        return
-    from proxyq.report.tables import accuracy_table, plan_summary, plan_table
-
-    accuracy = accuracy_table(plan.measured) if plan.measured else None
-    print_blocks(plan_table(plan, kinds), plan_summary(plan), accuracy)
-    for file in filter(None, (out, plot)):
-        say(f"wrote {file}", quiet=quiet)
+    tell_unused_pins(pin, list(plan.layers), quiet=quiet)
+    show_plan(plan, kinds, json=json, quiet=quiet, files=(out, plot))

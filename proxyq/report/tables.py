@@ -3,14 +3,18 @@
 Nothing here prints. Give the tables to a `rich.console.Console`.
 """
 
+import inspect
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from proxyq.search.allocate.budget import PICOSECONDS, SHARE
 from proxyq.search.allocate.plan import FLOAT_BITS, Plan, PlannedBudget, PlannedLayer
 from proxyq.search.allocate.text import elided, wrapped
 
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from proxyq.model.network import Network
     from proxyq.proxies import Proxy
     from proxyq.search.recipes import Recipe
+    from proxyq.search.scores_file import ScoreFile
 
 WIDTH = 88
 BAR = 8
@@ -36,7 +41,7 @@ class Column:
     @property
     def width(self) -> int:
         """Characters of the widest cell."""
-        return max(len(cell) for cell in (self.head, self.foot, *self.cells))
+        return max(len(cell) for cell in (*self.head.split("\n"), self.foot, *self.cells))
 
 
 def short_names(names: Sequence[str], width: int) -> list[str]:
@@ -181,7 +186,8 @@ def plan_summary(plan: Plan) -> str:
         proven = {"optimal": "optimal, proven", "feasible": "feasible, not proven best"}
         parts = [proven[solver.status], f"solver {solver.name}", f"cost {solver.objective:.4g}"]
         parts += [] if solver.bound is None else [f"bound {solver.bound:.4g}"]
-        parts += [] if solver.gap is None else [f"gap {100 * solver.gap:.3g} %"]
+        # What is below is rounding of the solver, not a gap.
+        parts += [] if solver.gap is None else [f"gap {round(100 * solver.gap, 6):.3g} %"]
         parts += [] if solver.seconds is None else [f"{solver.seconds:.2f} s"]
         lines += wrapped(parts)
     for budget in plan.budgets:
@@ -192,13 +198,22 @@ def plan_summary(plan: Plan) -> str:
 
 def _budget_lines(budget: PlannedBudget, plan: Plan) -> list[str]:
     unit = budget.unit if budget.unit in ("", *"kMGT") else f" {budget.unit}"
-    share = f" ({100 * budget.achieved / budget.asked:.1f} %)" if budget.asked else ""
-    first = f"{budget.name}: {budget.achieved:.5g} of {budget.asked:.5g}{unit}{share}"
+    first = f"{budget.name}: {budget.achieved:.5g} of {budget.asked:.5g}{unit}"
+    if budget.unit != SHARE and budget.asked:
+        first += f" ({100 * budget.achieved / budget.asked:.1f} %)"
     return [first, f"  counted: {counted(budget, plan)}"]
 
 
 def counted(budget: PlannedBudget, plan: Plan) -> str:
-    """What goes into a budget, in words."""
+    """What goes into a budget, in words; of a share what its ends are, on a line before."""
+    what = _what_counts(budget, plan)
+    if budget.unit != SHARE or budget.low is None or budget.high is None:
+        return what
+    least, most = (_raw(budget.name, amount) for amount in (budget.low, budget.high))
+    return f"the way from {least} (0 %) to {most} (100 %)\n  of {what}"
+
+
+def _what_counts(budget: PlannedBudget, plan: Plan) -> str:
     layers = len(plan.layers)
     pinned = sum(layer.pinned for layer in plan.layers.values())
     if budget.name == "size" and budget.unit == "bit":
@@ -209,7 +224,18 @@ def counted(budget: PlannedBudget, plan: Plan) -> str:
         return f"weights of {everything}; not scales, biases"
     if budget.name == "bops":
         return f"MACs × weight bits × activation bits (float: 32), {everything}"
+    if budget.name == "latency":
+        return f"time by the latency table: {everything}, and the rest of the network"
     return f"MACs × weight bits, {everything}"
+
+
+def _raw(name: str, amount: int) -> str:
+    """A raw amount of a budget (bits, operations, picoseconds) as people read it."""
+    if name == "size":
+        return f"{_kib(amount)} KiB"
+    if name == "latency":
+        return f"{amount / PICOSECONDS['ms']:.4g} ms"
+    return _count(amount)
 
 
 # -- accuracy --------------------------------------------------------------------------
@@ -276,17 +302,120 @@ def _count(number: int) -> str:
 
 
 def proxies_table(proxies: Iterable["Proxy"]) -> Table:
-    """A line or two for each proxy: shape, passes, needs, what it measures."""
-    table = _empty()
+    """A few lines for each proxy: cost class, passes, needs, what it measures."""
+    proxies = list(proxies)
+    directions = {proxy.direction for proxy in proxies}
+    # What holds for all is said once.
+    alike = directions.pop() if len(directions) == 1 else None
+    table = _empty(caption=None if alike is None else f"of all: {alike}")
     table.add_column("proxy", no_wrap=True)
-    table.add_column("gives", no_wrap=True)
+    table.add_column("cost", no_wrap=True)
     table.add_column("passes", max_width=15)
-    table.add_column("needs", max_width=13)
+    table.add_column("needs", max_width=16)
+    if alike is None:
+        table.add_column("direction", max_width=12)
     table.add_column("what it measures", ratio=1)
     for proxy in proxies:
-        gives = ", ".join(proxy.shape.split())  # what its array counts
-        table.add_row(proxy.name, gives, proxy.passes, ", ".join(proxy.needs), proxy.summary)
+        cells = [proxy.name, proxy.cost_class, proxy.passes, ", ".join(proxy.needs)]
+        cells += [proxy.direction] if alike is None else []
+        table.add_row(*cells, proxy.summary)
     return table
+
+
+def proxy_text(proxy: "Proxy") -> str:
+    """All there is to say of a proxy, and what its module says of itself."""
+    from proxyq.proxies import COST_CLASSES, COSTS
+
+    per_bit = proxy.shape == "layers bits"
+    gives = "a cost for each layer and bit-width" if per_bit else "an importance for each layer"
+    facts = {
+        "gives": f"{gives}; {proxy.direction}",
+        "activations": "costs of rounding what layers read, too" if proxy.activations else "",
+        "cost": "" if per_bit else f"{proxy.cost}: {COSTS[proxy.cost]}",
+        "needs": ", ".join(proxy.needs),
+        "passes": proxy.passes,
+        "class": f"{proxy.cost_class}: {COST_CLASSES[proxy.cost_class]}",
+        "options": ", ".join(f"{key}={_option(value)}" for key, value in proxy.options.items()),
+        "fixed": ", ".join(f"{key}={_option(value)}" for key, value in proxy.fixed.items()),
+        "reference": proxy.reference,
+    }
+    lines = [proxy.name, *textwrap.wrap(proxy.summary, WIDTH), ""]
+    for name, text in facts.items():
+        if text:
+            lines += textwrap.wrap(
+                text,
+                WIDTH,
+                initial_indent=f"{name:<12}",
+                subsequent_indent=" " * 12,
+                break_on_hyphens=False,
+            )
+    return "\n".join([*lines, "", *map(_folded, proxy_docs(proxy).split("\n\n"))])
+
+
+def proxy_docs(proxy: "Proxy") -> str:
+    """What the module of a proxy says of itself."""
+    module = inspect.getmodule(inspect.unwrap(proxy.kernel))
+    return inspect.cleandoc(getattr(module, "__doc__", None) or "")
+
+
+def _folded(block: str) -> str:
+    """A paragraph at the width of the terminal; formulas and lists as they are."""
+    if any(line.startswith((" ", "- ")) for line in block.splitlines()):
+        return f"{block}\n"
+    return textwrap.fill(block, WIDTH, break_on_hyphens=False) + "\n"
+
+
+def _option(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# -- scores ----------------------------------------------------------------------------
+
+
+def scores_tables(file: "ScoreFile") -> list[Table | str]:
+    """A proxy's numbers and ranks; of several proxies the ranks, in as many tables as it takes.
+
+    Last what the ranks mean.
+    """
+    names = list(file.layers)
+    ranks = {name: [str(rank) for rank in _ranks(file, name)] for name in file.proxies}
+    first = Column(head="layer", cells=names)
+    caption = "rank 1: the most sensitive layer"
+    if any(one.shape == "layers bits" for one in file.scores):
+        caption += f"; of costs at {min(file.bits)} bits"
+    if len(file.scores) > 1:
+        columns = [
+            Column(head=name.replace("-", "-\n"), cells=ranks[name]) for name in file.proxies
+        ]
+        room = WIDTH - max(12, min(28, first.width)) - 2
+        return [*(_named(first, some) for some in _rows(columns, room)), caption]
+    scores = file.of()
+    table = scores.values.reshape(len(names), -1)
+    heads = ["score"] if scores.shape == "layers" else [f"{bits} bit" for bits in scores.bits]
+    columns = [
+        Column(head=head, cells=[f"{value:.4g}" for value in table[:, column]])
+        for column, head in enumerate(heads)
+    ]
+    columns.append(Column(head="rank", cells=ranks[scores.proxy]))
+    return [_named(first, columns), f"{scores.proxy}; {caption}"]
+
+
+def _ranks(file: "ScoreFile", proxy: str) -> list[int]:
+    """1 for the most sensitive layer; equal scores have equal ranks."""
+    scores = file.of(proxy)
+    column = scores.bits.index(min(scores.bits)) if scores.shape == "layers bits" else 0
+    values = scores.values.reshape(len(scores.layers), -1)[:, column]
+    return [1 + int(np.sum(values > value)) for value in values]
+
+
+def _rows(columns: Sequence[Column], room: int) -> list[list[Column]]:
+    """Columns side by side as long as they fit."""
+    rows: list[list[Column]] = [[]]
+    for column in columns:
+        if rows[-1] and sum(one.width + 2 for one in (*rows[-1], column)) > room:
+            rows.append([])
+        rows[-1].append(column)
+    return rows
 
 
 def recipes_table(recipes: Iterable["Recipe"]) -> Table:

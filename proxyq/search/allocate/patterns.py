@@ -46,6 +46,24 @@ def matching(pattern: str, names: Sequence[str], option: str) -> tuple[int, ...]
     return found
 
 
+def overridden_pins(pins: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]:
+    """Pins without effect, each with the later pin that holds its last layer otherwise.
+
+    Where several pins match a layer the last one wins: one that is left with none, and wanted
+    something else, contradicts the others.
+    """
+    held = [split_pin(pin) for pin in pins]
+    owner = {i: k for k, one in enumerate(held) for i in matching(one.pattern, names, "a pin")}
+    found = []
+    for k, one in enumerate(held):
+        layers = matching(one.pattern, names, "a pin")
+        others = [owner[i] for i in layers if pins[owner[i]] != pins[k]]
+        same = [other for other in others if _wish(held[other]) == _wish(one)]
+        if len(others) == len(layers) and not same:
+            found.append((pins[k], pins[others[-1]]))
+    return found
+
+
 def split_bits(text: str, option: str) -> tuple[str, tuple[int, ...]]:
     """`PATTERN=2,4` to the pattern and its bit-widths; `UsageError` when it is not that."""
     pattern, equals, numbers = text.rpartition("=")
@@ -71,6 +89,10 @@ class Held:
     bits: int
     activation_bits: int | None = None
     both: bool = False
+
+
+def _wish(held: "Held") -> tuple[int, int | None, bool]:
+    return held.bits, held.activation_bits, held.both
 
 
 def split_pin(text: str) -> Held:

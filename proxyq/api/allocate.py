@@ -1,0 +1,127 @@
+"""`allocate`: bits from scores that were measured before, without the model."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from proxyq.api.method import method_of
+from proxyq.api.program import program
+from proxyq.errors import UsageError
+from proxyq.provenance import provenance
+from proxyq.proxies import Scores
+from proxyq.proxies.cost import NEED_ERRORS, cost_name
+from proxyq.search.allocate import solve
+from proxyq.search.allocate.build import shared_by
+from proxyq.search.allocate.latency import LatencyTable, load_latency
+from proxyq.search.allocate.plan import Plan, plan_from
+from proxyq.search.recipes import SAME_FEATURE, SAME_INPUT
+from proxyq.search.scores_file import ScoreFile
+
+
+def allocate(
+    scores: ScoreFile | str | os.PathLike[str],
+    budget: str | Sequence[str],
+    *,
+    proxy: str | None = None,
+    cost: str | None = None,
+    activation_bits: int | str | Sequence[int] | None = None,
+    pins: Sequence[str] = (),
+    ties: Sequence[str] = (),
+    candidates: Sequence[str] = (),
+    solver: str | None = None,
+    time_limit: float = 60.0,
+    latency: str | os.PathLike[str] | LatencyTable | None = None,
+    correction: str | None = None,
+) -> Plan:
+    """A bit-width for every layer by `scores`, within hard budgets.
+
+    **Arguments:**
+
+    - `scores`: what `score` gives, or its file. `proxy`: whose, where there are several.
+    - `activation_bits`: as for `search`; `None` is what the scores were measured for, and a
+      list must be of those.
+    - `ties`: patterns, `same-feature` (layers that hand on one tensor, which count once) and
+      `same-input` (layers that read one tensor).
+    - All others: as for `search`.
+
+    **Returns** the `Plan` that `search` would find by the same method.
+
+    **Raises** `UsageError` for wrong arguments, `InfeasibleError` when no plan fits.
+    """
+    if not isinstance(scores, ScoreFile):
+        scores = ScoreFile.load(scores)
+    if not budget:
+        raise UsageError("give at least one budget, such as 'size=3bit' (--budget).")
+    if not isinstance(budget, Sequence):
+        raise UsageError(f"`budget` must be text such as 'size=3bit', got {budget!r}.")
+    record, found = scores.record(proxy), scores.of(proxy)
+    # What is given is checked as `search` does it; the proxy need not be installed here.
+    method = method_of(
+        cost=cost,
+        activation_bits=scores.activation_bits if activation_bits is None else activation_bits,
+        correction=correction,
+        solver=solver,
+    )
+    beside = method.activation_bits
+    if isinstance(beside, tuple) and found.activations is not None:
+        found = _activations_among(found, beside)
+    layers = found.layers
+    name = cost_name(found, method.cost)
+    problem = program(
+        layers,
+        found,
+        budget,
+        cost=method.cost,
+        errors=scores.errors() if name in NEED_ERRORS else None,
+        counted_once=scores.same_feature if SAME_FEATURE in ties else (),
+        shared=shared_by(layers, "shares_input") if SAME_INPUT in ties else (),
+        activation_bits=beside,
+        pins=pins,
+        ties=[tie for tie in ties if tie not in (SAME_FEATURE, SAME_INPUT)],
+        candidates=candidates,
+        latency=load_latency(latency) if isinstance(latency, (str, os.PathLike)) else latency,
+    )
+    answer = solve(problem, method.solver, time_limit=time_limit)
+    return plan_from(
+        answer,
+        layers,
+        model=scores.model,
+        method={
+            "proxy": found.proxy,
+            "recipe": None,
+            "options": dict(found.options),
+            "cost": name,
+            "bits": list(found.bits),
+            "activation_bits": list(beside) if isinstance(beside, tuple) else beside,
+            "rounding": dict(scores.rounding),
+            "correction": method.correction,
+            "samples": scores.samples if record.images else 0,
+        },
+        activation_bits=None if isinstance(beside, tuple) else beside,
+        provenance=_provenance(scores, record.images),
+        predicted={"scores": dict(record.values)},
+    )
+
+
+def _activations_among(scores: Scores, chosen: tuple[int, ...]) -> Scores:
+    """The scores with costs of the `chosen` activation bits alone."""
+    assert scores.activations is not None
+    known = scores.activation_bits
+    for bits in chosen:
+        if bits not in known:
+            raise UsageError(
+                f"the scores hold no cost of {bits} activation bits, only of "
+                f"{', '.join(map(str, known)) or 'none'}: score again with --activation-bits."
+            )
+    columns = [known.index(bits) for bits in chosen]
+    return replace(scores, activations=scores.activations[:, columns], activation_bits=chosen)
+
+
+def _provenance(scores: ScoreFile, images: bool) -> dict[str, Any]:
+    """Of this run; of the run that scored, the seed, the data, and versions that differ."""
+    record = provenance(seed=scores.seed, data=scores.provenance.get("data") if images else None)
+    measured_with = scores.provenance.get("versions")
+    if measured_with not in (None, record["versions"]):
+        record["scores"] = {"versions": measured_with}
+    return record

@@ -1,0 +1,52 @@
+"""What commands that make a plan have in common: where it is written, and how it is shown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from proxyq.cli.output import print_blocks, print_text, say
+
+
+def check_results(*files: str | None, plot: str | None = None) -> None:
+    """Refuse early what could not be written in the end."""
+    from proxyq.files import check_writable
+
+    if plot is not None:
+        from proxyq.report.plots import check_format
+
+        check_format(plot)
+    for file in filter(None, (*files, plot)):
+        check_writable(file)
+
+
+def save_plan(plan: Any, out: str | None, plot: str | None) -> None:
+    """The plan's file and picture, where they are asked for."""
+    if out is not None:
+        plan.save(out)
+    if plot is not None:
+        from proxyq.files import write_atomic
+        from proxyq.report.plots import draw_plan
+
+        write_atomic(plot, draw_plan(plan, plot))
+
+
+def tell_unused_pins(pins: Sequence[str] | None, names: Sequence[str], *, quiet: bool) -> None:
+    """Say which pins changed nothing, because later ones name the same layers."""
+    from proxyq.search.allocate.patterns import overridden_pins
+
+    for pin, by in overridden_pins(pins or (), names):
+        say(f"the pin {pin!r} has no effect: the later {by!r} holds its layers.", quiet=quiet)
+
+
+def show_plan(
+    plan: Any, kinds: Mapping[str, str], *, json: bool, quiet: bool, files: Sequence[str | None]
+) -> None:
+    """The plan on stdout: its file with `--json`, else tables."""
+    if json:
+        print_text(plan.to_json())
+        return
+    from proxyq.report.tables import accuracy_table, plan_summary, plan_table
+
+    accuracy = accuracy_table(plan.measured) if plan.measured else None
+    print_blocks(plan_table(plan, kinds), plan_summary(plan), accuracy)
+    for file in filter(None, files):
+        say(f"wrote {file}", quiet=quiet)
