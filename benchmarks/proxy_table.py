@@ -27,6 +27,7 @@ from timing import growth_mib, once, pin
 
 BITS = (2, 3, 4, 6)
 BUDGETS = (2.5, 2.75, 3.0)
+BASELINES = ("params", "macs", "uniform", "random")
 CORRECTIONS = ("none", "statistics")
 RANDOM_PLANS = 10
 SAMPLES, TRAINING_SAMPLES, CORRECTION_SAMPLES = 256, 4096, 1024
@@ -36,7 +37,7 @@ def parsed():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("step", choices=("score", "one", "accuracy", "table"))
     parser.add_argument("--network", default="resnet20", help="resnet20, 32, 44 or 56")
-    parser.add_argument("--weights")
+    parser.add_argument("--weights", help="a .safetensors file; {} stands for the network")
     parser.add_argument("--data", help="FILE.npz with x_train, y_train, x_test, y_test")
     parser.add_argument("--into", required=True, help="the folder of finished parts")
     parser.add_argument("--proxies", default="", help="some only, with commas")
@@ -49,7 +50,9 @@ def parsed():
 def load(args):
     import proxyq
 
-    model = proxyq.load_model(f"{EXAMPLE}:{args.network}", weights=args.weights)
+    model = proxyq.load_model(
+        f"{EXAMPLE}:{args.network}", weights=args.weights.format(args.network)
+    )
     return model.replace(preprocessing=proxyq.Preprocessing(mean=MEAN, std=STD))
 
 
@@ -127,21 +130,29 @@ def one(args):
 def plans(args, model):
     """`{(method, budget): bits of every layer}`, for all methods, random plans and uniform."""
     from proxyq.model.network import LAYERS_AT, network
+    from proxyq.proxies.cost import weight_errors
     from proxyq.search.allocate import build_problem, solve
 
     layers = network(model, LAYERS_AT).layers
+    errors = weight_errors(model, BITS)
     found = {}
     for name in names(args):
         file = folder(args) / f"{name}.json"
         if not file.exists():
             continue
         record = json.loads(file.read_text())
-        tables = {name: record["costs"]}
-        if "linear" in record and record["cost"] != "linear-bits":
-            tables[f"{name} (linear-bits)"] = record["linear"]
+        tables = {name: np.array(record["costs"])}
+        if "linear" in record and name not in BASELINES:
+            linear = np.array(record["linear"])
+            if record["cost"] != "linear-bits":
+                tables[f"{name} (linear-bits)"] = linear
+            else:
+                importance = linear[:, :1] / (BITS[-1] - BITS[0])
+                relative = errors.squared / errors.energy[:, None]
+                tables[f"{name} (times-relative-dw2)"] = importance * relative
         for label, table in tables.items():
             for budget in BUDGETS:
-                problem = build_problem(layers, np.array(table), BITS, f"size={budget}bit")
+                problem = build_problem(layers, table, BITS, f"size={budget}bit")
                 found[label, budget] = solve(problem).bits
     sizes = np.array([layer.weights for layer in layers])
     for seed in range(RANDOM_PLANS):
@@ -225,8 +236,10 @@ def table(args):
         f"images ({TRAINING_SAMPLES:,} for limpq, which trains). Cost: CPU seconds on one core, "
         "compiling included, and MiB beyond the loaded network. Top-1 in percent, without "
         "correction / with the statistics of layers restored; one standard error is 0.3 at 90 %, "
-        "0.5 at 50 %. The method says how an importance becomes costs: as a proxy's record has "
-        "it, or bits times importance (linear-bits), as most papers do.",
+        "0.5 at 50 %. In brackets how an importance becomes costs, first as the proxy's record has "
+        "it: bits times importance (linear-bits), as most papers do, or importance times the "
+        "rounding error of the weights (times-dw2), or times that error over the weights' energy "
+        "(times-relative-dw2).",
     ]
     for path in sorted(Path(args.into).iterdir()):
         args.network = path.name
@@ -259,26 +272,21 @@ def section(args, path):
         return shown
 
     def row(label):
-        record = records.get(label.split(" (")[0], {})
-        cost = [record.get("cost_class", ""), "", ""]
-        if record and "(" not in label:
-            mib = max(record["mib"], 0.0)
-            cost = [record["cost_class"], f"{record['cpu_seconds']:.1f}", f"{mib:.0f}"]
-            if record["cost"] not in ("given", "linear-bits"):
-                label = f"{label} ({record['cost']})"
-        return (
-            "| "
-            + " | ".join(
-                [label, *cost, *cells(label.split(" (")[0] if "(linear" not in label else label)]
-            )
-            + " |"
-        )
+        name, _, mapping = label.partition(" (")
+        record = records.get(name)
+        shown, cost = label, [record["cost_class"] if record else "", "", ""]
+        if record and not mapping:
+            cost[1:] = f"{record['cpu_seconds']:.1f}", f"{max(record['mib'], 0.0):.0f}"
+            if "linear" in record and name not in BASELINES:
+                shown = f"{name} ({record['cost']})"
+        return "| " + " | ".join([shown, *cost, *cells(label)]) + " |"
 
     order = {"": 0, "weights": 1, "forward": 2, "backward": 3, "curvature": 4, "sweep": 5}
 
     def place(label):
         record = records.get(label.split(" (")[0], {})
-        return order.get(record.get("cost_class", ""), 6), label
+        name = label.split(" (")[0]
+        return order.get(record.get("cost_class", ""), 6), name not in BASELINES, label
 
     images = measured.get("float", {}).get("images", 0)
     exact = measured.get("float", {}).get("none", float("nan"))

@@ -34,7 +34,8 @@ def zen(taps: Taps, *, key: Any, images: int = 32, step: float = 0.01) -> np.nda
     """How far the output moves when noise of the input does."""
     if images < 1 or not 0 < step < 1:
         raise UsageError(
-            f"`images` of zen must be at least 1 and `step` between 0 and 1, got {images} and {step}."
+            "`images` of zen must be at least 1 and `step` between 0 and 1, got "
+            f"{images} and {step}."
         )
     model = taps.engine.network.model
     engine = Engine.build(model, images)
