@@ -75,6 +75,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan["layers"]["head"] |= {"weights": 320, "weight_bits": 12}
     (folder / "bits.json").write_text(json.dumps(plan))
 
+    plan["layers"]["head"]["weight_bits"] = 4
+    plan["method"]["rounding"] = {"method": "best", "extra_code": "negative"}
+    (folder / "rounding.json").write_text(json.dumps(plan))
+
+    words = ("--proxy", "params", "--proxy", "sqnr", "--json", "--quiet")
+    done = here("score", *words)
+    assert done.code == 0, done.err
+    (folder / "scores.json").write_text(done.out)
+    (folder / "cut_scores.json").write_text(done.out[: len(done.out) // 2])
+    scores = json.loads(done.out)
+    (folder / "later.json").write_text(json.dumps({**scores, "schema": "proxyq/scores/2"}))
+    scores["scores"][1]["values"]["head"][0] = None
+    (folder / "hole.json").write_text(json.dumps(scores))
+    latency = {"schema": "proxyq/latency/1", "layers": {"stem": [{"weight_bits": 2, "seconds": 1}]}}
+    (folder / "latency.json").write_text(json.dumps(latency))
+
     (folder / "factories.py").write_text(FACTORIES)
     (folder / "syntax.py").write_text("def factory(:\n")
     (folder / "recipe.toml").write_text('name = "mine"\nproxy = ')
@@ -88,6 +104,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # files above, `{o}` the folder for results.
 CASES: dict[str, tuple[str, int, str]] = {
     # the command line itself
+    "unknown proxy to list": ("proxies sqnrr", 2, "did you mean 'sqnr'"),
     "unknown command": ("serch", 2, "did you mean 'search'"),
     "unknown option": ("search --bugdet size=3bit", 2, "did you mean '--budget'"),
     "option without value": ("search --budget", 2, "--budget"),
@@ -136,8 +153,27 @@ CASES: dict[str, tuple[str, int, str]] = {
     "unknown batch norm": ("search --proxy output-error --option batch-norm=off", 2, "'off'"),
     # budgets, bits, solver
     "unknown budget": ("search --budget sise=3bit", 2, "did you mean 'size'"),
-    "budget of a later version": ("search --budget latency=3ms", 2, "latency"),
+    "budget of a later version": ("search --budget activation-memory=3MiB", 2, "not available"),
+    "latency without a table": ("search --budget latency=3ms", 2, "--latency-table"),
+    "latency of some layers": (
+        "search --budget latency=3s --latency-table {f}/latency.json",
+        2,
+        "says nothing of layer 'stem' at 3 weight bits",
+    ),
+    "missing latency table": (
+        "search --budget latency=3s --latency-table {f}/gone.json",
+        1,
+        "gone.json",
+    ),
+    "latency table that is none": (
+        "evaluate {f}/good.json --latency-table {f}/list.json",
+        1,
+        "no latency table",
+    ),
     "unknown unit": ("search --budget size=3bats", 2, "did you mean 'bit'"),
+    "unit in another case": ("search --budget bops=90K", 2, "did you mean 'k'"),
+    "letters of another case": ("search --budget size=30kib", 2, "did you mean 'KiB'"),
+    "share of more than all": ("search --budget size=120%", 2, "0% to 100%"),
     "no unit": ("search --budget size=3", 2, "unit"),
     "negative budget": ("search --budget size=-3bit", 2, "positive"),
     "no budget at all": ("search --budget size=0bit", 2, "more than zero"),
@@ -163,6 +199,18 @@ CASES: dict[str, tuple[str, int, str]] = {
     "no bits": ("search --bits 0,4", 2, "got 0"),
     "nine bits": ("search --bits 2,9", 2, "got 9"),
     "activation bits": ("search --activation-bits 0", 2, "activation_bits"),
+    "activation bits of words": ("search --activation-bits weigths", 2, "'weights' or 'float'"),
+    "activation bits unmeasured": (
+        "search --activation-bits 4,8 --budget bops=50M",
+        2,
+        "tells nothing of activations",
+    ),
+    "unknown cost": (
+        "search --proxy params --cost times-dw",
+        2,
+        "did you mean 'times-dw2'",
+    ),
+    "cost of a cost": ("search --proxy sqnr --cost exponential", 2, "leave out"),
     "unknown solver": ("search --solver ipl", 2, "did you mean 'ilp'"),
     "dp for two budgets": ("search --solver dp --budget size=3bit --budget bops=90M", 2, "dp"),
     "no time": ("search --time-limit 0", 2, "time_limit"),
@@ -172,6 +220,60 @@ CASES: dict[str, tuple[str, int, str]] = {
     "tie that matches nothing": ("search --tie layer9*", 2, "'layer9*'"),
     "broken expression": ("search --tie re:(", 2, "re:("),
     "candidates out of bits": ("search --bits 2,4 --candidates stem=8", 2, "stem=8"),
+    # scores
+    "nothing to score": ("score", 2, "--proxy"),
+    "unknown proxy to score": ("score --proxy params --proxy sqnrr", 2, "did you mean 'sqnr'"),
+    "proxy twice": ("score --proxy params --proxy params", 2, "twice"),
+    "option of no proxy": (
+        "score --proxy orthogonality --proxy sqnr --option bta=2",
+        2,
+        "did you mean 'beta'",
+    ),
+    "option of one proxy": ("score --proxy orthogonality --option bta=2", 2, "did you mean 'beta'"),
+    "option of an absent proxy": (
+        "score --proxy sqnr --option orthogonality.beta=2",
+        2,
+        "'orthogonality', which is not asked for",
+    ),
+    "scores without images": ("score {f}/factories.py:another --proxy kl-delta", 2, "--data"),
+    "scores of no bits": ("score --proxy params --bits 0,4", 2, "got 0"),
+    "scores nowhere": ("score --proxy params --out {o}/sub/scores.json", 1, "does not exist"),
+    "scores of NaN weights": (
+        "score --proxy params --weights {f}/nan.safetensors",
+        1,
+        "'stem.kernel'",
+    ),
+    "allocate nothing": ("allocate", 2, "SCORES.json"),
+    "no budget to allocate": ("allocate {f}/scores.json --proxy sqnr", 2, "--budget"),
+    "whose scores": ("allocate {f}/scores.json --budget size=3bit", 2, "one of params, sqnr"),
+    "no scores of this": (
+        "allocate {f}/scores.json --budget size=3bit --proxy parms",
+        2,
+        "did you mean 'params'",
+    ),
+    "missing scores": ("allocate {f}/gone.json --budget size=3bit", 1, "gone.json"),
+    "truncated scores": ("allocate {f}/cut_scores.json --budget size=3bit", 1, "cut short"),
+    "scores of another version": (
+        "allocate {f}/later.json --budget size=3bit",
+        1,
+        "'proxyq/scores/2'",
+    ),
+    "plan for scores": ("allocate {f}/good.json --budget size=3bit", 1, "holds no scores"),
+    "scores with a hole": (
+        "allocate {f}/hole.json --budget size=3bit --proxy params",
+        1,
+        "the scores of 'sqnr' must be 4 finite numbers for the layer 'head'",
+    ),
+    "infeasible by scores": (
+        "allocate {f}/scores.json --budget size=1bit --proxy sqnr",
+        1,
+        "smallest reachable is 2 bit",
+    ),
+    "pin of no scored layer": (
+        "allocate {f}/scores.json --budget size=3bit --proxy sqnr --pin layer9*=8",
+        2,
+        "'layer9*'",
+    ),
     # data
     "missing data": ("search --data {f}/gone.npz", 1, "gone.npz"),
     "unknown data": ("search --data imagenet", 2, "unknown data"),
@@ -213,6 +315,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "plan that is none": ("evaluate {f}/list.json", 1, "not a plan"),
     "plan of another version": ("evaluate {f}/schema.json", 1, "proxyq/plan/9"),
     "plan of 12 bits": ("evaluate {f}/bits.json", 1, "layers.head.weight_bits"),
+    "plan of unknown rounding": ("evaluate {f}/rounding.json", 1, "'method.rounding'"),
     "plan of another model": ("evaluate {f}/renamed.json", 1, "another model"),
     "plan of another size": ("evaluate {f}/grown.json", 1, "321"),
     "one bad plan of two": ("evaluate {f}/good.json {f}/renamed.json", 1, "another model"),
@@ -249,7 +352,7 @@ def refused(done: Finished, code: int, text: str) -> None:
 def arguments_of(line: str, files: Path, results: Path) -> list[str]:
     """The words of a case; a search writes over the file that is there already."""
     words = line.format(f=files, o=results).split()
-    if words[0] == "search" and not {"--out", "--plot"} & set(words):
+    if words[0] in ("search", "score", "allocate") and not {"--out", "--plot"} & set(words):
         words[1:1] = ["--out", str(results / "kept.json")]
     return words
 

@@ -183,6 +183,37 @@ def test_processes_share_a_cold_cache(tmp_path: Path):
     assert any(path.is_file() for path in tmp_path.rglob("*"))
 
 
+def test_pins_without_effect_are_told():
+    words = ("search", "--proxy", "params", "--budget", "size=5bit", "--json")
+    done = here(*words, "--pin", "stem=8", "--pin", "stem=4")
+    assert json.loads(done.out)["layers"]["stem"]["weight_bits"] == 4
+    assert done.err == (
+        "proxyq: the pin 'stem=8' has no effect: the later 'stem=4' holds its layers.\n"
+    )
+    # A later pin may well refine an earlier one.
+    assert here(*words, "--pin", "blocks.*=4", "--pin", "blocks.0.*=8").err == ""
+    assert here(*words, "--pin", "stem=4", "--pin", "s*=4").err == ""
+
+
+def test_search_takes_costs_latency_and_several_activation_bits(tmp_path: Path):
+    words = ("search", "--samples", "16", "--json", "--quiet")
+    done = here(
+        *(*words, "--proxy", "params", "--cost", "exponential", "--budget", "size=50%"),
+        *("--activation-bits", "weights"),
+    )
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)
+    assert plan["method"]["cost"] == "exponential"
+    assert all(one["weight_bits"] == one["activation_bits"] for one in plan["layers"].values())
+    done = here(
+        *(*words, "--proxy", "activation-mse", "--budget", "bops=20M"),
+        *("--activation-bits", "4,8", "--candidates", "*=4,8"),
+    )
+    assert done.code == 0, done.err
+    layers = json.loads(done.out)["layers"].values()
+    assert {layer["activation_bits"] for layer in layers} == {4, 8}
+
+
 # -- evaluate --------------------------------------------------------------------------
 
 
@@ -340,6 +371,23 @@ def test_a_reader_that_leaves_early(unbuffered: str):
     errors = started.stderr.read().decode()
     started.stderr.close()
     assert (started.wait(timeout=120), errors) == (0, "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_take_nothing_down(closed: str, tmp_path: Path):
+    plan = tmp_path / "plan.json"
+    words = f"search --proxy params --budget size=3bit --json --out {plan} {closed}"
+    done = subprocess.run(
+        f"{sys.executable} -m proxyq {words}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PROXYQ_CACHE_DIR": str(tmp_path / "cache")},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    text = plan.read_text(encoding="utf-8")
+    assert done.stdout == ("" if ">&-" in closed.replace("2>&-", "") else text)
+    Plan.load(plan)
 
 
 def test_json_is_utf8_and_text_is_replaced_where_the_terminal_cannot(tmp_path: Path):

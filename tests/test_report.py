@@ -155,12 +155,40 @@ def test_summary():
 
 
 @pytest.mark.parametrize(
+    ("name", "low", "high", "ends"),
+    [
+        ("size", 8192, 81920, "the way from 1.0 KiB (0 %) to 10.0 KiB (100 %)"),
+        ("bops", 10**9, 4 * 10**9, "the way from 1 G (0 %) to 4 G (100 %)"),
+        ("latency", 10**9, 25 * 10**8, "the way from 1 ms (0 %) to 2.5 ms (100 %)"),
+    ],
+)
+def test_shares_tell_what_their_ends_are(name: str, low: int, high: int, ends: str):
+    share = {"name": name, "asked": 50, "achieved": 49.5, "unit": "%", "low": low, "high": high}
+    lines = plan_summary(make_plan(budgets=[share])).splitlines()
+    assert lines[2] == f"{name}: 49.5 of 50 %"
+    assert lines[3] == f"  counted: {ends}"
+    assert lines[4].startswith("  of ") and "all 6 layers (1 pinned)" in lines[4]
+
+
+def test_rounding_of_the_solver_is_no_gap():
+    plan = make_plan()
+    assert plan.solver is not None
+    solver = plan.solver.model_copy(update={"gap": 2e-16})
+    assert " gap 0 % " in plan_summary(plan.model_copy(update={"solver": solver}))
+
+
+@pytest.mark.parametrize(
     ("name", "unit", "text"),
     [
         ("size", "bit", "weights of the 5 searched layers; not scales, biases, pinned layers"),
         ("size", "MiB", "weights of all 6 layers (1 pinned); not scales, biases"),
         ("bops", "G", "MACs × weight bits × activation bits (float: 32), all 6 layers (1 pinned)"),
         ("macs-bits", "M", "MACs × weight bits, all 6 layers (1 pinned)"),
+        (
+            "latency",
+            "ms",
+            "time by the latency table: all 6 layers (1 pinned), and the rest of the network",
+        ),
     ],
 )
 def test_what_budgets_count(name: str, unit: str, text: str):
