@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from proxyq.errors import ProxyqError
 from proxyq.files import write_atomic
 
 
@@ -38,12 +39,17 @@ class Checkpoint:
             return None  # to compute it anew is always right
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep `arrays` under `name`, wholly or not at all."""
+        """Keep `arrays` under `name`, wholly or not at all.
+
+        A full disk, or another process that has just finished the same and cleared the folder,
+        is no reason to stop.
+        """
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         whole = {key: np.asarray(array, order="C") for key, array in arrays.items()}
-        write_atomic(self.folder / f"{name}.safetensors", save(whole))
+        with contextlib.suppress(OSError, ProxyqError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.folder / f"{name}.safetensors", save(whole))
         self._saved = time.monotonic()
 
     def due(self) -> bool:

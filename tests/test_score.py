@@ -332,17 +332,18 @@ def test_all_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_cache_answers_and_says_so(tmp_path: Path):
-    words = ("score", "--proxy", "sqnr", "--proxy", "params", "--samples", "8")
+    words = ("score", "--proxy", "kl-delta", "--proxy", "orthogonality", "--samples", "8")
     first = alone(*words, "--out", tmp_path / "a.json", cache=tmp_path / "c", PYTHONHASHSEED="0")
     second = alone(*words, "--out", tmp_path / "b.json", cache=tmp_path / "c", PYTHONHASHSEED="1")
-    fresh = alone(*words, "--out", tmp_path / "d.json", "--no-cache", cache=tmp_path / "none")
+    words = (*words, "--no-cache")
+    fresh = alone(*words, "--out", tmp_path / "d.json", cache=tmp_path / "no", PYTHONHASHSEED="1")
     assert first.code == second.code == fresh.code == 0, first.err + second.err
     assert "from the cache" not in first.err
-    assert "proxyq: from the cache: sqnr, params\n" in second.err
+    assert "proxyq: from the cache: kl-delta, orthogonality\n" in second.err
     bytes_of = {(tmp_path / name).read_bytes() for name in ("a.json", "b.json", "d.json")}
     assert len(bytes_of) == 1
-    assert not (tmp_path / "none").exists()
-    quiet = alone(*words, "--quiet", cache=tmp_path / "c")
+    assert not (tmp_path / "no").exists()
+    quiet = alone(*words[:-1], "--quiet", cache=tmp_path / "c")
     assert (quiet.code, quiet.err) == (0, "")
 
 
@@ -369,6 +370,13 @@ def test_the_cache_keeps_within_its_bound(tmp_path: Path, monkeypatch: pytest.Mo
     assert runtime.score_folder(str(tmp_path), no_cache=False) == str(tmp_path / "scores")
     assert [file.name for file in folder.iterdir()] == ["new"]
     assert runtime.score_folder(str(tmp_path), no_cache=True) is None
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_nothing(tmp_path: Path):
+    (tmp_path / "scores").write_text("a file where a folder should be")
+    cache = Cache(tmp_path / "scores", every=0.0)
+    file = api.score(proxies="kl-delta", samples=8, cache_dir=cache)
+    assert file.to_json() == api.score(proxies="kl-delta", samples=8).to_json()
 
 
 # -- what would break a solver ---------------------------------------------------------

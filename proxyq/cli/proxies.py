@@ -1,15 +1,11 @@
 """`proxyq proxies`: what there is to measure sensitivity with."""
 
+from dataclasses import fields
 from typing import Any
 
 from proxyq.cli import options as o
 from proxyq.cli.output import print_blocks, print_json, print_text
 from proxyq.cli.runtime import working
-
-FIELDS = (
-    *("name", "direction", "needs", "passes", "cost_class", "shape", "cost", "activations"),
-    *("baseline", "reference", "summary", "options", "fixed"),
-)
 
 
 def proxies(
@@ -39,6 +35,7 @@ def proxies(
 
 
 def _record(proxy: Any) -> dict[str, Any]:
-    record = {field: getattr(proxy, field) for field in FIELDS}
+    names = [field.name for field in fields(proxy) if field.name != "kernel"]
+    record = {name: getattr(proxy, name) for name in names}
     # A cost for each bit-width needs no mapping.
     return {**record, "cost": proxy.cost if proxy.shape == "layers" else None}
