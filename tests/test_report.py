@@ -187,7 +187,7 @@ def test_rounding_of_the_solver_is_no_gap():
         (
             "latency",
             "ms",
-            "time by the latency table: all 6 layers (1 pinned), and the rest of the network",
+            "by the latency table: all 6 layers (1 pinned), and the rest of the network",
         ),
     ],
 )

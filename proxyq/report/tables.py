@@ -225,7 +225,7 @@ def _what_counts(budget: PlannedBudget, plan: Plan) -> str:
     if budget.name == "bops":
         return f"MACs × weight bits × activation bits (float: 32), {everything}"
     if budget.name == "latency":
-        return f"time by the latency table: {everything}, and the rest of the network"
+        return f"by the latency table: {everything}, and the rest of the network"
     return f"MACs × weight bits, {everything}"
 
 
