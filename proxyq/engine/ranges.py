@@ -10,6 +10,7 @@ import numpy as np
 
 from proxyq.engine.engine import Engine
 from proxyq.engine.gradients import stride
+from proxyq.model.examples import locate, split_examples
 from proxyq.quantize import Grid, Range, fake_quantize, fit_grid
 
 _SAMPLES = 1 << 16
@@ -19,20 +20,27 @@ def input_samples(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict[in
     """Values that the named layers' sites read in the float network, by site.
 
     At most 65,536 values a batch, at a fixed stride that meets all channels, and then the
-    extremes, which stay whatever the stride. Padding repeats an image, which harms no range.
+    least and the greatest of all, which stay whatever the stride. Padding does not count.
     """
     network = engine.network
+    places = locate(network.graph)
     samples: dict[int, list[np.ndarray]] = {}
-    for batch, _ in engine.chunks(inputs):
+    extremes: dict[int, list[np.ndarray]] = {}
+    for batch, count in engine.chunks(inputs):
         state = engine.start(batch)
         for index, site in enumerate(network.sites):
             data = network.graph.main[site.position].invars[1 - site.operand]
             if site.layer in layers:
                 x = np.asarray(state[data] if data in state else engine.frontier[data])
-                thin = x.ravel()[:: stride(x.size, _SAMPLES)]
-                samples.setdefault(index, []).append(np.append(thin, [x.min(), x.max()]))
+                if data in places:  # else it is no image's own
+                    x = split_examples(x, places[data], engine.batch_size)[:count]
+                samples.setdefault(index, []).append(x.ravel()[:: stride(x.size, _SAMPLES)])
+                extremes.setdefault(index, []).append(np.array([x.min(), x.max()]))
             state, _ = engine.step(state, index)
-    return {index: np.concatenate(parts) for index, parts in samples.items()}
+    return {
+        index: np.concatenate([*parts, [np.min(extremes[index]), np.max(extremes[index])]])
+        for index, parts in samples.items()
+    }
 
 
 def input_grids(
@@ -67,12 +75,11 @@ def input_errors(
     """
     found: dict[str, list[tuple[np.ndarray, float]]] = {}
     for index, x in input_samples(engine, inputs, engine.network.names).items():
-        values = jnp.asarray(x, jnp.float32)
-        errors = [
-            float(np.mean((np.asarray(fake_quantize(values, fit_input_grid(x, b))) - x) ** 2))
-            for b in bits
-        ]
-        own = (np.array(errors), float(np.var(x, dtype=np.float64)))
+        values = x[:-2]  # the extremes are for the grid; here they stand among the others
+        grids = [fit_input_grid(x, b) for b in bits]
+        rounded = (np.asarray(fake_quantize(jnp.asarray(values, jnp.float32), g)) for g in grids)
+        errors = [np.mean((y - values) ** 2, dtype=np.float64) for y in rounded]
+        own = (np.array(errors), float(np.var(values, dtype=np.float64)))
         found.setdefault(engine.network.sites[index].layer, []).append(own)
     return {
         name: {
