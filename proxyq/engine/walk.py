@@ -234,6 +234,7 @@ def _agreement(parts: list[Any], counts: tuple[int, ...], where: Examples, batch
     rows = [split_examples(part, where, batch).reshape(batch, -1) for part in parts]
     x = jnp.concatenate([row[:count] for row, count in zip(rows, counts, strict=True)])
     code = jnp.where(x > 0, 1.0, -1.0)  # agreements minus disagreements, in one product
+    code = jnp.where(jnp.isnan(x), jnp.nan, code)  # neither on nor off
     return (jnp.dot(code, code.T, precision=jax.lax.Precision.HIGHEST) + x.shape[1]) / 2
 
 

@@ -36,6 +36,8 @@ def naswot(taps: Taps, *, key: Any) -> np.ndarray:
         # every image agrees with itself on all units, so the diagonal is their number
         kernel = tap.codes / np.diag(tap.codes).max()
         kernel = kernel + _RIDGE * np.eye(len(kernel))
+        if not np.isfinite(kernel).all():
+            return np.nan
         # det(K)^(1/N) = exp(ln |det K| / N)
         return float(np.exp(np.linalg.slogdet(kernel)[1] / len(kernel)))
 

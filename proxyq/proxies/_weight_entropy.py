@@ -25,6 +25,8 @@ def weight_entropy(taps: Taps, *, key: Any, bins: int = 256) -> np.ndarray:
 def histogram_entropy(values: np.ndarray, bins: int) -> float:
     """Entropy in bits of the values' histogram over equal bins; 0 where all are equal."""
     x = np.asarray(values, np.float64).ravel()
+    if not np.isfinite(x).all():
+        return np.nan
     if x.min() == x.max():
         return 0.0
     counts, _ = np.histogram(x, bins)
