@@ -60,7 +60,7 @@ def check_cost(cost: str) -> str:
 def cost_name(scores: Scores, cost: str = "auto") -> str:
     """The mapping that `cost` stands for, or `given` for scores that are costs already."""
     if scores.shape == "layers":
-        return scores.cost if check_cost(cost) == "auto" else cost
+        return check_cost(scores.cost if cost == "auto" else cost)
     if check_cost(cost) != "auto":
         raise UsageError(
             f"the proxy {scores.proxy!r} gives a cost for each bit-width already: leave out "
