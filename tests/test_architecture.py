@@ -20,7 +20,7 @@ STAGES = [
     ("search",),
     ("ptq",),
     ("report",),
-    ("api",),
+    ("api", "testing"),
     ("cli",),
     ("__init__", "__main__"),
 ]

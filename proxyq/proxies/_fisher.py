@@ -28,6 +28,7 @@ from proxyq.proxies.proxy import register
     passes="1 forward + 1 backward (per image)",
     reference="Fisher information; Kunstner et al. 2019, arXiv:1905.12558",
     defaults={"labels": "probes"},
+    random=True,
 )
 def fisher(taps: Taps, *, key: Any, form: str = "diagonal") -> np.ndarray:
     """Fisher information times squared rounding error, weight by weight or layer by layer."""

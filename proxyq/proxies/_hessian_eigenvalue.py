@@ -24,6 +24,7 @@ from proxyq.proxies.proxy import Result, register
     reference="HAWQ: Dong et al. 2019, arXiv:1905.03696",
     cost="times-dw2",
     cost_class="curvature",
+    random=True,
 )
 def hessian_eigenvalue(
     taps: Taps,

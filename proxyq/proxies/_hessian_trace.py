@@ -36,6 +36,7 @@ from proxyq.proxies.proxy import Result, register
     reference="HAWQ-V2: Dong et al. 2020, arXiv:1911.03852",
     cost="times-dw2",
     cost_class="curvature",
+    random=True,
     activations=True,
 )
 def hessian_trace(

@@ -25,6 +25,7 @@ from proxyq.proxies.proxy import Result, register
     passes="a forward and backward pass for each bit-width and one more, each epoch",
     reference="LIMPQ: Tang et al. 2022, arXiv:2203.08368",
     cost_class="training",
+    random=True,
     activations=True,
     defaults={"labels": "data"},
 )

@@ -21,6 +21,7 @@ from proxyq.proxies.proxy import register
     passes="1 forward + 1 backward + 1 per bit-width",
     reference="Fisher information along the rounding error",
     defaults={"labels": "probes"},
+    random=True,
 )
 def taylor_fisher(taps: Taps, *, key: Any) -> np.ndarray:
     """Mean squared change of the images' losses, to first order in the rounding error."""

@@ -34,7 +34,7 @@ def uniform(taps: Taps, *, key: Any) -> np.ndarray:
     return taps.table(lambda tap, bits: tap.layer.weights * 4.0**-bits)
 
 
-@register(needs=(), shape="layers", passes="none", reference="baseline", baseline=True)
+@register(needs=(), shape="layers", passes="none", reference="baseline", baseline=True, random=True)
 def random(taps: Taps, *, key: Any) -> np.ndarray:
     """Independent uniform draws from the key."""
     return np.asarray(jax.random.uniform(key, (len(taps),)))

@@ -28,6 +28,7 @@ from proxyq.proxies.proxy import register
     passes="2 forward on noise",
     reference="Zen-NAS: Lin et al. 2021, arXiv:2102.01063",
     cost_class="forward",
+    random=True,
     fixed={"labels": "predicted"},
 )
 def zen(taps: Taps, *, key: Any, images: int = 32, step: float = 0.01) -> np.ndarray:

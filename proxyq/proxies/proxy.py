@@ -94,6 +94,7 @@ class Proxy:
       method.
     - `cost`: how its importance becomes costs by default.
     - `activations`: whether it also gives costs of rounding what layers read.
+    - `random`: whether, with its default options, scores depend on the key (or seed).
     - `baseline`: whether it is meant to tell nothing, so that equal scores are no mistake.
     """
 
@@ -109,6 +110,7 @@ class Proxy:
     cost: str = "linear-bits"
     cost_class: str = "forward"
     activations: bool = False
+    random: bool = False
     baseline: bool = False
 
     direction: str = "higher is more sensitive"
@@ -280,6 +282,7 @@ def make_proxy(
     fixed: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     activations: bool = False,
+    random: bool = False,
     baseline: bool = False,
 ) -> Proxy:
     """A `Proxy` record from a kernel `(taps, *, key, **options) -> array or Result`.
@@ -313,16 +316,21 @@ def make_proxy(
         cost=cost,
         cost_class=cost_class or _cost_class(needs),
         activations=activations,
+        random=random,
         baseline=baseline,
     )
 
 
 def _cost_class(needs: tuple[str, ...]) -> str:
-    """The class of the dearest need; a kernel that runs the network itself must say its own."""
     if "engine" in needs:
         raise UsageError(
             f"a proxy with the need 'engine' must say its `cost_class`: {', '.join(COST_CLASSES)}."
         )
+    return least_cost_class(needs)
+
+
+def least_cost_class(needs: tuple[str, ...]) -> str:
+    """The class of the dearest need; a kernel that runs the network itself may be of a dearer."""
     for name, group in (("sweep", SWEEP_NEEDS), ("backward", GRADIENT_NEEDS)):
         if set(needs) & set(group):
             return name
