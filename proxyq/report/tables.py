@@ -331,10 +331,10 @@ def proxy_text(proxy: "Proxy") -> str:
     facts = {
         "gives": f"{gives}; {proxy.direction}",
         "activations": "costs of rounding what layers read, too" if proxy.activations else "",
-        "cost": "" if per_bit else f"{proxy.cost}: {COSTS[proxy.cost]}",
+        "cost": "" if per_bit else f"{proxy.cost}: {COSTS.get(proxy.cost, 'no such mapping')}",
         "needs": ", ".join(proxy.needs),
         "passes": proxy.passes,
-        "class": f"{proxy.cost_class}: {COST_CLASSES[proxy.cost_class]}",
+        "class": f"{proxy.cost_class}: {COST_CLASSES.get(proxy.cost_class, 'no such class')}",
         "options": ", ".join(f"{key}={_option(value)}" for key, value in proxy.options.items()),
         "fixed": ", ".join(f"{key}={_option(value)}" for key, value in proxy.fixed.items()),
         "reference": proxy.reference,
