@@ -367,9 +367,10 @@ def test_the_cache_keeps_within_its_bound(tmp_path: Path, monkeypatch: pytest.Mo
         (folder / name).write_bytes(b"x" * 600)
         os.utime(folder / name, (1e9 - age, 1e9 - age))
     monkeypatch.setattr(runtime, "CACHE_BYTES", 1000)
-    assert runtime.score_folder(str(tmp_path), no_cache=False) == str(tmp_path / "scores")
+    kept = runtime.score_cache(str(tmp_path), no_cache=False)
+    assert kept is not None and kept.folder == tmp_path / "scores"
     assert [file.name for file in folder.iterdir()] == ["new"]
-    assert runtime.score_folder(str(tmp_path), no_cache=True) is None
+    assert runtime.score_cache(str(tmp_path), no_cache=True) is None
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_nothing(tmp_path: Path):

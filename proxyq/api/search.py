@@ -1,5 +1,6 @@
 """`search`: from a model to a plan."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -47,7 +48,7 @@ def search(
     options: Mapping[str, Any] | None = None,
     cost: str | None = None,
     latency: str | LatencyTable | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike[str] | Cache | None = None,
     seed: int | None = None,
     memory: int | None = None,
     evaluate: bool = False,
@@ -150,7 +151,7 @@ def search(
         seed=seed or 0,
         memory=memory,
         rounding=method.rounding,
-        cache=None if cache_dir is None else Cache(cache_dir),
+        cache=Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir,
         progress=progress,
     )
     errors = None

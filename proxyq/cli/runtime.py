@@ -9,11 +9,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxyq.cli.output import say
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from proxyq.proxies import Cache
 
 DEVICES = ("cpu", "gpu", "tpu")
 CACHE_BYTES = 1 << 30
@@ -116,10 +119,12 @@ def _use_cache(folder: Path | None, *, quiet: bool) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def score_folder(cache_dir: str | None, *, no_cache: bool) -> str | None:
-    """The folder of finished scores, shrunk to its bound; `None` where none can be kept."""
+def score_cache(cache_dir: str | None, *, no_cache: bool) -> "Cache | None":
+    """The cache of finished scores, shrunk to its bound; `None` where none can be kept."""
     if no_cache:
         return None
+    from proxyq.proxies import Cache
+
     folder = cache_folder(cache_dir) / "scores"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +133,7 @@ def score_folder(cache_dir: str | None, *, no_cache: bool) -> str | None:
         _shrink(folder)
     except OSError:
         return None
-    return str(folder)
+    return Cache(folder, every=checkpoint_seconds())
 
 
 def checkpoint_seconds() -> float:

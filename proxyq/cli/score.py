@@ -9,7 +9,7 @@ from proxyq.cli.arguments import byte_count, key_values, numbers
 from proxyq.cli.models import load
 from proxyq.cli.output import print_blocks, print_text, say
 from proxyq.cli.plans import check_results
-from proxyq.cli.runtime import checkpoint_seconds, score_folder, working
+from proxyq.cli.runtime import checkpoint_seconds, score_cache, working
 from proxyq.errors import UsageError, near
 
 ALL = "all"
@@ -47,7 +47,7 @@ def score(
     activations = parse_activation_bits(activation_bits)
     settings = key_values(option, "--option")
     bound = None if memory is None else byte_count(memory, "--memory")
-    every = checkpoint_seconds()
+    checkpoint_seconds()  # a wrong one is told before anything is loaded
     check_results(out)
     if not proxy:
         raise UsageError(
@@ -58,10 +58,8 @@ def score(
         device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet, times=True
     ) as progress:
         from proxyq import api
-        from proxyq.proxies import Cache
 
         asked = with_options(proxy, settings)
-        folder = score_folder(cache_dir, no_cache=no_cache)
         loaded = load(
             model,
             weights=weights,
@@ -81,7 +79,7 @@ def score(
             samples=samples,
             seed=seed,
             memory=bound,
-            cache_dir=None if folder is None else Cache(folder, every=every),
+            cache_dir=score_cache(cache_dir, no_cache=no_cache),
             progress=progress,
         )
         if out is not None:

@@ -6,7 +6,7 @@ from proxyq.cli.arguments import byte_count, key_values, numbers
 from proxyq.cli.models import load
 from proxyq.cli.output import say
 from proxyq.cli.plans import check_results, save_plan, show_plan, tell_unused_pins
-from proxyq.cli.runtime import score_folder, working
+from proxyq.cli.runtime import score_cache, working
 
 
 def search(
@@ -87,7 +87,7 @@ def search(
             latency=latency_table,
             options=settings,
             cost=cost,
-            cache_dir=score_folder(cache_dir, no_cache=no_cache),
+            cache_dir=score_cache(cache_dir, no_cache=no_cache),
             seed=seed,
             memory=bound,
             evaluate=evaluate,
