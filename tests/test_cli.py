@@ -271,7 +271,9 @@ def test_inspect_a_file_that_prints(tmp_path: Path):
 
 def test_proxies():
     records = json.loads(here("proxies", "--json").out)
-    assert [record["name"] for record in records] == [proxy.name for proxy in PROXIES]
+    assert sorted(record["name"] for record in records) == sorted(p.name for p in PROXIES)
+    classes = [record["cost_class"] for record in records]
+    assert classes[0] == "weights" and classes[-1] == "training"
     assert {"name", "direction", "needs", "passes", "shape", "reference", "summary"} <= set(
         records[0]
     )

@@ -19,9 +19,11 @@ def proxies(
 ) -> None:
     """List the proxies, or tell all about one."""
     with working(no_cache=True, quiet=True):
-        from proxyq.proxies import PROXIES
+        from proxyq.proxies import COST_CLASSES, PROXIES
 
-        found = list(PROXIES) if name is None else [PROXIES.get(name)]
+        place = {name: place for place, name in enumerate(COST_CLASSES)}  # from cheap to dear
+        every = sorted(PROXIES, key=lambda one: (place.get(one.cost_class, len(place)), one.name))
+        found = every if name is None else [PROXIES.get(name)]
     from proxyq.report.tables import proxies_table, proxy_docs, proxy_text
 
     if json and name is None:
