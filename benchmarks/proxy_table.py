@@ -43,6 +43,7 @@ def parsed():
     parser.add_argument("--proxies", default="", help="some only, with commas")
     parser.add_argument("--part", default="0/1", help="accuracy: this share of the plans, as 0/2")
     parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument("--mappings", default="both", help="own: no second way of importances")
     parser.add_argument("--out", help="the table's file")
     return parser.parse_args()
 
@@ -142,7 +143,7 @@ def plans(args, model):
             continue
         record = json.loads(file.read_text())
         tables = {name: np.array(record["costs"])}
-        if "linear" in record and name not in BASELINES:
+        if "linear" in record and name not in BASELINES and args.mappings == "both":
             linear = np.array(record["linear"])
             if record["cost"] != "linear-bits":
                 tables[f"{name} (linear-bits)"] = linear
@@ -209,12 +210,15 @@ def accuracy(args):
     part, parts = map(int, args.part.split("/"))
     file = folder(args) / f"accuracy-{part}-of-{parts}.json"
     done = json.loads(file.read_text()) if file.exists() else {}
+    known = {
+        key for other in folder(args).glob("accuracy-*") for key in json.loads(other.read_text())
+    }
     unique = sorted(set(wanted.values()))[part::parts]
-    if part == 0 and "float" not in done:
+    if part == 0 and "float" not in known:
         done["float"] = {"none": top1({}), "images": len(data)}
     for number, bits in enumerate(unique):
         key = ",".join(map(str, bits))
-        if key in done:
+        if key in known:
             continue
         rounded = round_weights(fitting, dict(zip(fitting.network.names, bits, strict=True)))
         restored = correct_statistics(fitting, rounded, inputs, moments)
