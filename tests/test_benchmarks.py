@@ -12,11 +12,16 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 @pytest.mark.parametrize(
     ("script", "ratios"),
-    [("orthogonality_search.py", 5), ("single_layer_sweep.py", 3), ("bridge_forward.py", 7)],
+    [
+        ("orthogonality_search.py", 5),
+        ("single_layer_sweep.py", 3),
+        ("bridge_forward.py", 7),
+        ("curvature.py", 11),
+    ],
 )
 def test_a_quick_run_prints_ratios(script: str, ratios: int) -> None:
     pytest.importorskip("torch")
-    if script != "single_layer_sweep.py":
+    if script in ("orthogonality_search.py", "bridge_forward.py"):
         pytest.importorskip("proxyq.model.torch_import").import_torchvision()
     run = subprocess.run(
         [sys.executable, FOLDER / script, "--quick"], capture_output=True, text=True, timeout=600

@@ -274,3 +274,13 @@ def test_scores_print_the_most_sensitive_first():
     taps = collect(Engine.build(small_net(), 1), None, (), (2,))
     text = str(Scores(proxy="x", layers=taps.layers, bits=(2,), values=np.arange(9.0)))
     assert text.splitlines()[1].startswith("head")
+
+
+def test_labels_as_text_are_the_option():
+    model, x = small_net(), images(small_net())
+    drawn = proxies.fisher(model, x, labels="sampled", bits=(2,))
+    assert drawn.options["labels"] == "sampled"
+    given = proxies.fisher(model, x, labels=np.zeros(6, int), bits=(2,))
+    assert given.options["labels"] == "probes"
+    with pytest.raises(UsageError, match="'sampld'"):
+        proxies.fisher(model, x, labels="sampld", bits=(2,))

@@ -235,8 +235,15 @@ class Proxy:
         progress: Progress = silent,
         **options: Any,
     ) -> Scores:
-        """Scores of a model on a batch of inputs `[images, …]`, tapped for you."""
+        """Scores of a model on a batch of inputs `[images, …]`, tapped for you.
+
+        `labels` are those of the images; a text is the proxy's option of that name (`score`
+        takes both).
+        """
         from proxyq.proxies.scoring import score
+
+        if isinstance(labels, str):
+            options, labels = {**options, "labels": labels}, None
 
         (scores,) = score(
             model,
