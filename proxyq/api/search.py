@@ -60,7 +60,8 @@ def search(
     **Arguments:**
 
     - `model`: a `Model`, a specification (`torchvision:resnet18`), or `None` for the embedded
-      network. `data`: calibration images, as `as_data` takes them; labels are not read.
+      network. `data`: calibration images, as `as_data` takes them; only
+      proxies of the loss read their labels (option `labels`).
     - `proxy` or `recipe`: what measures sensitivity; `options` are the proxy's; `cost`: how
       an importance becomes a cost for each bit-width (`proxyq.proxies.COSTS`).
     - `budget`: one or several, such as `size=3bit`, `size=1.5MiB`, `bops=75G`; all hold.
@@ -122,7 +123,7 @@ def search(
         "pins": method.pins,
         "ties": method.ties,
         "candidates": candidates,
-        "latency": load_latency(latency) if isinstance(latency, str) else latency,
+        "latency": load_latency(latency) if isinstance(latency, (str, os.PathLike)) else latency,
     }
     beside = method.activation_bits if isinstance(method.activation_bits, tuple) else ()
     blank = Scores(

@@ -267,8 +267,9 @@ CalibrationData = Annotated[
         "--data",
         metavar="DATA",
         panel=IMAGES,
-        help="Calibration images, labels not read: digits, FILE.npz\\[:IMAGES,LABELS], dir:PATH, "
-        "torchvision:NAME@ROOT, hf:ID or random.",
+        help="Calibration images: digits, FILE.npz\\[:IMAGES,LABELS], dir:PATH, "
+        "torchvision:NAME@ROOT, hf:ID or random. Labels are read by proxies of the loss alone, "
+        "and must be the model's classes (else: --option labels=predicted).",
     ),
 ]
 EvalData = Annotated[
@@ -387,7 +388,8 @@ Memory = Annotated[
         "--memory",
         metavar="4GiB",
         panel=RUN,
-        help="Bound on the activations held at once; tune it for speed. Default: 64MiB on CPU.",
+        help="Bound on the activations held at once; tune it for speed. Default: 64MiB on "
+        "CPU, 512MiB for derivatives.",
     ),
 ]
 AsJson = Annotated[

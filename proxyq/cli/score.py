@@ -121,8 +121,11 @@ def with_options(names: Sequence[str], settings: dict[str, Any]) -> list[Any]:
                 )
             asked[prefix][own] = value
             continue
-        takers = known if ALL in asked else [name for name in asked if name in known]
-        takers = [name for name in takers if key in known[name].options]
+
+        def asked_for(name: str) -> bool:
+            return name in asked or (ALL in asked and known[name].cost_class != "training")
+
+        takers = [name for name in known if asked_for(name) and key in known[name].options]
         if not takers and len(asked) == 1 and ALL not in asked:
             takers = list(asked)  # which tells what is near
         if not takers:

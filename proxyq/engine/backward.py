@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.engine.engine import Engine
-from proxyq.engine.objectives import Objective, Targets, with_classes
+from proxyq.engine.objectives import Objective, Targets, curvature_probe, with_classes
 from proxyq.engine.segments import NO_EDIT, Segment, State, remember, text_key
-from proxyq.errors import ProxyqError
+from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.graph import Env, Equation, Var, evaluate, is_literal
 from proxyq.model.lowering import run
 from proxyq.model.model import logits_of
@@ -449,6 +449,8 @@ def record(
 
     **Raises** `ProxyqError` when the objective is not finite, naming the image.
     """
+    if targets.how == "probes" and objective is not curvature_probe:
+        raise UsageError("labels='probes' are for squared gradients alone: use labels='sampled'.")
     if engine.network.batch_norm == "batch":
         raise ProxyqError(
             "derivatives are taken for each image apart, which statistics of the batch mix: use "

@@ -65,9 +65,9 @@ def hutchinson(
     - `probes`: where the random signs are. `output`, for Gauss-Newton and cross-entropy: signs
       on the outputs of every image apart, `tr G = E |J' L u|^2` with `L L' = d2L/dz2`; one
       backward pass serves all layers, and the noise averages out over images too. `layer`: on
-      one layer's weight at a time, all images alike (on what it reads: drawn batch by batch). `joint`: on all weights at once,
-      `v_l' (H v)_l`; unbiased, with the blocks off the diagonal as further noise. `auto` is
-      `output` for Gauss-Newton, and `layer` for the Hessian.
+      one layer's weight at a time, all images alike (on what it reads: drawn batch by batch).
+      `joint`: on all weights at once, `v_l' (H v)_l`; unbiased, with the blocks off the
+      diagonal as further noise. `auto` is `output` for Gauss-Newton, and `layer` for the Hessian.
     - `tolerance`, `least`, `most`: a layer is done after `least` probes, when the standard
       error of its mean is within `tolerance` of it (or of a hundredth of the largest average
       over a layer's entries); or after `most`. The rule of PyHessian, that the running mean

@@ -200,11 +200,11 @@ def _input_gradients(tape: Tape, index: int) -> np.ndarray:
 
 
 def stride(size: int, wanted: int) -> int:
-    """A step that leaves about `wanted` of `size` values and shares no factor with `size`.
+    """A step that leaves at most `wanted` of `size` values and shares no factor with `size`.
 
     So it walks through all channels and positions, whatever the layout.
     """
-    step = max(1, size // wanted)
+    step = max(1, -(-size // wanted))
     while math.gcd(step, size) > 1:
         step += 1
     return step

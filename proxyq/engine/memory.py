@@ -45,9 +45,12 @@ def bytes_per_image(graph: Graph) -> int:
 
 def tape_bytes_per_image(of: Network) -> int:
     """What derivatives keep of one image: of each site the output, the state, and of both the
-    derivative and a tangent, some six times the outputs."""
+    derivative and a tangent, some six times the outputs; and its own gradient of the largest
+    weight, squared beside it."""
     outs = (of.graph.main[site.position].outvars[0].aval for site in of.sites)
-    return math.ceil(6 * sum(a.size * a.dtype.itemsize for a in outs) / of.graph.batch_size)
+    kept = 6 * sum(a.size * a.dtype.itemsize for a in outs) / of.graph.batch_size
+    weights = (site.weight.aval for site in of.sites)
+    return math.ceil(kept) + 2 * max(a.size * a.dtype.itemsize for a in weights)
 
 
 def images_at_once(

@@ -233,7 +233,10 @@ def _text(value: Any, custom_rule: bool) -> str:
         constants = ",".join(_text(c, False) for c in getattr(value, "consts", ()))
         return "{" + inside + "|" + constants + "|" + source + "}"
     if source or (custom_rule and callable(value)):
-        return source
+        # Rules made by one function may differ in what they close over.
+        cells = getattr(getattr(value, "f", value), "__closure__", None) or ()
+        held = (getattr(cell, "cell_contents", None) for cell in cells)
+        return source + repr([v for v in held if isinstance(v, (bool, int, float, str))])
     if isinstance(value, (tuple, list)):
         return "(" + ",".join(_text(item, custom_rule) for item in value) + ")"
     if hasattr(value, "shape") and hasattr(value, "dtype"):

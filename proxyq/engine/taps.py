@@ -42,6 +42,9 @@ NEEDS = {
     "engine": "the network, ready to run, differentiate and change: `taps.engine`, `taps.inputs`",
 }
 
+# Random probes have squares that mean something, and nothing else.
+_NO_PROBES = frozenset({"gradient", "gradient-magnitudes", "input-gradients", "loss-change"})
+
 # Which options of `TapOptions` govern which needs.
 GOVERNS = {
     "batch_norm": frozenset(FORWARD_NEEDS),
@@ -231,6 +234,8 @@ def collect(
                 f"{engine.batch_size}: give fewer images or more memory."
             )
     aims = targets(options.labels, labels, seed) if set(needs) & GOVERNS["labels"] else None
+    if aims is not None and aims.how == "probes" and set(needs) & _NO_PROBES:
+        raise UsageError("labels='probes' are for squared gradients alone: use labels='sampled'.")
     own = tuple(need for need in needs if need in FORWARD_NEEDS)
     if own:
         record_forward(

@@ -27,7 +27,7 @@ from proxyq.proxies.proxy import Result, register
     cost_class="training",
     random=True,
     activations=True,
-    defaults={"labels": "data"},
+    fixed={"labels": "data"},
 )
 def limpq(
     taps: Taps,

@@ -39,7 +39,7 @@ def zen(taps: Taps, *, key: Any, images: int = 32, step: float = 0.01) -> np.nda
             f"{images} and {step}."
         )
     model = taps.engine.network.model
-    engine = Engine.build(model, images)
+    engine = Engine.build(model, images, memory=taps.memory)
     moved = np.zeros(len(engine.network.sites))
     keys = jax.random.split(key)
     shapes = model.example(images)

@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -55,7 +56,13 @@ class Cache:
         return {
             "schema": SCHEMA,
             "model": model.digest(),
+            "parameters": list(model.params),
+            "frozen": sorted(model.frozen),
             "graph": graph_digest(model),
+            "batch_graph": None
+            if model.batch_statistics_apply is None
+            else graph_digest(model, "batch"),
+            "precision": [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision],
             "images": digest_arrays(leaves),
             "rounding": asdict(rounding),
             "code": code_digest(),
@@ -69,7 +76,7 @@ class Cache:
         """The name under which a proxy's scores are kept."""
         if self.folder is None:
             return ""
-        own = {"proxy": proxy.name, "options": proxy.check_options(options)}
+        own = {"proxy": proxy.name, "cost": proxy.cost, "options": proxy.check_options(options)}
         return _digest({**facts, **own, "kernel": _source_digest(proxy.kernel)})
 
     def group_key(self, facts: Mapping[str, Any]) -> str:
@@ -143,9 +150,9 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def graph_digest(model: Model) -> str:
+def graph_digest(model: Model, batch_norm: str = "running") -> str:
     """SHA-256 of a model's traced equations, whatever its weights."""
-    graph = network(model, LAYERS_AT).graph
+    graph = network(model, LAYERS_AT, batch_norm=batch_norm).graph
     known = [*graph.params.values(), *graph.constants]
     prelude = text_key(graph.prelude, known, graph.frontier)
     main = text_key(graph.main, [*graph.frontier, *graph.inputs], graph.outputs)
@@ -168,9 +175,17 @@ def code_digest() -> str:
 
 
 def _source_digest(function: Any) -> str:
-    """SHA-256 of the file that a kernel is written in; its name where there is no file."""
+    """SHA-256 of the file that a kernel is written in, and of plain values that it closes over.
+
+    What has no source, or closes over more than that, is like nothing else: a digest that never
+    comes again, for no answer may stand for another.
+    """
+    cells = getattr(function, "__closure__", None) or ()
+    held = [getattr(cell, "cell_contents", None) for cell in cells]
     try:
-        file = inspect.getsourcefile(inspect.unwrap(function))
-        return hashlib.sha256(Path(file or "").read_bytes()).hexdigest()
+        source = Path(inspect.getsourcefile(function) or "").read_bytes()
     except (OSError, TypeError):
-        return getattr(function, "__qualname__", repr(type(function)))
+        return uuid.uuid4().hex
+    if not all(isinstance(value, (int, float, str, bool, type(None))) for value in held):
+        return uuid.uuid4().hex
+    return _digest([hashlib.sha256(source).hexdigest(), function.__qualname__, held])

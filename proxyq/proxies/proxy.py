@@ -139,8 +139,15 @@ class Proxy:
         return settings
 
     def tap_options(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the settings, and of what is fixed, that govern how its taps are recorded."""
-        governing = {k: v for k, v in settings.items() if k in GOVERNS} | dict(self.fixed)
+        """What governs how its taps are recorded: settings, what is fixed, and else defaults.
+
+        Defaults too: what a proxy leaves alone must not be set by another that shares its taps.
+        """
+        plain, needs = TapOptions(), set(self.needs)
+        governing = {k: getattr(plain, k) for k, governed in GOVERNS.items() if governed & needs}
+        if needs:
+            governing["batch_norm"] = plain.batch_norm  # weights are folded by it
+        governing |= {k: v for k, v in settings.items() if k in GOVERNS} | dict(self.fixed)
         TapOptions(**governing)
         return governing
 

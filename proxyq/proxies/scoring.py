@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 
 from proxyq.engine import Engine, TapOptions, collect
-from proxyq.errors import ProxyqError
+from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model
 from proxyq.model.network import LAYERS_AT
 from proxyq.progress import Progress, silent
@@ -82,6 +83,7 @@ def score(
 
     **Raises** `ProxyqError` when a score would break a solver, naming layer and proxy.
     """
+    _check_labels(labels, inputs)
     cache, rounding = cache or Cache(), rounding or Rounding()
     facts = cache.facts(
         model,
@@ -141,8 +143,26 @@ def score(
         except ProxyqError as error:
             if failed is None:
                 raise
-            for index in missing:
-                failed(requests[index][0], error)
+            if len(group.members) == 1:
+                failed(requests[group.members[0]][0], error)
+                continue
+            for index in missing:  # each alone: what one needs must not stop the others
+                alone = score(
+                    model,
+                    [requests[index]],
+                    inputs,
+                    labels=labels,
+                    bits=bits,
+                    activation_bits=activation_bits,
+                    seed=seed,
+                    memory=memory,
+                    rounding=rounding,
+                    cache=cache,
+                    failed=failed,
+                    progress=progress,
+                )
+                if alone:
+                    answers[index] = alone[0]
             continue
         seconds = time.perf_counter() - started
         if len(missing) > 1:
@@ -175,3 +195,14 @@ def check_images(requests: Sequence[Request], inputs: Any) -> None:
             raise ProxyqError(
                 f"calibration images are needed by {proxy.name!r}: give `data` (--data)."
             )
+
+
+def _check_labels(labels: Any, inputs: Any) -> None:
+    if labels is None or inputs is None:
+        return
+    given, images = np.asarray(labels), len(jax.tree.leaves(inputs)[0])
+    if given.dtype.kind not in "iu" or given.ndim < 1 or len(given) != images:
+        raise UsageError(
+            f"`labels` must be whole numbers, for each of the {images} images, got "
+            f"{given.dtype.name} of shape {list(given.shape)}."
+        )
