@@ -10,7 +10,7 @@ Three steps, each of which keeps what it finished and goes on from there:
 scoring (compiling included, loading the network not) and the most memory beyond what the
 process held before. `accuracy` solves each proxy's plan for every budget exactly, and measures
 all plans on the test images without and with the correction of layer statistics (fitted on
-1,024 training images), beside uniform bits and random feasible plans: bits raised one step at
+1,024 training images by default), beside uniform bits and random feasible plans: bits raised one step at
 a time at random layers until nothing fits. Plans that several proxies agree on are run once.
 """
 
@@ -30,7 +30,7 @@ BUDGETS = (2.5, 2.75, 3.0)
 BASELINES = ("params", "macs", "uniform", "random")
 CORRECTIONS = ("none", "statistics")
 RANDOM_PLANS = 10
-SAMPLES, TRAINING_SAMPLES, CORRECTION_SAMPLES = 256, 4096, 1024
+SAMPLES, TRAINING_SAMPLES = 256, 4096
 
 
 def parsed():
@@ -42,6 +42,7 @@ def parsed():
     parser.add_argument("--into", required=True, help="the folder of finished parts")
     parser.add_argument("--proxies", default="", help="some only, with commas")
     parser.add_argument("--part", default="0/1", help="accuracy: this share of the plans, as 0/2")
+    parser.add_argument("--correction-images", type=int, default=1024)
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--mappings", default="both", help="own: no second way of importances")
     parser.add_argument("--out", help="the table's file")
@@ -190,9 +191,9 @@ def accuracy(args):
 
     model = load(args)
     _, wanted = plans(args, model)
-    inputs, _ = calibration(args, model, CORRECTION_SAMPLES)
+    inputs, _ = calibration(args, model, args.correction_images)
     data = as_eval_data(f"{args.data}:x_test,y_test", model).subset(np.arange(args.test_images))
-    fitting = Engine.build(model, CORRECTION_SAMPLES)
+    fitting = Engine.build(model, args.correction_images)
     moments, _ = float_moments(fitting, inputs)
     engine = Engine.build(model, len(data))
     batches = [
@@ -215,7 +216,11 @@ def accuracy(args):
     }
     unique = sorted(set(wanted.values()))[part::parts]
     if part == 0 and "float" not in known:
-        done["float"] = {"none": top1({}), "images": len(data)}
+        done["float"] = {
+            "none": top1({}),
+            "images": len(data),
+            "correction_images": args.correction_images,
+        }
     for number, bits in enumerate(unique):
         key = ",".join(map(str, bits))
         if key in known:
@@ -293,10 +298,11 @@ def section(args, path):
         return order.get(record.get("cost_class", ""), 6), name not in BASELINES, label
 
     images = measured.get("float", {}).get("images", 0)
+    fitted = measured.get("float", {}).get("correction_images", 1024)
     exact = measured.get("float", {}).get("none", float("nan"))
     return [
         "",
-        f"## {path.name}: float {exact:.2f} %, {images:,} test images",
+        f"## {path.name}: float {exact:.2f} %, {images:,} test images, {fitted:,} for the correction",
         "",
         "| method | cost class | CPU s | MiB | 2.5 bits | 2.75 bits | 3.0 bits |",
         "|---|---|---:|---:|---:|---:|---:|",
