@@ -10,8 +10,9 @@ Three steps, each of which keeps what it finished and goes on from there:
 scoring (compiling included, loading the network not) and the most memory beyond what the
 process held before. `accuracy` solves each proxy's plan for every budget exactly, and measures
 all plans on the test images without and with the correction of layer statistics (fitted on
-1,024 training images by default), beside uniform bits and random feasible plans: bits raised one step at
-a time at random layers until nothing fits. Plans that several proxies agree on are run once.
+1,024 training images by default), beside uniform bits and random feasible plans: bits raised
+one step at a time at random layers until nothing fits. Plans that several proxies agree on are
+run once.
 """
 
 import argparse
@@ -302,7 +303,8 @@ def section(args, path):
     exact = measured.get("float", {}).get("none", float("nan"))
     return [
         "",
-        f"## {path.name}: float {exact:.2f} %, {images:,} test images, {fitted:,} for the correction",
+        f"## {path.name}: float {exact:.2f} %, {images:,} test images, {fitted:,} images for the "
+        "correction",
         "",
         "| method | cost class | CPU s | MiB | 2.5 bits | 2.75 bits | 3.0 bits |",
         "|---|---|---:|---:|---:|---:|---:|",
