@@ -1,5 +1,6 @@
 """Shared fixtures: where the optional CIFAR-10 material is, and how tests find it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,15 @@ def published() -> dict:
     if not file.is_file():
         pytest.skip("published_configs.json is not beside this checkout")
     return json.loads(file.read_text())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile each program once for all test processes: compilation is most of their time.
+
+    The programs stay in pytest's cache folder, for the next run.
+    """
+    folder = config.cache.mkdir("xla") if config.cache is not None else None
+    if folder is not None:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -50,7 +50,10 @@ def test_layers_of_resnet20(resnet20):
     assert found.layer("layer2.0.conv1").macs == 16 * 16 * 32 * 9 * 16
 
 
-@pytest.mark.parametrize(("name", "top1"), [("resnet20", 91.73), ("resnet56", 93.39)])
+@pytest.mark.parametrize(
+    ("name", "top1"),
+    [("resnet20", 91.73), pytest.param("resnet56", 93.39, marks=pytest.mark.slow)],
+)
 def test_float_accuracy_through_the_bridge(cifar, images, name, top1):
     model = load(cifar, name)
     plan = plan_of(model, dict.fromkeys(proxyq.inspect(model).names, 16))
@@ -64,22 +67,23 @@ def test_float_accuracy_through_the_bridge(cifar, images, name, top1):
 def test_correction_rescues_three_bits(resnet20, images):
     """Uniform 3 bit: about 57 % without correction, about 89 % with (quality of the method)."""
     plan = plan_of(resnet20, dict.fromkeys(proxyq.inspect(resnet20).names, 3))
+    train, test = images[0], images[1].take(4000)
     found = {
         correction: evaluate(
-            resnet20, [plan], images[0], images[1], correction=correction, samples=samples
+            resnet20, [plan], train, test, correction=correction, samples=samples
         ).plans[0]
         for correction, samples in (("none", 1), ("weights", 1), ("statistics", 1024))
     }
     # Without correction the figure hangs on the last digits of the rounding's scales.
     assert 53 < found["none"].top1 < 60
-    assert found["weights"].top1 == pytest.approx(86.0, abs=1)
-    assert found["statistics"].top1 == pytest.approx(88.9, abs=0.7)
+    assert found["weights"].top1 == pytest.approx(86.0, abs=1.5)
+    assert found["statistics"].top1 == pytest.approx(88.9, abs=1.2)
     kl = [found[name].kl for name in ("none", "weights", "statistics")]
     assert kl[0] > kl[1] > kl[2]
 
 
 def test_search_at_three_bits(resnet20, images):
-    train, test = images
+    train, test = images[0], images[1].take(4000)
     plans = {
         proxy: proxyq.search(
             resnet20, train, proxy=proxy, budget="size=3bit", bits=(2, 3, 4, 6), correction="none"
@@ -94,8 +98,8 @@ def test_search_at_three_bits(resnet20, images):
             resnet20, list(plans.values()), train, test, correction=correction, samples=1024
         )
         for one, figure in zip(result.plans, figures, strict=True):
-            # Standard error of 10,000 images is 0.3 to 0.5 points.
-            assert one.top1 == pytest.approx(figure, abs=1.5)
+            # The figures are of 10,000 images; one standard error of 4,000 is 0.5 to 0.7 points.
+            assert one.top1 == pytest.approx(figure, abs=2)
 
 
 def test_auto_correction_is_chosen_on_training_images_and_helps(resnet20, images):

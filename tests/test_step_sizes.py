@@ -496,6 +496,7 @@ def test_divergence_is_told(net):
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_a_few_steps_on_resnet20(cifar):
     pytest.importorskip("torch")
     example = Path(__file__).resolve().parents[1] / "examples" / "cifar_resnet.py"

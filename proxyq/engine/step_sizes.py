@@ -194,7 +194,7 @@ def train_step_sizes(
             state.signed,
             trainer.settings_of_step(draw_key, step, random_passes),
             *batch(step),
-            rate=float(rate(step)),
+            rate=float(np.asarray(rate(step))),
             momentum=momentum,
             decay=weight_decay,
         )
