@@ -186,8 +186,8 @@ def accuracy(args):
 
     from proxyq.api.inputs import as_eval_data, labelled_batches
     from proxyq.engine import Engine
+    from proxyq.engine.statistics import correct_statistics, float_moments
     from proxyq.model.model import logits_of
-    from proxyq.ptq.correct import correct_statistics, float_moments
     from proxyq.ptq.quantized import round_weights
 
     model = load(args)

@@ -537,7 +537,9 @@ def test_budgets_are_exact() -> None:
         ("size=100.1%", "0% to 100%"),
         ("size=-1%", "positive number"),
         ("bops=%", "positive number"),
-        ("activation-memory=512KiB", "not available in this version"),
+        ("activation-memory=512", "needs a unit: B, kB"),
+        ("activation-memory=3bit", "unknown unit 'bit'"),
+        ("activation-memory=-3KiB", "positive number.*like 512KiB"),
     ],
 )
 def test_bad_budgets_are_refused_in_one_sentence(text: str, words: str) -> None:

@@ -11,7 +11,17 @@ ROOT = Path(__file__).resolve().parents[1] / "proxyq"
 
 # A module may import its own stage and those before it.
 STAGES = [
-    ("errors", "files", "checkpoint", "progress", "registry", "shelf", "version", "provenance"),
+    (
+        "errors",
+        "files",
+        "checkpoint",
+        "progress",
+        "registry",
+        "shelf",
+        "version",
+        "provenance",
+        "psd",
+    ),
     ("model",),
     ("data",),
     ("quantize",),
@@ -19,6 +29,7 @@ STAGES = [
     ("proxies",),
     ("search",),
     ("ptq",),
+    ("auto",),
     ("report",),
     ("api", "testing"),
     ("cli",),

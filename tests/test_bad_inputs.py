@@ -153,7 +153,8 @@ CASES: dict[str, tuple[str, int, str]] = {
     "unknown batch norm": ("search --proxy output-error --option batch-norm=off", 2, "'off'"),
     # budgets, bits, solver
     "unknown budget": ("search --budget sise=3bit", 2, "did you mean 'size'"),
-    "budget of a later version": ("search --budget activation-memory=3MiB", 2, "not available"),
+    "memory in bits": ("search --budget activation-memory=3bit", 2, "unknown unit 'bit'"),
+    "memory too small": ("search --budget activation-memory=3B", 1, "smallest reachable is 1.2"),
     "latency without a table": ("search --budget latency=3ms", 2, "--latency-table"),
     "latency of some layers": (
         "search --budget latency=3s --latency-table {f}/latency.json",
@@ -201,7 +202,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "activation bits": ("search --activation-bits 0", 2, "activation_bits"),
     "activation bits of words": ("search --activation-bits weigths", 2, "'weights' or 'float'"),
     "activation bits unmeasured": (
-        "search --activation-bits 4,8 --budget bops=50M",
+        "search --proxy snip --activation-bits 4,8 --budget bops=50M",
         2,
         "tells nothing of activations",
     ),
@@ -211,7 +212,7 @@ CASES: dict[str, tuple[str, int, str]] = {
         "did you mean 'times-dw2'",
     ),
     "cost of a cost": ("search --proxy sqnr --cost exponential", 2, "leave out"),
-    "unknown solver": ("search --solver ipl", 2, "did you mean 'ilp'"),
+    "unknown solver": ("search --solver ipl", 2, "did you mean 'iqp' or 'ilp'"),
     "dp for two budgets": ("search --solver dp --budget size=3bit --budget bops=90M", 2, "dp"),
     "no time": ("search --time-limit 0", 2, "time_limit"),
     "pin that matches nothing": ("search --pin layer9*=8", 2, "'layer9*'"),

@@ -77,7 +77,7 @@ def test_search_prints_the_plan_alone(searched: tuple[Finished, Path]):
     assert next(iter(plan["layers"])) == "stem" and len(plan["layers"]) == 12
     assert plan["solver"]["status"] == "optimal"
     assert plan["budgets"][0]["achieved"] <= 3
-    assert plan["method"]["proxy"] == api.DEFAULT_PROXY
+    assert plan["method"]["proxy"] == api.AUTO
     assert plan["measured"]["float"] == {"top1": 99.0, "n": 400}
     assert plan["measured"]["plans"][0]["top1"] > 95
     assert (folder / "plan.json").read_text(encoding="utf-8") == done.out

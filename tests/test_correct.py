@@ -8,17 +8,17 @@ from networks import mixer, small_net
 from proxyq.engine import Engine
 from proxyq.engine.divergence import kl_divergence, log_softmax
 from proxyq.engine.ranges import input_grids
-from proxyq.errors import UsageError
-from proxyq.model.graph import evaluate
-from proxyq.ptq.correct import (
+from proxyq.engine.statistics import (
     CLAMP,
     Moments,
-    correct,
     correct_statistics,
     correct_weights,
     float_moments,
     match,
 )
+from proxyq.errors import UsageError
+from proxyq.model.graph import evaluate
+from proxyq.ptq.correct import correct
 from proxyq.ptq.measure import top1
 from proxyq.ptq.quantized import round_weights, with_input_grids
 

@@ -208,7 +208,7 @@ def windowed(seed=0):
 @pytest.mark.parametrize("build", [sequence_first, windowed, mixer, small_net])
 def test_what_is_measured_for_each_image_does_not_hang_on_the_batch_size(build):
     from proxyq.engine import Engine, collect
-    from proxyq.ptq.correct import float_moments
+    from proxyq.engine.statistics import float_moments
 
     model = build()
     x = images(model, 5)

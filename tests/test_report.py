@@ -216,7 +216,8 @@ def test_accuracy_table():
 
 def test_listings():
     lines = shown(network_table(inspect()))
-    assert lines[-1].split() == ["12", "layers", "35,600", "811", "k"]
+    assert lines[-2].split() == ["12", "layers", "35,600", "811", "k"]
+    assert lines[-1].strip().startswith("float activations: at most 12.0 KiB at once")
     assert max(map(len, lines)) <= 88
     text = "\n".join(shown(proxies_table(PROXIES)))
     assert "orthogonality" in text and "curvature" in text

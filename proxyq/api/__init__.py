@@ -13,8 +13,8 @@ from proxyq.api.inputs import as_data as as_data
 from proxyq.api.inputs import as_model as as_model
 from proxyq.api.inputs import inputs_of as inputs_of
 from proxyq.api.inspect import inspect as inspect
+from proxyq.api.method import AUTO as AUTO
 from proxyq.api.method import DEFAULT_BITS as DEFAULT_BITS
-from proxyq.api.method import DEFAULT_PROXY as DEFAULT_PROXY
 from proxyq.api.method import DEFAULT_SAMPLES as DEFAULT_SAMPLES
 from proxyq.api.method import Method as Method
 from proxyq.api.method import method_of as method_of

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from proxyq.api.method import method_of
 from proxyq.api.program import program
 from proxyq.errors import UsageError
@@ -81,6 +83,7 @@ def allocate(
         ties=[tie for tie in ties if tie not in (SAME_FEATURE, SAME_INPUT)],
         candidates=candidates,
         latency=load_latency(latency) if isinstance(latency, (str, os.PathLike)) else latency,
+        schedule=scores.steps(),
     )
     answer = solve(problem, method.solver, time_limit=time_limit)
     return plan_from(
@@ -115,7 +118,18 @@ def _activations_among(scores: Scores, chosen: tuple[int, ...]) -> Scores:
                 f"{', '.join(map(str, known)) or 'none'}: score again with --activation-bits."
             )
     columns = [known.index(bits) for bits in chosen]
-    return replace(scores, activations=scores.activations[:, columns], activation_bits=chosen)
+    coupling = scores.coupling
+    if coupling is not None:
+        widths, total = len(scores.bits), len(scores.bits) + len(known)
+        kept = np.isin(np.arange(total), [*range(widths), *(widths + k for k in columns)])
+        rows = np.tile(kept, len(scores.layers))
+        coupling = coupling[rows][:, rows]
+    return replace(
+        scores,
+        activations=scores.activations[:, columns],
+        activation_bits=chosen,
+        coupling=coupling,
+    )
 
 
 def _provenance(scores: ScoreFile, images: bool) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from proxyq.engine.divergence import kl_divergence
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network
+from proxyq.model.schedule import schedule
 from proxyq.progress import Progress, silent
 from proxyq.ptq.quantized import QuantizedModel
 from proxyq.search.allocate import build_problem, solve
@@ -212,7 +213,8 @@ def uniform_plan(model: Model, plan: Plan, latency: Latencies | None = None) -> 
 
     `None` where nothing fits, or a budget cannot be counted (latency without its table).
     """
-    layers = network(model, LAYERS_AT).layers
+    found = network(model, LAYERS_AT)
+    layers, steps = found.layers, schedule(found)
     pins = [
         f"{glob.escape(name)}={layer.weight_bits}"
         for name, layer in plan.layers.items()
@@ -244,6 +246,7 @@ def uniform_plan(model: Model, plan: Plan, latency: Latencies | None = None) -> 
                 pins=pins,
                 activation_bits=activations,
                 latency=latency,
+                schedule=steps,
             )
             solve(problem, "greedy")
         except ProxyqError:

@@ -14,16 +14,19 @@ from proxyq.search.allocate.build import AS_WEIGHTS
 from proxyq.search.recipes import Recipe, load_recipe
 
 DEFAULT_BITS = (2, 3, 4, 8)
-DEFAULT_PROXY = "output-error"
+AUTO = "auto"
 DEFAULT_SAMPLES = 256
 FLOAT = "float"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What a search does, from `--proxy` or `--recipe` with its options."""
+    """What a search does, from `--proxy` or `--recipe` with its options.
 
-    proxy: Proxy
+    Without a `proxy` it is `auto`: a portfolio of them, every plan measured.
+    """
+
+    proxy: Proxy | None
     options: Mapping[str, Any]
     cost: str
     bits: tuple[int, ...]
@@ -39,6 +42,21 @@ class Method:
     tie_inputs: bool
     outliers: str
     recipe: str | None
+
+    @property
+    def name(self) -> str:
+        """What measures sensitivity."""
+        return AUTO if self.proxy is None else self.proxy.name
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether calibration images are read for the plan."""
+        return self.proxy is None or self.proxy.needs_images
+
+    @property
+    def measures_activations(self) -> bool:
+        """Whether bits of activations can be chosen."""
+        return self.proxy is None or self.proxy.activations
 
 
 def method_of(
@@ -78,14 +96,19 @@ def method_of(
     for width in bits or ():
         check_bits(width)
     if recipe is None:
-        chosen = (
-            proxy
-            if isinstance(proxy, Proxy)
-            else PROXIES.get(DEFAULT_PROXY if proxy is None else proxy)
-        )
+        chosen = None
+        if isinstance(proxy, Proxy):
+            chosen = proxy
+        elif proxy not in (None, AUTO):
+            chosen = PROXIES.get(proxy)
+        elif options or cost not in (None, "auto"):
+            what = f"the option {min(options)!r}" if options else f"cost={cost!r}"
+            raise UsageError(
+                f"{what} is for a single proxy: name one (--proxy), 'auto' tries several."
+            )
         return Method(
             proxy=chosen,
-            options=chosen.check_options(options or {}),
+            options={} if chosen is None else chosen.check_options(options or {}),
             cost=cost or "auto",
             bits=tuple(sorted(set(bits or DEFAULT_BITS))),
             activation_bits=activations,

@@ -38,7 +38,15 @@ def program(
     **Raises** `UsageError` when activation bits are to be chosen by scores that tell nothing of
     activations.
     """
-    table = as_cost(scores, cost, errors=errors)
+    coupling = None
+    if scores.coupling is None:
+        table = as_cost(scores, cost, errors=errors)
+    else:
+        # All that a plan costs is in the matrix.
+        table = np.zeros((len(layers), len(scores.bits)))
+        coupling = scores.coupling
+        if not isinstance(activation_bits, (list, tuple)):
+            coupling = _of_weights(coupling, scores)
     beside: dict[str, Any] = {}
     if isinstance(activation_bits, (list, tuple)):
         if scores.activations is None:
@@ -47,16 +55,23 @@ def program(
                 "be chosen: give one bit-width for all (activation_bits=8), or use a proxy that "
                 "does, such as hessian-trace, activation-mse or limpq."
             )
-        beside["activation_cost"] = scores.activations
+        beside["activation_cost"] = (
+            scores.activations if coupling is None else np.zeros_like(scores.activations)
+        )
     if outliers == "erase":
-        beside["allowed"] = without_outliers(table, scores.bits)
+        own = table if coupling is None else scores.values
+        beside["allowed"] = without_outliers(own, scores.bits)
         if "activation_cost" in beside:
             mask = without_outliers(scores.activations, scores.activation_bits)
             beside["activation_allowed"] = mask
     names = [layer.name for layer in layers]
     for _, *others in counted_once:
         # What is measured once counts once.
-        table = np.where(np.isin(names, others)[:, None], 0.0, table)
+        again = np.isin(names, others)
+        table = np.where(again[:, None], 0.0, table)
+        if coupling is not None:
+            rows = np.repeat(~again, len(coupling) // len(names))
+            coupling = coupling * rows[:, None] * rows[None]
     return build_problem(
         layers,
         table,
@@ -64,6 +79,14 @@ def program(
         budget,
         shared=(*counted_once, *shared),
         activation_bits=activation_bits,
+        coupling=coupling,
         **beside,
         **binding,
     )
+
+
+def _of_weights(coupling: np.ndarray, scores: Scores) -> np.ndarray:
+    """The coupling of the weights' choices alone."""
+    each = len(coupling) // len(scores.layers)
+    rows = np.tile(np.arange(each) < len(scores.bits), len(scores.layers))
+    return coupling[rows][:, rows]

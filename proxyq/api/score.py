@@ -11,6 +11,7 @@ from proxyq.api.method import method_of
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.features import layers_by_feature
 from proxyq.model.network import LAYERS_AT, network
+from proxyq.model.schedule import schedule
 from proxyq.progress import Progress, silent
 from proxyq.provenance import provenance
 from proxyq.proxies import PROXIES, Cache, Proxy
@@ -102,6 +103,7 @@ def score(
         images=[reads[one.proxy] for one in scores],
         model={"name": model.name, "digest": model.digest(), **model.identity},
         same_feature=layers_by_feature(found),
+        schedule=schedule(found),
         activation_bits=method.activation_bits,
         errors=weight_errors(model, method.bits, method.rounding) if mapped else None,
         rounding=method.rounding,

@@ -2,24 +2,28 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
 from proxyq.api.evaluate import measure
-from proxyq.api.inputs import as_data, as_eval_data, as_model, calibration_of
-from proxyq.api.method import Method, method_of
+from proxyq.api.inputs import Prepared, as_data, as_eval_data, as_model, calibration_of
+from proxyq.api.method import AUTO, Method, method_of
 from proxyq.api.program import program
+from proxyq.auto import HELD_BACK, Judge, check_effort, choose, halves, improve
+from proxyq.data import Data
 from proxyq.errors import UsageError
 from proxyq.model.features import layers_by_feature
+from proxyq.model.model import Model
 from proxyq.model.network import LAYERS_AT, network
+from proxyq.model.schedule import schedule
 from proxyq.progress import Progress, silent
 from proxyq.provenance import provenance
 from proxyq.proxies import Cache, Proxy, Scores, score
 from proxyq.proxies.cost import NEED_ERRORS, cost_name, weight_errors
-from proxyq.search.allocate import solve
+from proxyq.search.allocate import SOLVERS, Problem, solve
 from proxyq.search.allocate.build import shared_by
 from proxyq.search.allocate.latency import LatencyTable, load_latency
 from proxyq.search.allocate.plan import Plan, plan_from
@@ -51,6 +55,9 @@ def search(
     cache_dir: str | os.PathLike[str] | Cache | None = None,
     seed: int | None = None,
     memory: int | None = None,
+    effort: str = "medium",
+    time_budget: float | None = None,
+    refine: float = 0.0,
     evaluate: bool = False,
     eval_data: Any = None,
     progress: Progress = silent,
@@ -63,7 +70,12 @@ def search(
       network. `data`: calibration images, as `as_data` takes them; only
       proxies of the loss read their labels (option `labels`).
     - `proxy` or `recipe`: what measures sensitivity; `options` are the proxy's; `cost`: how
-      an importance becomes a cost for each bit-width (`proxyq.proxies.COSTS`).
+      an importance becomes a cost for each bit-width (`proxyq.proxies.COSTS`). Without either,
+      or `"auto"`: several costs propose a plan each, all plans are run on held-back images, and
+      the best is kept (`proxyq.auto`).
+    - `effort`: of `auto`: `low` (a few forward passes), `medium` (a sweep over single layers) or
+      `high` (refined, checked on more images); `time_budget`: seconds that it may take, about.
+    - `refine`: seconds to improve the plan by exchanges whose effect is measured.
     - `budget`: one or several, such as `size=3bit`, `size=1.5MiB`, `bops=75G`; all hold.
       Without any, 4 bits on average, or halfway where no candidate has more than 4.
     - `bits`: candidate bit-widths. `pins` (`'PATTERN=8'`), `ties` (`'PATTERN'`) and
@@ -98,6 +110,8 @@ def search(
         pins=pins,
         ties=ties,
     )
+    check_effort(effort)
+    _check_seconds(time_budget, refine)
     model = as_model(model)
     if budget is None:
         low, high = min(method.bits), max(method.bits)
@@ -106,11 +120,11 @@ def search(
         raise UsageError(f"`budget` must be text such as 'size=3bit', got {budget!r}.")
     found = network(model, LAYERS_AT)
     measured = evaluate or eval_data is not None
-    needs_data = method.proxy.needs_images or (measured and _runs_on_images(method))
+    needs_data = method.needs_images or refine > 0 or (measured and _runs_on_images(method))
     calibration = as_data(data, model) if needs_data else None
     if calibration is None and needs_data:
         raise UsageError(
-            f"calibration images are needed by {method.proxy.name!r} or by "
+            f"calibration images are needed by {method.name!r} or by "
             f"correction={method.correction!r}: give `data` (--data)."
         )
     # What cannot be solved (or not by this solver) and images that do not fit are told before
@@ -124,77 +138,123 @@ def search(
         "ties": method.ties,
         "candidates": candidates,
         "latency": load_latency(latency) if isinstance(latency, (str, os.PathLike)) else latency,
+        "schedule": schedule(found),
     }
     beside = method.activation_bits if isinstance(method.activation_bits, tuple) else ()
     blank = Scores(
-        proxy=method.proxy.name,
+        proxy=method.name,
         layers=layers,
         bits=method.bits,
         values=np.zeros((len(layers), len(method.bits))),
-        activations=np.zeros((len(layers), len(beside))) if method.proxy.activations else None,
+        activations=np.zeros((len(layers), len(beside))) if method.measures_activations else None,
         activation_bits=beside,
     )
-    first = "greedy" if method.solver == "auto" else method.solver
+    solving = {"time_limit": time_limit, **method.solver_options}
+    couples = method.proxy is not None and method.proxy.couples
+    first = "greedy" if method.solver == "auto" or couples else method.solver
     trial = program(layers, blank, budget, **binding)
-    solve(trial, first, time_limit=time_limit, **method.solver_options)
+    solve(trial, first, **({} if couples else solving))
+    if couples and method.solver != "auto" and not SOLVERS.get(method.solver).couples:
+        raise UsageError(
+            f"the proxy {method.name!r} couples layers, which the solver {method.solver!r} does "
+            "not take: use 'iqp'."
+        )
     labelled = as_eval_data(eval_data, model) if measured else None
 
-    inputs = labels = None
-    if calibration is not None:
-        inputs, labels = calibration_of(calibration, model, method.samples, seed)
-    (scores,) = score(
-        model,
-        [(method.proxy, method.options)],
-        inputs if method.proxy.needs_images else None,
-        labels=labels,
-        bits=method.bits,
-        activation_bits=beside,
-        seed=seed or 0,
-        memory=memory,
-        rounding=method.rounding,
-        cache=Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir,
-        progress=progress,
-    )
-    errors = None
-    if cost_name(scores, method.cost) in NEED_ERRORS:
-        errors = weight_errors(model, method.bits, method.rounding)
-    problem = program(
-        layers,
-        scores,
-        budget,
-        cost=method.cost,
-        errors=errors,
-        outliers=method.outliers,
-        **binding,
-    )
-    answer = solve(problem, method.solver, time_limit=time_limit, **method.solver_options)
+    images = Images.of(calibration, model, method, seed, effort, refine)
+    kept = Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir
+
+    def problem_of(scores: Scores) -> Problem:
+        errors = None
+        if cost_name(scores, method.cost) in NEED_ERRORS:
+            errors = weight_errors(model, method.bits, method.rounding)
+        return program(
+            layers,
+            scores,
+            budget,
+            cost=method.cost,
+            errors=errors,
+            outliers=method.outliers,
+            **binding,
+        )
+
+    correction = method.correction
+    predicted: dict[str, Any] = {}
+    if method.proxy is None:
+        outcome = choose(
+            images.judge(model, method, memory),
+            problem_of,
+            method.bits,
+            beside,
+            _fixed(method, len(layers)),
+            correction=method.correction,
+            effort=effort,
+            solver=method.solver,
+            time_limit=time_limit,
+            time_budget=time_budget,
+            refine_seconds=refine,
+            progress=progress,
+        )
+        scores, answer, correction = outcome.scores, outcome.answer, outcome.correction
+        predicted["auto"] = outcome.report
+    else:
+        (scores,) = score(
+            model,
+            [(method.proxy, method.options)],
+            images.inputs if method.proxy.needs_images else None,
+            labels=images.labels,
+            bits=method.bits,
+            activation_bits=beside,
+            seed=seed or 0,
+            memory=memory,
+            rounding=method.rounding,
+            cache=kept,
+            progress=progress,
+        )
+        answer = solve(problem_of(scores), method.solver, **solving)
+        if refine > 0:
+            judge = images.judge(model, method, memory)
+            fixed = _fixed(method, len(layers))
+            better = improve(
+                judge,
+                answer,
+                method.bits,
+                beside,
+                fixed,
+                correction=method.correction,
+                seconds=refine,
+                progress=progress,
+            )
+            answer, correction = better.answer, judge.correction
+            predicted["refined"] = better.report
+    predicted["scores"] = _by_layer(scores)
     plan = plan_from(
         answer,
         layers,
         model={"name": model.name, "digest": model.digest(), **model.identity},
         method={
-            "proxy": method.proxy.name,
+            "proxy": scores.proxy if method.proxy is not None else AUTO,
             "recipe": method.recipe,
             "options": dict(scores.options),
             "cost": cost_name(scores, method.cost),
             "bits": list(method.bits),
             "activation_bits": list(beside) or method.activation_bits,
             "rounding": asdict(method.rounding),
-            "correction": method.correction,
-            "samples": 0 if inputs is None else len(jax.tree.leaves(inputs)[0]),
+            "correction": correction,
+            "samples": images.samples,
         },
         activation_bits=None if beside else method.activation_bits,
         provenance=provenance(
             seed=seed, data=None if calibration is None else calibration.identity
         ),
-        predicted={"scores": _by_layer(scores)},
+        predicted=predicted,
     )
     if labelled is None:
         return plan
     result = measure(
         model,
         [plan],
-        inputs,
+        images.inputs,
         labelled,
         latency=binding["latency"],
         memory=memory,
@@ -202,6 +262,67 @@ def search(
     )
     record = plan.model_dump(by_alias=True)
     return Plan.model_validate({**record, "measured": result.to_json()})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Images:
+    """Calibration images: those that a method may fit on, and those held back."""
+
+    inputs: Any
+    labels: np.ndarray | None
+    held_back: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        calibration: Data | Prepared | None,
+        model: Model,
+        method: Method,
+        seed: int | None,
+        effort: str,
+        refine: float,
+    ) -> "Images":
+        """As many as the method asks for; further ones to hold back, where plans are measured."""
+        if calibration is None:
+            return cls(inputs=None, labels=None)
+        if method.proxy is not None and not refine:
+            inputs, labels = calibration_of(calibration, model, method.samples, seed)
+            return cls(inputs=inputs, labels=labels)
+        most = method.samples * (1 + HELD_BACK[effort])
+        inputs, labels = calibration_of(calibration, model, most, seed)
+        fit, check = halves(len(jax.tree.leaves(inputs)[0]), method.samples)
+        return cls(
+            inputs=jax.tree.map(lambda x: x[fit], inputs),
+            labels=None if labels is None else labels[fit],
+            held_back=jax.tree.map(lambda x: x[check], inputs),
+        )
+
+    @property
+    def samples(self) -> int:
+        """How many images there are to fit on."""
+        return 0 if self.inputs is None else len(jax.tree.leaves(self.inputs)[0])
+
+    def judge(self, model: Model, method: Method, memory: int | None) -> Judge:
+        """What measures plans on them."""
+        if len(jax.tree.leaves(self.held_back)[0]) < 1 or self.samples < 2:
+            raise UsageError(
+                f"measuring plans needs at least 8 calibration images, got {self.samples}: give "
+                "more, or name a proxy (--proxy output-error)."
+            )
+        return Judge(model, self.inputs, self.held_back, rounding=method.rounding, memory=memory)
+
+
+def _fixed(method: Method, layers: int) -> list[int | None]:
+    """Activation bits of all layers, where they are not chosen."""
+    given = method.activation_bits
+    return [given if isinstance(given, int) else None] * layers
+
+
+def _check_seconds(time_budget: float | None, refine: float) -> None:
+    if time_budget is not None and not time_budget > 0:
+        raise UsageError(f"`time_budget` must be positive seconds, got {time_budget}.")
+    if not 0 <= refine < float("inf"):
+        raise UsageError(f"`refine` must be seconds, at least 0, got {refine}.")
 
 
 def _runs_on_images(method: Method) -> bool:

@@ -35,6 +35,10 @@ def inspect(
 
 def network_json(network: Any) -> dict[str, Any]:
     """The object that `inspect --json` prints."""
+    from proxyq.model.live import float_peak
+    from proxyq.model.schedule import schedule
+
+    peak = float_peak(schedule(network))
     return {
         "layers": {
             layer.name: {
@@ -46,5 +50,6 @@ def network_json(network: Any) -> dict[str, Any]:
                 "shares_input": layer.shares_input,
             }
             for layer in network.layers
-        }
+        },
+        "activation_memory": {"float_bytes": -(-peak.float_bits // 8), "layer": peak.layer},
     }

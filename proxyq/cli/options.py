@@ -71,7 +71,35 @@ ProxyName = Annotated[
         metavar="NAME",
         panel=METHOD,
         help="What measures how sensitive a layer is; `proxyq proxies` lists them. "
-        "Default: output-error.",
+        "Default: auto, which tries several and keeps the plan that measures best.",
+    ),
+]
+Effort = Annotated[
+    str,
+    _option(
+        "--effort",
+        metavar="LEVEL",
+        panel=METHOD,
+        help="How far auto goes: low (a few forward passes), medium (every layer at every "
+        "bit-width), high (and refined, on more images).",
+    ),
+]
+TimeBudget = Annotated[
+    float | None,
+    _option(
+        "--time-budget",
+        metavar="SECONDS",
+        panel=METHOD,
+        help="About how long auto may take; what would take longer is left out, and said.",
+    ),
+]
+Refine = Annotated[
+    float,
+    _option(
+        "--refine",
+        metavar="SECONDS",
+        panel=METHOD,
+        help="Improve the plan for so long by exchanges whose effect is measured.",
     ),
 ]
 RecipeName = Annotated[
@@ -220,7 +248,8 @@ Budgets = Annotated[
         panel=BUDGETS,
         help="A hard limit; repeatable, all hold at once: size=3bit (average over the searched "
         "layers), size=1.5MiB, size=50% (of the way from least to most), bops=75G, "
-        "macs-bits=12G, latency=3ms. Default: size=4bit.",
+        "macs-bits=12G, latency=3ms, activation-memory=512KiB (the most that is live at one layer, "
+        "for one image). Default: size=4bit.",
     ),
 ]
 AskedBudgets = Annotated[
@@ -247,7 +276,8 @@ SolverName = Annotated[
         "--solver",
         metavar="NAME",
         panel=BUDGETS,
-        help="auto, ilp, dp, lp, greedy or exhaustive. Default: auto (exact), or the recipe's.",
+        help="auto, ilp, iqp, dp, lp, greedy or exhaustive. Default: auto (exact), or the "
+        "recipe's.",
     ),
 ]
 TimeLimit = Annotated[

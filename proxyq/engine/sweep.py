@@ -2,7 +2,8 @@
 
 For `L` layers and `B` alternatives each, `L B` runs of what follows the changed layer: the
 clean state at the cut before a layer serves all its alternatives, then moves on by one
-segment. A single clean state is held, whatever the depth.
+segment. A single clean state is held, whatever the depth. "Clean" is the float network, or one
+that follows a plan.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from proxyq.checkpoint import Checkpoint
 from proxyq.engine.engine import Edits, Engine
+from proxyq.engine.gram import Gram
 from proxyq.engine.segments import NO_EDIT
 from proxyq.errors import UsageError
 from proxyq.model.model import logits_of
@@ -28,6 +30,8 @@ def single_layer_sweep(
     alternatives: Mapping[str, Sequence[Edits]],
     measure: Measure,
     *,
+    base: Edits | None = None,
+    gram: Gram | None = None,
     stacked: bool = False,
     checkpoint: Checkpoint | None = None,
     progress: Progress = silent,
@@ -39,6 +43,9 @@ def single_layer_sweep(
     - `alternatives`: for each layer, edits of its sites (all layers the same number).
     - `measure(reference, logits, start)`: a number (or several) for each image, from the
       float network's logits and the changed network's; `start` numbers the first image.
+    - `base`: edits of all the other layers; without, they are float. The reference stays the
+      float network.
+    - `gram`: takes up the inner products of all changes of the logits.
     - `stacked`: run a layer's alternatives together along a new axis, for accelerators; on
       CPU it gains nothing, and sums run in another order.
     - `checkpoint`: keeps the sums so far, under the name `sweep`.
@@ -46,6 +53,7 @@ def single_layer_sweep(
     **Raises** `UsageError` when a layer is missing or has another number of alternatives.
     """
     network = engine.network
+    base = base or {}
     numbers = {len(alternatives.get(name, ())) for name in network.names}
     if len(numbers) != 1 or set(alternatives) - set(network.names):
         raise UsageError(
@@ -59,6 +67,8 @@ def single_layer_sweep(
     kept = checkpoint.load("sweep") or {}
     totals = kept.get("totals")
     finished = int(kept.get("steps", 0))
+    if gram is not None:
+        gram.restore(kept)
     images, sites = len(jax.tree.leaves(inputs)[0]), len(network.sites)
     steps = -(-images // engine.batch_size) * sites
     for done, (batch, count) in enumerate(engine.chunks(inputs)):
@@ -70,16 +80,22 @@ def single_layer_sweep(
         for site in range(sites):
             row, step = starting.get(site), done * sites + site + 1
             if row is not None and step > finished:
-                edits = alternatives[network.names[row]]
+                own = alternatives[network.names[row]]
+                edits = [{**base, **edit} for edit in own] if base else own
                 for column, logits in enumerate(_runs(engine, state, site, edits, stacked)):
                     measured = measure(reference, logits[:count], start)
                     if totals is None:
                         totals = np.zeros((len(network.names), columns, *measured.shape[1:]))
                     totals[row, column] += np.sum(measured, axis=0, dtype=np.float64)
-            state, _ = engine.step(state, site, NO_EDIT)
+                    if gram is not None:
+                        gram.add(row * columns + column, reference, logits[:count])
+            if gram is not None and site == sites - 1:
+                gram.close()
+            state, _ = engine.step(state, site, base.get(site, NO_EDIT))
             progress("sweep", step, steps)
             if totals is not None and checkpoint.due():
-                checkpoint.save("sweep", {"totals": totals, "steps": np.array(step)})
+                done_so_far = {"totals": totals, "steps": np.array(step)}
+                checkpoint.save("sweep", done_so_far | ({} if gram is None else gram.arrays()))
     assert totals is not None
     return totals / images
 

@@ -13,13 +13,15 @@ import jax
 import numpy as np
 
 from proxyq.checkpoint import Checkpoint
+from proxyq.engine.alternatives import CORRECTED, beside_each_other, choices
 from proxyq.engine.divergence import cross_entropy_of, kl_divergence, two_classes
 from proxyq.engine.engine import Engine
 from proxyq.engine.gradients import GRADIENT_NEEDS, record_gradients
+from proxyq.engine.gram import Gram
 from proxyq.engine.objectives import LABELS, Targets, objective, objective_for, targets
+from proxyq.engine.pairs import Loss, PairLosses, pair_sweep
 from proxyq.engine.ranges import input_errors
-from proxyq.engine.rounded import rounded_layer
-from proxyq.engine.sweep import single_layer_sweep
+from proxyq.engine.sweep import Measure, single_layer_sweep
 from proxyq.engine.walk import FORWARD_NEEDS, record_forward
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.features import features
@@ -33,17 +35,25 @@ SWEEP_NEEDS = {
     "loss-change": "rise of the cross-entropy when this layer alone is rounded, [bits], in nats",
     "logit-mse": "mean squared change of the logits when this layer alone is rounded, [bits]",
 }
+PAIR_NEEDS = {
+    "coupling": "how alike the choices of all layers move the logits: `taps.correlation`",
+    "pairs": "the loss with each choice, and with each pair of choices: `taps.pairs`",
+}
 NEEDS = {
     "weight": "the layer's weight, batch norm folded in",
     **FORWARD_NEEDS,
     **GRADIENT_NEEDS,
     **SWEEP_NEEDS,
+    **PAIR_NEEDS,
     "input-error": "mean squared error of rounding what the layer reads, and its variance",
     "engine": "the network, ready to run, differentiate and change: `taps.engine`, `taps.inputs`",
 }
 
 # Random probes have squares that mean something, and nothing else.
-_NO_PROBES = frozenset({"gradient", "gradient-magnitudes", "input-gradients", "loss-change"})
+_NO_PROBES = frozenset(
+    {"gradient", "gradient-magnitudes", "input-gradients", "loss-change", "pairs"}
+)
+PAIR_LOSSES = ("kl", "cross-entropy")
 
 # Which options of `TapOptions` govern which needs.
 GOVERNS = {
@@ -51,8 +61,10 @@ GOVERNS = {
     "feature": frozenset({"feature", "gram", "pooled", "codes", "sample"}),
     "centre": frozenset({"gram"}),
     "loss": frozenset(GRADIENT_NEEDS),
-    "labels": frozenset({*GRADIENT_NEEDS, "loss-change", "engine"}),
-    "temperature": frozenset({"kl"}),
+    "labels": frozenset({*GRADIENT_NEEDS, "loss-change", "pairs", "engine"}),
+    "temperature": frozenset({"kl", "pairs"}),
+    "pair_loss": frozenset({"pairs"}),
+    "correction": frozenset({*SWEEP_NEEDS, *PAIR_NEEDS}),
 }
 
 
@@ -68,6 +80,9 @@ class TapOptions:
     - `labels`: the targets: `data`, `predicted`, `sampled`, `probes` (see `Targets`), or `auto`
       (those of the data where there are any, else predicted).
     - `temperature`: of both softmaxes in `kl`.
+    - `pair_loss`: what `pairs` measures: `kl` to the float network, or `cross-entropy`.
+    - `correction`: of a layer that is measured alone: `none`, `weights` or `statistics` (see
+      `engine.statistics`).
     """
 
     batch_norm: str = "running"
@@ -76,6 +91,8 @@ class TapOptions:
     loss: str = "cross-entropy"
     labels: str = "auto"
     temperature: float = 1.0
+    pair_loss: str = "kl"
+    correction: str = "none"
 
     def __post_init__(self) -> None:
         if self.feature not in ("post-activation", "output"):
@@ -87,15 +104,25 @@ class TapOptions:
         objective(self.loss)
         if not 0 < self.temperature < float("inf"):
             raise UsageError(f"`temperature` must be positive, got {self.temperature}.")
+        if self.pair_loss not in PAIR_LOSSES:
+            raise UsageError(
+                f"`pair_loss` must be one of {', '.join(PAIR_LOSSES)}, got {self.pair_loss!r}."
+            )
+        if self.correction not in CORRECTED:
+            raise UsageError(
+                f"`correction` of a proxy must be one of {', '.join(CORRECTED)}, got "
+                f"{self.correction!r}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerTap:
     """What was recorded of one layer; asking for more than was recorded is an error.
 
-    `weight` is the weight at the layer's first use, batch norm folded in; `columns` the same
-    as `[fan_in, channels]`, one column an output channel. `same_feature_as` is the first
-    layer that hands on the same tensor, usually the layer itself.
+    What a sweep measures with weights rounded (`kl`) it also measures with the layer's input
+    rounded (`activation_kl`). `weight` is the weight at the layer's first use, batch norm folded
+    in; `columns` the same as `[fan_in, channels]`, one column an output channel.
+    `same_feature_as` is the first layer that hands on the same tensor, usually the layer itself.
     """
 
     layer: Layer
@@ -122,7 +149,7 @@ class LayerTap:
 
     def __getattr__(self, name: str) -> Any:
         need = name.replace("_", "-")
-        if need in NEEDS:
+        if need.removeprefix("activation-") in NEEDS:
             recorded = object.__getattribute__(self, "recorded")
             if need in recorded:
                 return recorded[need]
@@ -141,6 +168,9 @@ class Taps:
     - `engine`: the network as the taps were recorded with; `tape_engine` the same with batches
       small enough to be differentiated; `inputs`, `targets`: the images and what is true of
       them, for measured proxies (need `engine`).
+    - `correlation`: with the need `coupling`, `rho` of the logits' changes for all choices,
+      `[choices, choices]`: for each layer its `bits`, then its `activation_bits`.
+    - `pairs`: with the need `pairs`, the losses of the same choices.
     - `checkpoint`: where a long computation of one proxy may keep how far it is.
     """
 
@@ -154,6 +184,9 @@ class Taps:
     labels: Any = None
     seed: int = 0
     memory: int | None = None
+    rounding: Rounding = field(default_factory=Rounding)
+    correlation: np.ndarray | None = None
+    pairs: PairLosses | None = None
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     progress: Progress = silent
 
@@ -266,10 +299,39 @@ def collect(
         for name, values in zip(network.names, found, strict=True):
             recorded[name].update(values)
     own = tuple(need for need in needs if need in SWEEP_NEEDS)
-    if own:
-        table = _sweep(engine, inputs, own, bits, rounding, options, aims, checkpoint, progress)
-        for row, name in enumerate(network.names):
-            recorded[name].update({need: table[row, :, i] for i, need in enumerate(own)})
+    correlation = pairs = None
+    if own or set(needs) & set(PAIR_NEEDS):
+        beside = tuple(activation_bits)
+        alternatives = choices(
+            engine,
+            inputs,
+            bits,
+            beside,
+            rounding=rounding,
+            correction=options.correction,
+            progress=progress,
+        )
+        kept: dict[str, Any] = {"checkpoint": checkpoint, "progress": progress}
+        if own or "coupling" in needs:
+            own = own or ("kl",)
+            gram = Gram(len(network.names) * (len(bits) + len(beside)))
+            table = single_layer_sweep(
+                engine,
+                inputs,
+                alternatives,
+                _measure(own, options, aims),
+                gram=gram if "coupling" in needs else None,
+                **kept,
+            )
+            for row, name in enumerate(network.names):
+                for i, need in enumerate(own):
+                    recorded[name][need] = table[row, : len(bits), i]
+                    recorded[name]["activation-" + need] = table[row, len(bits) :, i]
+            correlation = gram.correlation() if "coupling" in needs else None
+        if "pairs" in needs:
+            inside = beside_each_other(len(bits), len(beside))
+            loss = _pair_loss(options, aims)
+            pairs = pair_sweep(engine, inputs, alternatives, loss, inside=inside, **kept)
     if "input-error" in needs:
         widths = tuple(dict.fromkeys([*bits, *activation_bits]))
         for name, values in input_errors(engine, inputs, widths).items():
@@ -300,6 +362,9 @@ def collect(
         labels=labels,
         seed=seed,
         memory=memory,
+        rounding=rounding,
+        correlation=correlation,
+        pairs=pairs,
         checkpoint=checkpoint,
         progress=progress,
     )
@@ -309,18 +374,8 @@ def _tape_engine(engine: Engine, images: int, memory: int | None) -> Engine:
     return Engine.build(engine.network.model, max(images, 1), memory=memory, tape=True)
 
 
-def _sweep(
-    engine: Engine,
-    inputs: Any,
-    needs: tuple[str, ...],
-    bits: tuple[int, ...],
-    rounding: Rounding,
-    options: TapOptions,
-    aims: Targets | None,
-    checkpoint: Checkpoint,
-    progress: Progress,
-) -> np.ndarray:
-    """`[layers, bits, needs]`, from one sweep over the layers."""
+def _measure(needs: tuple[str, ...], options: TapOptions, aims: Targets | None) -> Measure:
+    """`[images, needs]` of a changed network's logits."""
 
     def measure(reference: np.ndarray, logits: np.ndarray, start: int) -> np.ndarray:
         found = []
@@ -337,10 +392,19 @@ def _sweep(
                 found.append(cross_entropy_of(logits, true) - cross_entropy_of(reference, true))
         return np.stack(found, axis=-1)
 
-    alternatives = {
-        name: [rounded_layer(engine, name, b, rounding) for b in bits]
-        for name in engine.network.names
-    }
-    return single_layer_sweep(
-        engine, inputs, alternatives, measure, checkpoint=checkpoint, progress=progress
-    )
+    return measure
+
+
+def _pair_loss(options: TapOptions, aims: Targets | None) -> Loss:
+    """`[images]` of a changed network's logits."""
+    if options.pair_loss == "kl":
+        return lambda reference, logits, start: kl_divergence(
+            reference, logits, temperature=options.temperature
+        )
+
+    def loss(reference: np.ndarray, logits: np.ndarray, start: int) -> np.ndarray:
+        assert aims is not None
+        true = np.asarray(aims.of(two_classes(reference), start, len(reference)))
+        return cross_entropy_of(logits, true)
+
+    return loss

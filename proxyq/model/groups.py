@@ -71,7 +71,7 @@ def _input_groups(graph: Graph, sites: tuple[Site, ...]) -> dict[str, str]:
     for site in sites:
         data = graph.main[site.position].invars[1 - site.operand]
         if not is_literal(data):
-            readers.setdefault(_origin(graph, data), []).append(site.layer)
+            readers.setdefault(origin(graph, data), []).append(site.layer)
     groups = {}
     for names in readers.values():
         distinct = list(dict.fromkeys(names))
@@ -80,7 +80,7 @@ def _input_groups(graph: Graph, sites: tuple[Site, ...]) -> dict[str, str]:
     return groups
 
 
-def _origin(graph: Graph, var: Any) -> Any:
+def origin(graph: Graph, var: Any) -> Any:
     """The tensor itself, behind reshapes and transposes."""
     while var in graph.producer:
         eqn = graph.main[graph.producer[var]]

@@ -2,6 +2,7 @@
 
 from proxyq.proxies._activation_entropy import activation_entropy as activation_entropy
 from proxyq.proxies._activation_mse import activation_mse as activation_mse
+from proxyq.proxies._clado import clado as clado
 from proxyq.proxies._first_order import first_order as first_order
 from proxyq.proxies._fisher import fisher as fisher
 from proxyq.proxies._grad_norm import grad_norm as grad_norm
@@ -11,6 +12,7 @@ from proxyq.proxies._hessian_trace import hessian_trace as hessian_trace
 from proxyq.proxies._jacobian_covariance import jacobian_covariance as jacobian_covariance
 from proxyq.proxies._kl_delta import kl_delta as kl_delta
 from proxyq.proxies._limpq import limpq as limpq
+from proxyq.proxies._logit_coupling import logit_coupling as logit_coupling
 from proxyq.proxies._logit_mse import logit_mse as logit_mse
 from proxyq.proxies._loss_delta import loss_delta as loss_delta
 from proxyq.proxies._mpqco import mpqco as mpqco

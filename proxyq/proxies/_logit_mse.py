@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from proxyq.engine import Taps
-from proxyq.proxies.proxy import register
+from proxyq.proxies.proxy import Result, register
 
 
 @register(
@@ -16,8 +16,10 @@ from proxyq.proxies.proxy import register
     shape="layers bits",
     passes="1 forward a layer and bit-width (what follows the layer)",
     reference="measured",
+    activations=True,
 )
-def logit_mse(taps: Taps, *, key: Any) -> np.ndarray:
+def logit_mse(taps: Taps, *, key: Any) -> Result:
     """Mean squared change of the logits when this layer alone is rounded."""
     del key
-    return np.stack([tap.logit_mse for tap in taps])
+    values = np.stack([tap.logit_mse for tap in taps])
+    return Result(values, np.stack([tap.activation_logit_mse for tap in taps]))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from proxyq.engine import Taps
-from proxyq.proxies.proxy import register
+from proxyq.proxies.proxy import Result, register
 
 
 @register(
@@ -18,8 +18,10 @@ from proxyq.proxies.proxy import register
     shape="layers bits",
     passes="1 forward a layer and bit-width (what follows the layer)",
     reference="measured",
+    activations=True,
 )
-def loss_delta(taps: Taps, *, key: Any) -> np.ndarray:
+def loss_delta(taps: Taps, *, key: Any) -> Result:
     """Rise of the cross-entropy when this layer alone is rounded."""
     del key
-    return np.stack([tap.loss_change for tap in taps])
+    values = np.stack([tap.loss_change for tap in taps])
+    return Result(values, np.stack([tap.activation_loss_change for tap in taps]))

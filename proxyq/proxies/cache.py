@@ -35,6 +35,7 @@ from proxyq.quantize import Rounding
 
 SCHEMA = "proxyq/cached-scores/1"
 _STAGES = ("model", "quantize", "engine", "proxies")
+_PRECISION = ("jax_enable_x64", "jax_default_matmul_precision")
 
 
 class Cache:
@@ -62,7 +63,7 @@ class Cache:
             "batch_graph": None
             if model.batch_statistics_apply is None
             else graph_digest(model, "batch"),
-            "precision": [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision],
+            "precision": [getattr(jax.config, name) for name in _PRECISION],
             "images": digest_arrays(leaves),
             "rounding": asdict(rounding),
             "code": code_digest(),
@@ -104,6 +105,7 @@ class Cache:
                 layers=layers,
                 values=arrays["values"],
                 activations=arrays.get("activations"),
+                coupling=arrays.get("coupling"),
                 bits=tuple(record.pop("bits")),
                 activation_bits=tuple(record.pop("activation_bits")),
                 **record,
@@ -126,8 +128,9 @@ class Cache:
             "seconds": scores.seconds,
         }
         arrays = {"values": np.asarray(scores.values, order="C")}
-        if scores.activations is not None:
-            arrays["activations"] = np.asarray(scores.activations, order="C")
+        for name in ("activations", "coupling"):
+            if (own := getattr(scores, name)) is not None:
+                arrays[name] = np.asarray(own, order="C")
         try:
             self._file(key).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self._file(key), save(arrays, {"record": json.dumps(record)}))

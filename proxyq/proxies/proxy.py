@@ -11,7 +11,15 @@ import jax
 import numpy as np
 
 from proxyq.checkpoint import Checkpoint
-from proxyq.engine import GOVERNS, GRADIENT_NEEDS, NEEDS, SWEEP_NEEDS, TapOptions, Taps
+from proxyq.engine import (
+    GOVERNS,
+    GRADIENT_NEEDS,
+    NEEDS,
+    PAIR_NEEDS,
+    SWEEP_NEEDS,
+    TapOptions,
+    Taps,
+)
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.model.layers import Layer
 from proxyq.model.model import Model
@@ -26,6 +34,7 @@ COST_CLASSES = {
     "backward": "one backward pass",
     "curvature": "many derivative passes",
     "sweep": "the network with each layer rounded at each bit-width",
+    "pairs": "the network with every two layers rounded at every two bit-widths",
     "training": "minutes of training",
 }
 MOST = 1e150
@@ -38,11 +47,13 @@ class Result(NamedTuple):
     - `values`: `[layers]` or `[layers, bits]`, as the proxy's shape says.
     - `activations`: `[layers, activation_bits]`, the cost of rounding what each layer reads.
     - `notes`: what else was found out, as plain JSON.
+    - `coupling`: of a pairwise proxy, see `Scores`.
     """
 
     values: Any
     activations: Any = None
     notes: Mapping[str, Any] = {}
+    coupling: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +64,10 @@ class Scores:
       `[layers, bits]` (a cost: what the bit-width is predicted to add to the loss).
     - `cost`: how an importance becomes costs, unless asked otherwise (see `as_cost`).
     - `activations`: `[layers, activation_bits]`, costs of rounding what the layers read.
+    - `coupling`: of a pairwise proxy, symmetric `[choices, choices]`, where each layer's choices
+      are its `bits` and then its `activation_bits`. A plan with the one-hot choices x is
+      predicted to cost `x' G x`: that is all it costs, `values` and `activations` stand on the
+      diagonal.
     """
 
     proxy: str
@@ -62,6 +77,7 @@ class Scores:
     cost: str = "linear-bits"
     activations: np.ndarray | None = None
     activation_bits: tuple[int, ...] = ()
+    coupling: np.ndarray | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -119,6 +135,11 @@ class Proxy:
     def needs_images(self) -> bool:
         """Whether calibration images are read."""
         return bool(set(self.needs) - {"weight"})
+
+    @property
+    def couples(self) -> bool:
+        """Whether it says what layers cost together, which takes a solver for couplings."""
+        return bool(set(self.needs) & set(PAIR_NEEDS))
 
     def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options, defaults filled in; unknown names and other kinds of values are refused."""
@@ -195,6 +216,9 @@ class Proxy:
         if activations is not None:
             wanted = (len(taps), len(taps.activation_bits))
             activations = self._checked(activations, wanted, taps, taps.activation_bits)
+        coupling = None
+        if result.coupling is not None:
+            coupling = self._checked_coupling(result.coupling, taps)
         return Scores(
             proxy=self.name,
             layers=taps.layers,
@@ -203,6 +227,7 @@ class Proxy:
             cost=self.cost,
             activations=activations if taps.activation_bits else None,
             activation_bits=taps.activation_bits,
+            coupling=coupling,
             options=settings,
             notes=notes,
             seconds=time.perf_counter() - started,
@@ -227,6 +252,26 @@ class Proxy:
                 "weights and the data."
             )
         return values
+
+    def _checked_coupling(self, given: Any, taps: Taps) -> np.ndarray:
+        matrix = np.asarray(given, np.float64)
+        columns = len(taps.bits) + len(taps.activation_bits)
+        size = len(taps) * columns
+        if matrix.shape != (size, size):
+            raise ProxyqError(
+                f"the coupling of the proxy {self.name!r} must have the shape {(size, size)}, got "
+                f"{matrix.shape}."
+            )
+        wrong = ~np.isfinite(matrix) | (np.abs(matrix) > MOST)
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            one, other = (taps.layers[i // columns].name for i in (row, column))
+            raise ProxyqError(
+                f"the proxy {self.name!r} gives {matrix[row, column]:g} for the coupling of the "
+                f"layers {one!r} and {other!r}, which no solver can use: check the model's "
+                "weights and the data."
+            )
+        return matrix
 
     def __call__(
         self,
@@ -345,7 +390,9 @@ def _cost_class(needs: tuple[str, ...]) -> str:
 
 def least_cost_class(needs: tuple[str, ...]) -> str:
     """The class of the dearest need; a kernel that runs the network itself may be of a dearer."""
-    for name, group in (("sweep", SWEEP_NEEDS), ("backward", GRADIENT_NEEDS)):
+    if "pairs" in needs:
+        return "pairs"
+    for name, group in (("sweep", {*SWEEP_NEEDS, *PAIR_NEEDS}), ("backward", GRADIENT_NEEDS)):
         if set(needs) & set(group):
             return name
     return "forward" if set(needs) - {"weight"} else "weights"

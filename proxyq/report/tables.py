@@ -224,6 +224,8 @@ def _what_counts(budget: PlannedBudget, plan: Plan) -> str:
         return f"weights of {everything}; not scales, biases"
     if budget.name == "bops":
         return f"MACs × weight bits × activation bits (float: 32), {everything}"
+    if budget.name == "activation-memory":
+        return "the peak of live activations, one image; what no layer reads is float"
     if budget.name == "latency":
         return f"by the latency table: {everything}, and the rest of the network"
     return f"MACs × weight bits, {everything}"
@@ -231,7 +233,7 @@ def _what_counts(budget: PlannedBudget, plan: Plan) -> str:
 
 def _raw(name: str, amount: int) -> str:
     """A raw amount of a budget (bits, operations, picoseconds) as people read it."""
-    if name == "size":
+    if name in ("size", "activation-memory"):
         return f"{_kib(amount)} KiB"
     if name == "latency":
         return f"{amount / PICOSECONDS['ms']:.4g} ms"
@@ -273,11 +275,43 @@ def _divergence(record: Mapping[str, Any]) -> str:
     return "" if kl is None else f"{kl:.4g}"
 
 
+def candidates_table(report: Mapping[str, Any]) -> Table:
+    """The plans that `auto` measured, predicted next to measured; the best first."""
+    records = sorted(report["candidates"], key=lambda one: one["kl"])
+    columns = [
+        Column(head="predicted KL", cells=[_nats(one["predicted_kl"]) for one in records]),
+        Column(head="measured", cells=[_nats(one["kl_fitted"]) for one in records]),
+        Column(head="held back", cells=[_nats(one["kl"]) for one in records]),
+        Column(head="gap", cells=[f"{100 * one['gap']:.3g} %" for one in records]),
+    ]
+    refined = report.get("refined")
+    lines = [
+        f"KL to float, nats: on the {report['fitted_images']:,} images of the scores, and on "
+        f"{report['held_back_images']:,} held back",
+        "correction: " + ", ".join(f"{name} {kl:.4g}" for name, kl in report["correction"].items()),
+    ]
+    if refined:
+        lines.append(
+            f"refined: {refined['changes']} layers changed in {refined['rounds']} rounds, held "
+            f"back {refined['kl_before']:.4g} to {report['kl']:.4g}"
+        )
+    lines += [f"note: {note}" for note in report.get("notes", ())]
+    names = Column(head="candidate", cells=[one["proxy"] for one in records])
+    return _named(names, columns, "\n".join(lines))
+
+
+def _nats(kl: float | None) -> str:
+    return "" if kl is None else f"{kl:.4g}"
+
+
 # -- models and shelves ----------------------------------------------------------------
 
 
 def network_table(network: "Network") -> Table:
     """A line for each layer: kind, weights, MACs, output shape, group; totals below."""
+    from proxyq.model.live import float_peak
+    from proxyq.model.schedule import schedule
+
     layers = network.layers
     weights, macs = (sum(getattr(layer, what) for layer in layers) for what in ("weights", "macs"))
     shapes = ["×".join(map(str, layer.output_shape)) for layer in layers]
@@ -290,7 +324,10 @@ def network_table(network: "Network") -> Table:
         Column(head="group", cells=groups, right=False),
     ]
     names = [layer.name for layer in layers]
-    return _named(Column(head="layer", cells=names, foot=_layers(len(layers))), columns)
+    peak = float_peak(schedule(network))
+    where = "the input" if peak.layer is None else peak.layer
+    caption = f"float activations: at most {_kib(peak.float_bits)} KiB at once, in {where}"
+    return _named(Column(head="layer", cells=names, foot=_layers(len(layers))), columns, caption)
 
 
 def _count(number: int) -> str:

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.files import read_json, write_atomic
 from proxyq.model.layers import Layer
+from proxyq.model.live import Step, Tensor
 from proxyq.proxies import COSTS, Scores
 from proxyq.proxies.cost import WeightErrors
 from proxyq.proxies.proxy import MOST
@@ -79,12 +80,30 @@ class ScoredLayer(_Record):
     shares_input: str | None = None
 
 
+class LiveTensor(_Record):
+    """A tensor of one image, as `proxyq.model.live.Tensor`."""
+
+    # Below these ends all sums of bits stay exact in 64 bits.
+    elements: Annotated[int, Field(ge=0, lt=2**40)]
+    bits: Annotated[int, Field(ge=1, le=128)]
+    readers: list[str]
+
+
+class ScheduledStep(_Record):
+    """What is live while a layer runs, as `proxyq.model.live.Step`."""
+
+    layer: str | None
+    tensors: list[LiveTensor]
+
+
 class ProxyScores(_Record):
     """What one proxy answers: a number (`layers`) or one a bit-width (`layers bits`) by layer.
 
     - `cost`: how an importance becomes costs unless asked otherwise; null for costs.
     - `images`: whether calibration images were read.
     - `activations`: by layer, a cost for each of the activation bits to choose from.
+    - `coupling`: of a pairwise proxy, the rows of its symmetric matrix, each from the diagonal
+      on; the choices are every layer's `bits`, then its `activation_bits` to choose from.
     """
 
     proxy: str = Field(min_length=1)
@@ -94,6 +113,7 @@ class ProxyScores(_Record):
     options: Json = {}
     values: dict[str, Any]
     activations: dict[str, Any] | None = None
+    coupling: list[list[Any]] | None = None
     notes: Json = {}
 
 
@@ -109,6 +129,7 @@ class ScoreFile(_Record):
 
     - `bits`, `activation_bits`: what may be chosen from, the latter as `search` takes it.
     - `same_feature`: sets of layers that hand on one tensor.
+    - `schedule`: which tensors are live when; files of older versions have none.
     - `samples`: how many calibration images there were.
     """
 
@@ -118,6 +139,7 @@ class ScoreFile(_Record):
     activation_bits: Annotated[Any, AfterValidator(_activations)] = None
     layers: dict[str, ScoredLayer] = Field(min_length=1)
     same_feature: list[list[str]] = []
+    schedule: list[ScheduledStep] | None = Field(None, min_length=1)
     scores: list[ProxyScores] = Field(min_length=1)
     weight_errors: StoredErrors | None = None
     rounding: Annotated[dict[str, Any], AfterValidator(_rounding)]
@@ -133,12 +155,19 @@ class ScoreFile(_Record):
         for name in {name for names in self.same_feature for name in names}:
             if name not in self.layers:
                 raise ValueError(f"'same_feature' names the layer {name!r}, which is not there")
+        for step in self.schedule or ():
+            for name in (step.layer, *(name for one in step.tensors for name in one.readers)):
+                if name is not None and name not in self.layers:
+                    raise ValueError(f"'schedule' names the layer {name!r}, which is not there")
         beside = self.activation_bits if isinstance(self.activation_bits, list) else []
         for one in self.scores:
             where, per_bit = f"the scores of {one.proxy!r}", one.shape == "layers bits"
             self._check(one.values, len(self.bits) if per_bit else None, where, signed=per_bit)
             if one.activations is not None:
                 self._check(one.activations, len(beside), f"{where} (activations)", signed=True)
+            if one.coupling is not None:
+                kinds = len(self.bits) + (0 if one.activations is None else len(beside))
+                self._check_coupling(one.coupling, len(self.layers) * kinds, where)
             if not per_bit and one.cost is None:
                 raise ValueError(f"{where} need a 'cost', for they are no costs yet")
             if not per_bit and self.weight_errors is None:
@@ -173,6 +202,17 @@ class ScoreFile(_Record):
                     f"layer {name!r}, got {value!r}"
                 )
 
+    def _check_coupling(self, rows: list[list[Any]], choices: int, what: str) -> None:
+        if [len(row) for row in rows] != list(range(choices, 0, -1)):
+            raise ValueError(
+                f"{what} must have a 'coupling' of {choices} rows, each from the diagonal on"
+            )
+        for number, row in enumerate(rows):
+            if not all(map(_is_number, row)):
+                raise ValueError(
+                    f"{what}: 'coupling' must hold finite numbers, and row {number} does not"
+                )
+
     @property
     def proxies(self) -> tuple[str, ...]:
         """Whose scores there are."""
@@ -183,6 +223,21 @@ class ScoreFile(_Record):
         return tuple(
             Layer(name=name, **{**dict(layer), "output_shape": tuple(layer.output_shape)})
             for name, layer in self.layers.items()
+        )
+
+    def steps(self) -> tuple[Step, ...] | None:
+        """Which tensors are live when, for budgets on memory; `None` where the file is older."""
+        if self.schedule is None:
+            return None
+        return tuple(
+            Step(
+                layer=step.layer,
+                tensors=tuple(
+                    Tensor(elements=one.elements, bits=one.bits, readers=tuple(one.readers))
+                    for one in step.tensors
+                ),
+            )
+            for step in self.schedule
         )
 
     def record(self, proxy: str | None = None) -> ProxyScores:
@@ -214,6 +269,7 @@ class ScoreFile(_Record):
             cost=one.cost or "linear-bits",
             activations=None if one.activations is None else _array(one.activations, self.layers),
             activation_bits=tuple(beside),
+            coupling=None if one.coupling is None else _symmetric(one.coupling),
             options=dict(one.options),
             notes=dict(one.notes),
         )
@@ -230,6 +286,8 @@ class ScoreFile(_Record):
     def to_json(self) -> str:
         """The text of the file: stable, a line per layer."""
         data = self.model_dump(mode="json", by_alias=True)
+        if self.schedule is None:
+            del data["schedule"]
         return _text(data, "") + "\n"
 
     @classmethod
@@ -278,6 +336,7 @@ def score_file(
     images: Sequence[bool],
     model: Mapping[str, Any],
     same_feature: Sequence[Sequence[str]],
+    schedule: Sequence[Step],
     activation_bits: Any,
     errors: WeightErrors | None,
     rounding: Rounding,
@@ -307,6 +366,9 @@ def score_file(
                     options=dict(one.options),
                     values=by_layer(one.values),
                     activations=None if one.activations is None else by_layer(one.activations),
+                    coupling=None
+                    if one.coupling is None
+                    else [row[i:].tolist() for i, row in enumerate(one.coupling)],
                     notes=dict(one.notes),
                 )
             )
@@ -335,6 +397,7 @@ def score_file(
             for layer in layers
         },
         same_feature=[list(together) for together in same_feature],
+        schedule=[_scheduled(step) for step in schedule],
         scores=records,
         weight_errors=None
         if errors is None
@@ -344,6 +407,21 @@ def score_file(
         seed=seed,
         provenance=dict(provenance),
     )
+
+
+def _scheduled(step: Step) -> ScheduledStep:
+    tensors = [
+        LiveTensor(elements=one.elements, bits=one.bits, readers=list(one.readers))
+        for one in step.tensors
+    ]
+    return ScheduledStep(layer=step.layer, tensors=tensors)
+
+
+def _symmetric(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    matrix = np.zeros((len(rows), len(rows)))
+    for i, row in enumerate(rows):
+        matrix[i, i:] = matrix[i:, i] = row
+    return matrix
 
 
 def _array(table: Mapping[str, Any], names: Mapping[str, Any]) -> np.ndarray:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 
+import numpy as np
+
 from proxyq.errors import ProxyqError
 from proxyq.search.allocate.problem import Limit, Problem
 from proxyq.search.allocate.text import elided, wrapped
@@ -77,6 +79,16 @@ class Assignment:
         """Raw amount used of every limit, exact, in the order of `problem.limits`."""
         return tuple(used(limit, self.choice) for limit in self.problem.limits)
 
+    @cached_property
+    def achieved(self) -> tuple[tuple[Limit, int], ...]:
+        """Raw amount used of every budget, in the order of `problem.budgets`, and by which limit.
+
+        A budget in several parts takes what the largest of them takes.
+        """
+        usage = dict(zip(map(id, self.problem.limits), self.usage, strict=True))
+        peaks = (max(parts, key=lambda part: usage[id(part)]) for parts in self.problem.budgets)
+        return tuple((peak, usage[id(peak)]) for peak in peaks)
+
     @property
     def gap(self) -> float:
         """(objective - bound) / max(|objective|, |bound|); 0 where they agree."""
@@ -91,13 +103,13 @@ class Assignment:
     def __str__(self) -> str:
         """Two lines on the whole, then a table with a line per layer."""
         parts = [self.status.short, self.solver]
-        for limit, amount in zip(self.problem.limits, self.usage, strict=True):
+        for limit, amount in self.achieved:
             have, budget = limit.show_units(limit.in_units(amount), limit.asked_in_units)
             parts.append(f"{limit.name} {have} of {budget}")
         parts += [f"cost {self.objective:.4g}", f"bound {self.bound:.4g}"]
         lines = wrapped(parts)
         lines += [f"note: {note}" for note in self.notes]
-        columns = [limit.name[:9] for limit in self.problem.limits][:3]
+        columns = [limit.name[:9] for limit, _ in self.achieved][:3]
         chosen = [self.problem.shown(k) for k in self.choice]
         wide = max(4, *map(len, chosen))
         room = 40 - wide
@@ -107,7 +119,7 @@ class Assignment:
             k = self.choice[i]
             line = f"{elided(name, room):<{room}} {chosen[i]:>{wide}}"
             line += f" {self.problem.cost[i, k]:>10.3g}"
-            for limit, amount in zip(self.problem.limits[:3], self.usage, strict=False):
+            for limit, amount in self.achieved[:3]:
                 share = 100 * int(limit.usage[i, k]) / amount if amount else 0.0
                 line += f" {share:>11.1f}"
             lines.append(line)
@@ -146,12 +158,17 @@ def verify(problem: Problem, choice: Sequence[int]) -> None:
         amount = used(limit, choice)
         if amount > limit.budget:
             have, budget = limit.show(amount, limit.budget)
-            raise ProxyqError(f"the answer takes {have} of {limit.name!r}, above {budget}.")
+            where = f" at {limit.part!r}" if limit.part else ""
+            raise ProxyqError(f"the answer takes {have} of {limit.name!r}{where}, above {budget}.")
 
 
 def total_cost(problem: Problem, choice: Sequence[int]) -> float:
-    """Sum of the costs at these columns, correctly rounded (so layer order is no matter)."""
-    return math.fsum(float(problem.cost[i, k]) for i, k in enumerate(choice))
+    """Costs and couplings at these columns, correctly rounded (so layer order is no matter)."""
+    terms = [float(problem.cost[i, k]) for i, k in enumerate(choice)]
+    if problem.coupling is not None:
+        rows = np.arange(len(choice)) * len(problem.bits) + np.asarray(choice)
+        terms += problem.coupling[np.ix_(rows, rows)].ravel().tolist()
+    return math.fsum(terms)
 
 
 def finish(
@@ -179,7 +196,8 @@ def finish(
     objective = total_cost(problem, choice)
     bound = min(float(bound), objective)
     cheapest = math.fsum(float(c) for c in problem.cost.min(axis=1))
-    rounding = ROUNDING * (objective - cheapest) + 4e-16 * abs(objective)
+    at_stake = max(objective - cheapest, abs(objective) if problem.coupling is not None else 0.0)
+    rounding = ROUNDING * at_stake + 4e-16 * abs(objective)
     close = objective - bound <= rounding or relative_gap(objective, bound) <= gap_limit
     return Assignment(
         problem=problem,

@@ -1,4 +1,5 @@
-"""Budgets as users write them: `size=3bit`, `size=1.5MiB`, `bops=75G`, `latency=3.2ms`, `size=50%`.
+"""Budgets as users write them: `size=3bit`, `size=1.5MiB`, `bops=75G`, `latency=3.2ms`,
+`activation-memory=512KiB`, `size=50%`. What each counts: `docs/budgets.md`.
 
 Amounts are exact fractions of what was typed; a budget in whole bits (operations, picoseconds)
 is that amount rounded down, so rounding never grants more than was asked. A share, `size=50%`,
@@ -23,13 +24,14 @@ UNITS: dict[str, dict[str, int | None]] = {
     "bops": {**COUNTS, SHARE: None},
     "macs-bits": {**COUNTS, SHARE: None},
     "latency": {**PICOSECONDS, SHARE: None},
+    "activation-memory": {**{unit: 8 * count for unit, count in BYTES.items()}, SHARE: None},
 }
-LATER = ("activation-memory",)
 MEANING = {
     "size": "bits of the quantizable weights (scales and biases not counted)",
     "bops": "MACs × weight bits × activation bits (float activations count as 32)",
     "macs-bits": "MACs × weight bits",
     "latency": "seconds of all layers, from the latency table",
+    "activation-memory": "largest sum of live activations of one image, in bits",
 }
 _AMOUNT = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?\s*([A-Za-z]*|%)\s*\Z")
 
@@ -70,7 +72,7 @@ def share_of(low: int, high: int, percent: Fraction) -> int:
 
 def raw_budget(kind: str, amount: int) -> Budget:
     """A budget of a whole raw amount: bits, operations, picoseconds."""
-    unit = {"size": "B", "latency": "us"}.get(kind, "")
+    unit = {"size": "B", "activation-memory": "B", "latency": "us"}.get(kind, "")
     per_unit = UNITS[kind][unit]
     assert per_unit is not None
     return Budget(kind=kind, amount=Fraction(amount, per_unit), unit=unit, text=f"{kind}={amount}")
@@ -80,16 +82,12 @@ def parse_budget(text: str) -> Budget:
     """`KIND=AMOUNT UNIT` to a `Budget`.
 
     **Raises** `UsageError`: unknown kind or unit (with near misses), an amount that is not a
-    positive finite number, a kind that this version does not have.
+    positive finite number.
     """
     kind, equals, rest = text.partition("=")
     kind = kind.strip()
     if not equals:
         raise UsageError(f"a budget must look like 'size=3bit' or 'bops=75G', got {text!r}.")
-    if kind in LATER:
-        raise UsageError(
-            f"budgets on {kind!r} are not available in this version; use {_list(UNITS)}."
-        )
     if kind not in UNITS:
         raise UsageError(f"unknown budget {kind!r}: {near(kind, list(UNITS))}")
     return Budget(kind=kind, text=text.strip(), **_amount(kind, rest, text))
@@ -127,7 +125,11 @@ def budget_steps(text: str, points: int) -> tuple[Budget, ...]:
     return tuple(steps)
 
 
-_EXAMPLES = {"size": "3bit, 1.5MiB or 50%", "latency": "3.2ms"}
+_EXAMPLES = {
+    "size": "3bit, 1.5MiB or 50%",
+    "latency": "3.2ms",
+    "activation-memory": "512KiB or 50%",
+}
 
 
 def _amount(kind: str, rest: str, text: str) -> dict:

@@ -5,6 +5,8 @@
 - Activation bits are fixed outside the problem, or follow the weights' (`"weights"`: HAWQ-V3's
   W4A4 and W8A8), or are chosen beside them (a list: LIMPQ), every pair being one column with
       cost[l, (b, a)] = cost[l, b] + activation_cost[l, a].
+  A coupling holds each layer's weight and its input as choices of their own, and a column takes
+  up both: their couplings with all others, and with each other.
   A pin `'PATTERN=8'` then holds the weights alone, `'PATTERN=8/4'` both.
 - All layers that a tie matches, and those that are named together in `shared`, take one
   column. Where one of them is pinned, all are. A layer's own `group` (layers that feed one
@@ -23,10 +25,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from proxyq.errors import UsageError, near
+from proxyq.model.live import Step
 from proxyq.search.allocate.budget import Budget, parse_budget
 from proxyq.search.allocate.patterns import Held, matching, split_bits, split_pin
 from proxyq.search.allocate.problem import Pin, Problem, check_bits, exact_integer
-from proxyq.search.allocate.usage import Counted, Latencies, limit_of
+from proxyq.search.allocate.usage import Counted, Latencies, limits_of
 
 AS_WEIGHTS = "weights"
 Pair = tuple[int, int | None]
@@ -62,7 +65,9 @@ def build_problem(
     activation_cost: Any = None,
     allowed: Any = None,
     activation_allowed: Any = None,
+    coupling: Any = None,
     latency: Latencies | None = None,
+    schedule: Sequence[Step] | None = None,
 ) -> Problem:
     """The problem of choosing one of `bits` for every layer within all `budgets`.
 
@@ -77,7 +82,10 @@ def build_problem(
       `"weights"`: every layer's activations have its weights' bit-width.
     - `allowed`, `activation_allowed`: bool, of the shapes of the costs; what they erase is no
       candidate.
-    - `latency`: what layers take, for budgets on `latency`.
+    - `coupling`: float `[choices, choices]`, where each layer's choices are its `bits` and then
+      its candidate activation bits, if these are chosen; see `Problem`.
+    - `latency`: what layers take, for budgets on `latency`; `schedule`: which tensors are live
+      when (`proxyq.model.schedule.schedule`), for budgets on `activation-memory`.
 
     **Raises** `UsageError` for whatever is wrong, in one sentence.
     """
@@ -133,6 +141,9 @@ def build_problem(
         allowed=mask,
         groups=groups,
         pins=_pin_records(pinned, free, groups),
+        coupling=None
+        if coupling is None
+        else _coupling(coupling, len(names), bits, activations.candidates, axis),
     )
     given = [budgets] if isinstance(budgets, (str, Budget)) else list(budgets)
     counted = Counted(
@@ -141,11 +152,15 @@ def build_problem(
         fixed=activations.fixed,
         searched=[i not in pinned for i in range(len(names))],
         latency=latency,
+        schedule=schedule,
     )
-    limits = (
-        limit_of(parse_budget(budget) if isinstance(budget, str) else budget, problem, counted)
+    limits = [
+        limit
         for budget in given
-    )
+        for limit in limits_of(
+            parse_budget(budget) if isinstance(budget, str) else budget, problem, counted
+        )
+    ]
     return replace(problem, limits=tuple(limits))
 
 
@@ -156,6 +171,24 @@ def _table(values: Any, shape: tuple[int, int], what: str, axes: str) -> np.ndar
             f"{what} must have the shape {axes} = {list(shape)}, got {list(table.shape)}."
         )
     return table
+
+
+def _coupling(
+    values: Any, layers: int, bits: Sequence[int], beside: Sequence[int | None], axis: list[Pair]
+) -> np.ndarray:
+    """Couplings of columns, from those of single choices: `E G E'`, so no less definite."""
+    each = len(bits) + len(beside)
+    axes = "[choices, choices]"
+    matrix = _table(values, (layers * each, layers * each), "`coupling`", axes)
+    # E[(b, a), choice] = 1 where the column holds the choice
+    taken = np.zeros((len(axis), each))
+    for k, (b, a) in enumerate(axis):
+        if b in bits:
+            taken[k, list(bits).index(b)] = 1
+        if a in beside:
+            taken[k, len(bits) + list(beside).index(a)] = 1
+    expand = np.kron(np.eye(layers), taken)
+    return expand @ matrix @ expand.T
 
 
 def _mask(given: Any, shape: tuple[int, ...], what: str, axes: str) -> np.ndarray:

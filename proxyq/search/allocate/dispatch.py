@@ -11,6 +11,7 @@ from proxyq.search.allocate.dp import dp
 from proxyq.search.allocate.exhaustive import exhaustive
 from proxyq.search.allocate.greedy import greedy
 from proxyq.search.allocate.ilp import ilp
+from proxyq.search.allocate.iqp import iqp
 from proxyq.search.allocate.lp import lp
 from proxyq.search.allocate.problem import Problem
 
@@ -19,7 +20,8 @@ from proxyq.search.allocate.problem import Problem
 class Solver:
     """A solver for the command line and the tests to find.
 
-    `function(problem, *, time_limit, gap_limit, ...)` returns an `Assignment`.
+    `function(problem, *, time_limit, gap_limit, ...)` returns an `Assignment`. `several_limits`
+    and `couples`: whether it takes more than one budget, and couplings between layers.
     """
 
     name: str
@@ -27,10 +29,20 @@ class Solver:
     summary: str
     exact: bool = False
     several_limits: bool = True
+    couples: bool = False
 
 
 SOLVERS: Registry[Solver] = Registry("solver", group="proxyq.solvers")
 SOLVERS.add(Solver(name="ilp", function=ilp, exact=True, summary="exact, with proof (HiGHS)"))
+SOLVERS.add(
+    Solver(
+        name="iqp",
+        function=iqp,
+        exact=True,
+        couples=True,
+        summary="exact where layers are coupled, with proof",
+    )
+)
 SOLVERS.add(
     Solver(
         name="dp",
@@ -43,7 +55,13 @@ SOLVERS.add(
 SOLVERS.add(Solver(name="lp", function=lp, summary="linear relaxation, rounded as the papers do"))
 SOLVERS.add(Solver(name="greedy", function=greedy, summary="marginal gains and exchanges"))
 SOLVERS.add(
-    Solver(name="exhaustive", function=exhaustive, exact=True, summary="all plans, tiny problems")
+    Solver(
+        name="exhaustive",
+        function=exhaustive,
+        exact=True,
+        couples=True,
+        summary="all plans, tiny problems",
+    )
 )
 
 
@@ -55,7 +73,8 @@ def solve(
     gap_limit: float = 0.0,
     **options: Any,
 ) -> Assignment:
-    """The best assignment that `method` finds; `auto` is the exact `ilp`.
+    """The best assignment that `method` finds; `auto` is the exact `ilp`, or `iqp` where layers
+    are coupled.
 
     - `time_limit`: seconds; `gap_limit`: the relative gap at which a proof may stop.
     - `options`: what only this solver takes, such as `rounding` for `lp`.
@@ -66,7 +85,16 @@ def solve(
         raise UsageError(f"`time_limit` must be a positive number of seconds, got {time_limit}.")
     if not 0 <= gap_limit < 1:
         raise UsageError(f"`gap_limit` must be at least 0 and below 1, got {gap_limit}.")
-    solver = SOLVERS.get("ilp" if method == "auto" else method)
+    coupled = problem.coupling is not None
+    if method == "auto":
+        method = "iqp" if coupled else "ilp"
+    solver = SOLVERS.get(method)
+    if coupled and not solver.couples:
+        able = " or ".join(repr(one.name) for one in SOLVERS if one.couples)
+        raise UsageError(
+            f"the solver {solver.name!r} takes no couplings between layers; use {able}, or costs "
+            "that add up."
+        )
     try:
         answer = solver.function(problem, time_limit=time_limit, gap_limit=gap_limit, **options)
     except TypeError as error:

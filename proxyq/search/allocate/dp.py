@@ -40,7 +40,10 @@ def dp(
     """
     started = time.perf_counter()
     if len(problem.limits) > 1:
-        names = ", ".join(limit.name for limit in problem.limits)
+        names = ", ".join(
+            parts[0].name + (f" in {len(parts)} parts" if len(parts) > 1 else "")
+            for parts in problem.budgets
+        )
         raise UsageError(
             f"the solver 'dp' takes one limit, got {len(problem.limits)} ({names}); use 'ilp'."
         )

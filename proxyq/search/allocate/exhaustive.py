@@ -37,9 +37,10 @@ def exhaustive(
     ]
     count = math.prod(map(len, open_))
     if count > max_assignments:
+        other = "ilp" if problem.coupling is None else "iqp"
         raise UsageError(
             f"the solver 'exhaustive' tries at most {max_assignments} assignments, and this "
-            f"problem has {count}; use 'ilp'."
+            f"problem has {count}; use {other!r}."
         )
     best: tuple | None = None
     choice = [0] * len(problem.layers)

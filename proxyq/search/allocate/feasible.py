@@ -15,7 +15,7 @@ from proxyq.search.allocate.reduce import Reduced, candidates, merged, reduce
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """The least and most of one limit that any choice uses, alone, in the limit's unit."""
+    """The least and most of one budget that any choice uses, alone, in the budget's unit."""
 
     name: str
     unit: str
@@ -33,11 +33,24 @@ def extremes(problem: Problem, limit: Limit, allowed: np.ndarray | None = None) 
     return limit.fixed + sum(map(int, low)), limit.fixed + sum(map(int, high))
 
 
+def reach(
+    problem: Problem, parts: Sequence[Limit], allowed: np.ndarray | None = None
+) -> tuple[int, int]:
+    """Least and most raw amount of a budget, the others left out.
+
+    Of several parts the largest counts. They are least all at once where the same choices are
+    least in each, as those of activation memory are; else the true least may be more.
+    """
+    ends = [extremes(problem, part, allowed) for part in parts]
+    return max(low for low, _ in ends), max(high for _, high in ends)
+
+
 def reachable(problem: Problem) -> tuple[Reach, ...]:
-    """What each limit can be, in the order of `problem.limits`."""
+    """What each budget can be, in the order of `problem.budgets`."""
     found = []
-    for limit in problem.limits:
-        low, high = extremes(problem, limit)
+    for parts in problem.budgets:
+        limit = parts[0]
+        low, high = reach(problem, parts)
         found.append(
             Reach(
                 name=limit.name,
@@ -54,7 +67,8 @@ def require_reachable(problem: Problem, reduced: Reduced) -> None:
     """Raise `InfeasibleError` when some limit cannot be met even alone."""
     for limit, room in zip(problem.limits, reduced.room, strict=True):
         if room < 0:
-            raise InfeasibleError(_alone(problem, limit))
+            parts = next(parts for parts in problem.budgets if limit in parts)
+            raise InfeasibleError(_alone(problem, parts))
 
 
 def feasible_point(problem: Problem, reduced: Reduced, *, time_limit: float) -> np.ndarray:
@@ -74,7 +88,7 @@ def feasible_point(problem: Problem, reduced: Reduced, *, time_limit: float) -> 
     )
 
 
-def _lifted(problem: Problem, pins: Sequence[Pin]) -> np.ndarray:
+def lifted(problem: Problem, pins: Sequence[Pin]) -> np.ndarray:
     """`allowed` as it would be without these pins."""
     allowed = problem.allowed.copy()
     for pin in pins:
@@ -83,19 +97,21 @@ def _lifted(problem: Problem, pins: Sequence[Pin]) -> np.ndarray:
     return allowed
 
 
-def _alone(problem: Problem, limit: Limit) -> str:
-    """The sentence on a limit that no choice can meet, with the pins that cause it."""
-    low, high = extremes(problem, limit)
+def _alone(problem: Problem, parts: Sequence[Limit]) -> str:
+    """The sentence on a budget that no choice can meet, with the pins that cause it."""
+    limit = parts[0]
+    low, high = reach(problem, parts)
     least, most, asked = limit.show_units(
         limit.in_units(low), limit.in_units(high), limit.asked_in_units
     )
+    where = max(parts, key=lambda part: extremes(problem, part)[0]).part
     text = (
         f"the budget {limit.name} = {asked} cannot be met: with the bit-widths allowed the "
-        f"smallest reachable is {least} and the largest {most}"
+        f"smallest reachable is {least}{f' (at {where!r})' if where else ''} and the largest {most}"
     )
 
     def least_without(pins: Sequence[Pin]) -> int:
-        return extremes(problem, limit, _lifted(problem, pins))[0]
+        return reach(problem, parts, lifted(problem, pins))[0]
 
     wishes = _wishes(problem.pins)
     guilty = {wish: best for wish in wishes if (best := least_without(wish)) <= limit.budget}
@@ -132,35 +148,33 @@ def _infeasible(problem: Problem, time_limit: float) -> bool:
 
 def _jointly(problem: Problem, time_limit: float) -> NoReturn:
     """Raise for limits that hold one by one but not together, naming a smallest such set."""
-    core = list(problem.limits)
-    for limit in problem.limits:
-        rest = [other for other in core if other is not limit]
-        if len(rest) > 1 and _infeasible(replace(problem, limits=tuple(rest)), time_limit):
+    core = budgets = list(problem.budgets)
+    for parts in budgets:
+        rest = [other for other in core if other is not parts]
+        if len(rest) > 1 and _infeasible(replace(problem, limits=_limits(rest)), time_limit):
             core = rest
-    last, rest = core[-1], core[:-1]
-    # The least of the last limit within the others: an allocation whose cost is that usage.
-    cost = np.where(problem.allowed, last.usage.astype(np.float64), np.inf)
-    inner = reduce(replace(problem, cost=cost, limits=tuple(rest)))
-    found = integer_program(inner, time_limit=time_limit)
-    asked = " and ".join(f"{lim.name} = {lim.show_units(lim.asked_in_units)[0]}" for lim in core)
-    text = f"the budgets {asked} cannot hold together, though each can alone"
-    if found.picked is not None:
-        choice = inner.expand(found.picked)
-        low = last.fixed + sum(int(last.usage[i, k]) for i, k in enumerate(choice))
-        within = " and ".join(
-            f"{lim.name} = {lim.show_units(lim.asked_in_units)[0]}" for lim in rest
-        )
-        high = extremes(problem, last)[1]
-        least, most = last.show(low, high)
-        text += (
-            f": within {within} the smallest reachable {last.name} is {least} (the largest, "
-            f"without other budgets, {most})"
-        )
+    # What is one sum can be the objective below, so such a budget comes last.
+    core.sort(key=lambda parts: len(parts) == 1)
+    text = f"the budgets {_asked(core)} cannot hold together, though each can alone"
+    *rest, (last, *others) = core
+    if not others:
+        # The least of the last limit within the others: an allocation whose cost is that usage.
+        cost = np.where(problem.allowed, last.usage.astype(np.float64), np.inf)
+        inner = reduce(replace(problem, cost=cost, coupling=None, limits=_limits(rest)))
+        found = integer_program(inner, time_limit=time_limit)
+        if found.picked is not None:
+            choice = inner.expand(found.picked)
+            low = last.fixed + sum(int(last.usage[i, k]) for i, k in enumerate(choice))
+            least, most = last.show(low, extremes(problem, last)[1])
+            text += (
+                f": within {_asked(rest)} the smallest reachable {last.name} is {least} (the "
+                f"largest, without other budgets, {most})"
+            )
     if problem.pins:
         free = replace(
             problem,
-            allowed=_lifted(problem, problem.pins),
-            limits=tuple(core),
+            allowed=lifted(problem, problem.pins),
+            limits=_limits(core),
             cost=np.zeros(problem.cost.shape),
             pins=(),
         )
@@ -169,3 +183,12 @@ def _jointly(problem: Problem, time_limit: float) -> NoReturn:
             word = "pin" if len(wishes) == 1 else "pins"
             text += f"; without the {word} {_names(wishes, 'and')} they can"
     raise InfeasibleError(text + "; loosen one of them.")
+
+
+def _limits(budgets: Iterable[Sequence[Limit]]) -> tuple[Limit, ...]:
+    return tuple(limit for parts in budgets for limit in parts)
+
+
+def _asked(budgets: Iterable[Sequence[Limit]]) -> str:
+    firsts = (parts[0] for parts in budgets)
+    return " and ".join(f"{one.name} = {one.show_units(one.asked_in_units)[0]}" for one in firsts)

@@ -294,7 +294,7 @@ def plan_from(
             low=None if limit.ends is None else limit.ends[0],
             high=None if limit.ends is None else limit.ends[1],
         )
-        for limit, amount in zip(problem.limits, assignment.usage, strict=True)
+        for limit, amount in assignment.achieved
     ]
     try:
         planned = {

@@ -1,8 +1,9 @@
 """What an allocation problem is: one choice of bits per layer, least total cost, hard limits.
 
-    minimise  sum_l cost[l, k_l]   subject to   fixed_m + sum_l usage_m[l, k_l] <= budget_m
+    minimise  sum_l cost[l, k_l] + x' G x   subject to   fixed_m + sum_l usage_m[l, k_l] <= budget_m
 
-over one column k_l per layer, where the layers of a group take the same column. A column is a
+over one column k_l per layer, where the layers of a group take the same column. G, where there
+is one, couples the choices x (one-hot) of different layers (CLADO). A column is a
 weight bit-width bits[k] and, where activations are decided too, the bit-width
 activation_bits[k] of the layer's input. Usages and budgets are exact integers, so that
 "within the budget" is a fact and not a tolerance.
@@ -65,6 +66,8 @@ class Limit:
     - `ends`: the raw amounts that 0 and 100 units stand for, where the unit is a share of the
       way between them; `per_unit` is not read then.
     - `asked`: the budget as the user wrote it, in units; `None` means the budget itself.
+    - `part`: which one of several limits that are one budget together, such as a layer at which
+      memory is taken; the largest of them is what is achieved.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Limit:
     per_unit: Fraction = Fraction(1)
     ends: tuple[int, int] | None = None
     asked: Fraction | None = None
+    part: str = ""
 
     def __post_init__(self) -> None:
         usage = np.asarray(self.usage)
@@ -155,6 +159,11 @@ class Problem:
       as pairs.
     - `cost`: float64 `[layers, bits]`, predicted rise of the loss (nats unless said
       otherwise); what is not allowed may hold anything and is stored as infinity.
+    - `coupling`: float64 `[layers * bits, layers * bits]`, symmetric, or `None`: what two
+      choices add together beside their own costs, each pair in both of its places; choice
+      `l * len(bits) + k` is layer `l` at column `k`. Entries within a layer are read only on
+      the diagonal, yet a matrix that keeps all of them may be positive semidefinite where it
+      would not be without. Rows of what is not allowed are stored as zeros.
     - `allowed`: bool `[layers, bits]`, all by default.
     - `limits`: hard, all at once.
     - `groups`: layers, by index, that take the same column; disjoint.
@@ -170,6 +179,7 @@ class Problem:
     groups: tuple[tuple[int, ...], ...] = ()
     pins: tuple[Pin, ...] = ()
     activation_bits: tuple[int | None, ...] | None = None
+    coupling: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -205,6 +215,8 @@ class Problem:
         self._check_candidates()
         self._check_cost(cost)
         put(self, "cost", _frozen(np.where(allowed, cost, np.inf)))
+        if self.coupling is not None:
+            put(self, "coupling", self._checked_coupling(self.coupling))
         self._check_limits(shape)
 
     def _checked_activations(self, given: Sequence[int | None]) -> tuple[int | None, ...]:
@@ -223,6 +235,39 @@ class Problem:
                 "twice; name each pair once."
             )
         return given
+
+    def _checked_coupling(self, given: Any) -> np.ndarray:
+        try:
+            matrix = np.array(given, np.float64)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"`coupling` must be a matrix of numbers: {error}.") from error
+        size = len(self.layers) * len(self.bits)
+        if matrix.shape != (size, size):
+            raise UsageError(
+                f"`coupling` must have the shape [layers * bits, layers * bits] = [{size}, {size}]"
+                f", got {list(matrix.shape)}."
+            )
+        closed = ~self.allowed.ravel()
+        matrix[closed], matrix[:, closed] = 0.0, 0.0
+        if not np.isfinite(matrix).all():
+            row, column = np.argwhere(~np.isfinite(matrix))[0]
+            a, b = (f"{self._choice(i)}" for i in (row, column))
+            raise UsageError(f"the coupling of {a} with {b} is {matrix[row, column]}.")
+        largest = np.abs(matrix).max()
+        if not np.isfinite(largest * 4 * len(self.layers) ** 2):
+            raise UsageError("the couplings are too large to be summed; divide them by a constant.")
+        if (np.abs(matrix - matrix.T) > 1e-9 * largest).any():
+            row, column = np.unravel_index(np.abs(matrix - matrix.T).argmax(), matrix.shape)
+            a, b = self._choice(int(row)), self._choice(int(column))
+            raise UsageError(
+                f"`coupling` must be symmetric: {a} with {b} has {matrix[row, column]:g}, the "
+                f"other way round {matrix[column, row]:g}."
+            )
+        return _frozen((matrix + matrix.T) / 2)
+
+    def _choice(self, index: int) -> str:
+        layer, column = divmod(int(index), len(self.bits))
+        return f"layer {self.layers[layer]!r} at {self.shown(column)} bits"
 
     def shown(self, column: int) -> str:
         """What a column stands for: `4`, or `4/8` where activations are decided too."""
@@ -273,10 +318,30 @@ class Problem:
                     f"the usage of the limit {limit.name!r} must have the shape [layers, bits] = "
                     f"{list(shape)}, got {list(limit.usage.shape)}."
                 )
-        labels = [(limit.name, limit.unit) for limit in self.limits]
+        labels = [(limit.name, limit.unit, limit.part) for limit in self.limits]
         if len(set(labels)) < len(labels):
-            name, unit = next(label for label in labels if labels.count(label) > 1)
+            name, unit, _ = next(label for label in labels if labels.count(label) > 1)
             raise UsageError(f"the limit {name!r} in {unit or 'one unit'} is given twice.")
+        for first, *others in self.budgets:
+            for other in others:
+                if (other.budget, other.per_unit, other.ends, other.asked) != (
+                    first.budget,
+                    first.per_unit,
+                    first.ends,
+                    first.asked,
+                ):
+                    raise UsageError(
+                        f"the parts {first.part!r} and {other.part!r} of the limit {first.name!r} "
+                        "must have the same budget."
+                    )
+
+    @property
+    def budgets(self) -> tuple[tuple[Limit, ...], ...]:
+        """The limits, those that are one budget together, in the order of the first of each."""
+        found: dict[tuple[str, str], list[Limit]] = {}
+        for limit in self.limits:
+            found.setdefault((limit.name, limit.unit), []).append(limit)
+        return tuple(map(tuple, found.values()))
 
     @property
     def decisions(self) -> tuple[tuple[int, ...], ...]:

@@ -12,7 +12,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -100,11 +100,6 @@ def reduce(problem: Problem) -> Reduced:
     """`problem` merged, shifted and divided; see the module."""
     members = problem.decisions
     open_ = candidates(problem)
-    cost = merged(problem, problem.cost)
-    cost[~open_] = np.inf
-    cheapest = cost.min(axis=1)
-    with np.errstate(invalid="ignore"):
-        regret = np.where(open_, cost - cheapest[:, None], np.inf)
     usages, rooms = [], []
     for limit in problem.limits:
         usage = merged(problem, limit.usage)
@@ -115,15 +110,31 @@ def reduce(problem: Problem) -> Reduced:
         usages.append(usage // divisor)
         rooms.append(room // divisor)
     usage = np.stack(usages) if usages else np.zeros((0, *open_.shape), np.int64)
+    regret, base, kept = _regrets(open_, merged(problem, problem.cost), usage)
     return Reduced(
         members=members,
         open=open_,
-        kept=_undominated(open_, regret, usage),
+        kept=kept,
         regret=regret,
-        base=math.fsum(cheapest.tolist()),
+        base=base,
         usage=usage,
         room=tuple(rooms),
     )
+
+
+def with_costs(reduced: Reduced, cost: np.ndarray) -> Reduced:
+    """The same variables and limits at other costs, float64 `[variables, bits]`."""
+    regret, base, kept = _regrets(reduced.open, cost, reduced.usage)
+    return replace(reduced, regret=regret, base=base, kept=kept)
+
+
+def _regrets(open_: np.ndarray, cost: np.ndarray, usage: np.ndarray):
+    """`regret`, `base` and `kept` of `Reduced`."""
+    cost = np.where(open_, cost, np.inf)
+    cheapest = cost.min(axis=1)
+    with np.errstate(invalid="ignore"):
+        regret = np.where(open_, cost - cheapest[:, None], np.inf)
+    return regret, math.fsum(cheapest.tolist()), _undominated(open_, regret, usage)
 
 
 def canonical(reduced: Reduced, picked: np.ndarray) -> np.ndarray:

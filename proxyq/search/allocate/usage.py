@@ -2,20 +2,24 @@
 
     size = sum_l weights_l b      bops = sum_l macs_l b a      macs-bits = sum_l macs_l b
     latency = other + sum_l time_l(b, a)
+    activation-memory = max_s sum_(t live at s) elements_t max_(l reads t) a
 
-Python integers throughout; float activations count as 32 bits in BOPs.
+Python integers throughout; float activations count as 32 bits in BOPs. The maximum over steps
+is several limits, one budget together: see `memory`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from proxyq.errors import UsageError
+from proxyq.model.live import Step
 from proxyq.search.allocate.budget import Budget, share_of
-from proxyq.search.allocate.feasible import extremes
+from proxyq.search.allocate.feasible import reach
+from proxyq.search.allocate.memory import Row, memory_rows
 from proxyq.search.allocate.problem import Limit, Problem
 
 FLOAT_BITS = 32
@@ -44,6 +48,7 @@ class Counted:
     fixed: Sequence[int | None]
     searched: Sequence[bool]
     latency: Latencies | None = None
+    schedule: Sequence[Step] | None = None
 
     def activations(self, problem: Problem, layer: int, column: int) -> int | None:
         """The activation bits of a layer at a column."""
@@ -52,16 +57,46 @@ class Counted:
         return problem.activation_bits[column]
 
 
-def limit_of(budget: Budget, problem: Problem, counted: Counted) -> Limit:
-    """The limit that a budget sets on the choices of `problem`.
+def limits_of(budget: Budget, problem: Problem, counted: Counted) -> tuple[Limit, ...]:
+    """The limits that a budget sets on the choices of `problem`: one, or one for each part.
 
     **Raises** `UsageError` when the amount cannot be counted.
     """
-    other = 0
-    per_unit = budget.per_unit(0)
+    if budget.kind == "activation-memory":
+        rows = _memory(budget, problem, counted)
+        parts = [_limit(budget, row.usage, fixed=row.fixed, part=row.part) for row in rows]
+    else:
+        parts = [_single(budget, problem, counted)]
+    if budget.is_share:
+        ends = reach(problem, parts)
+        amount = share_of(*ends, budget.amount)
+    else:
+        ends, amount = None, min(int(budget.amount * parts[0].per_unit), 2**61)
+    return tuple(replace(part, budget=amount, ends=ends) for part in parts)
+
+
+def _limit(
+    budget: Budget, usage: Any, *, per_unit: Fraction | None = None, fixed: int = 0, part: str = ""
+) -> Limit:
+    """A limit whose amount is still to be set."""
+    return Limit(
+        name=budget.kind,
+        usage=np.array(usage, dtype=object),
+        budget=0,
+        unit=budget.unit,
+        fixed=fixed,
+        per_unit=per_unit or budget.per_unit(0) or Fraction(1),
+        asked=budget.amount,
+        part=part,
+    )
+
+
+def _single(budget: Budget, problem: Problem, counted: Counted) -> Limit:
+    """What a budget counts where it is one sum over the layers."""
     if budget.kind == "latency":
         usage, other = _latency(budget, problem, counted)
-    elif budget.is_average:
+        return _limit(budget, usage, fixed=other)
+    if budget.is_average:
         amounts = [w if s else 0 for w, s in zip(counted.weights, counted.searched, strict=True)]
         per_unit = budget.per_unit(sum(amounts))
         if not per_unit:
@@ -70,7 +105,8 @@ def limit_of(budget: Budget, problem: Problem, counted: Counted) -> Limit:
                 "layer with weights is pinned; lift a pin or give the size in MiB."
             )
         usage = [[amount * b for b in problem.bits] for amount in amounts]
-    elif budget.kind == "bops":
+        return _limit(budget, usage, per_unit=per_unit)
+    if budget.kind == "bops":
         usage = [
             [
                 macs * b * (counted.activations(problem, i, k) or FLOAT_BITS)
@@ -78,22 +114,20 @@ def limit_of(budget: Budget, problem: Problem, counted: Counted) -> Limit:
             ]
             for i, macs in enumerate(counted.macs)
         ]
-    else:
-        amounts = counted.weights if budget.kind == "size" else counted.macs
-        usage = [[amount * b for b in problem.bits] for amount in amounts]
-    limit = Limit(
-        name=budget.kind,
-        usage=np.array(usage, dtype=object),
-        budget=0,
-        unit=budget.unit,
-        fixed=other,
-        per_unit=per_unit or Fraction(1),
-        asked=budget.amount,
-    )
-    if budget.is_share:
-        low, high = extremes(problem, limit)
-        return replace(limit, budget=share_of(low, high, budget.amount), ends=(low, high))
-    return replace(limit, budget=min(int(budget.amount * per_unit), 2**61))
+        return _limit(budget, usage)
+    amounts = counted.weights if budget.kind == "size" else counted.macs
+    return _limit(budget, [[amount * b for b in problem.bits] for amount in amounts])
+
+
+def _memory(budget: Budget, problem: Problem, counted: Counted) -> tuple[Row, ...]:
+    """The sums of live activations that may be the peak."""
+    if counted.schedule is None:
+        raise UsageError(
+            f"the budget {budget.text!r} needs to know which tensors are live at each layer, and "
+            "nothing tells it: score the model again with this version (proxyq score), or search "
+            "with the model."
+        )
+    return memory_rows(counted.schedule, problem, lambda i, k: counted.activations(problem, i, k))
 
 
 def _latency(

@@ -1,0 +1,253 @@
+"""`auto`: a portfolio of costs, every plan measured, the best kept."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+
+from proxyq.auto.judge import Choice, Judge, Verdict
+from proxyq.auto.portfolio import free_scores, portfolio, sweep_passes
+from proxyq.auto.refine import Refined, Spell, refine, round_passes
+from proxyq.errors import UsageError
+from proxyq.progress import Progress, silent
+from proxyq.proxies import Scores
+from proxyq.ptq.correct import CORRECTIONS
+from proxyq.search.allocate import Assignment, Problem, finish, solve
+
+Effort = Literal["low", "medium", "high"]
+HELD_BACK = {"low": 1, "medium": 2, "high": 4}
+"""Images held back at most, as a multiple of those that are fitted on."""
+ROUNDS = {"low": 0, "medium": 0, "high": 2}
+ENDLESS = 1_000_000
+COUPLED_SECONDS = 2.0
+"""Time for a coupled candidate: its plan is found in the first second; a proof is not needed to
+measure it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A plan that a cost proposes: what is predicted of it, and what it does."""
+
+    scores: Scores
+    problem: Problem
+    answer: Assignment
+    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The plan that measured best: the scores that proposed it, its answer (refined or not), the
+    correction that goes with it, and a report in plain JSON."""
+
+    scores: Scores
+    answer: Assignment
+    correction: str
+    report: dict[str, Any]
+
+
+def check_effort(effort: str) -> str:
+    """Refuse an effort that does not exist."""
+    if effort not in HELD_BACK:
+        raise UsageError(f"`effort` must be one of {', '.join(HELD_BACK)}, got {effort!r}.")
+    return effort
+
+
+def spelled(problem: Problem, fixed: Sequence[int | None]) -> Spell:
+    """Columns of a problem as bits; `fixed` activation bits where it does not choose them."""
+
+    def spell(choice: Sequence[int]) -> list[Choice]:
+        beside = problem.activation_bits
+        return [
+            (problem.bits[k], fixed[i] if beside is None else beside[k])
+            for i, k in enumerate(choice)
+        ]
+
+    return spell
+
+
+def choose(
+    judge: Judge,
+    problem_of: Callable[[Scores], Problem],
+    bits: Sequence[int],
+    activation_bits: Sequence[int] = (),
+    fixed: Sequence[int | None] = (),
+    *,
+    correction: str = "auto",
+    effort: str = "medium",
+    solver: str = "auto",
+    time_limit: float = 60.0,
+    time_budget: float | None = None,
+    refine_seconds: float = 0.0,
+    progress: Progress = silent,
+) -> Outcome:
+    """The plan that diverges least from the float network, of those that many costs propose.
+
+    1. `output-error` and `sqnr`, which cost a few forward passes, propose a plan each; the
+       corrections of layer statistics are compared on the first (`correction="auto"`).
+    2. From effort `medium` on, one sweep over single layers, corrected likewise, gives KL, KL at
+       temperature 2 and logit coupling, each of which proposes a plan.
+    3. At effort `high`, or with `refine_seconds`, the best is refined.
+
+    Every plan is measured on images held back. `problem_of` turns scores into the problem with
+    its budgets. `time_budget` seconds bound steps 2 and 3: what would take longer, by the
+    forward passes timed in step 1, is left out, which the report says.
+    """
+    started = time.perf_counter()
+    candidates: list[Candidate] = []
+    notes: list[str] = []
+
+    def propose(scores: Sequence[Scores]) -> None:
+        for own in scores:
+            problem = problem_of(own)
+            coupled = own.coupling is not None
+            answer = solve(
+                problem,
+                "auto" if coupled else solver,
+                time_limit=min(time_limit, COUPLED_SECONDS) if coupled else time_limit,
+            )
+            verdict = judge.measure(spelled(problem, fixed)(answer.choice))
+            candidates.append(
+                Candidate(scores=own, problem=problem, answer=answer, verdict=verdict)
+            )
+
+    # Held-back divergence of the first plan under each correction sets the judge's.
+    free = free_scores(judge, bits, activation_bits)
+    first = problem_of(free[0])
+    plan = spelled(first, fixed)(solve(first, solver, time_limit=time_limit).choice)
+    by_correction = judge.best_correction(plan, _corrections(correction))
+    propose(free)
+    left = float("inf") if time_budget is None else time_budget
+    spent = time.perf_counter() - started
+    per_pass = spent / max(judge.passes, 1.0)
+    needed = sweep_passes(judge, bits, activation_bits) * per_pass
+    if effort != "low" and spent + needed > left:
+        notes.append(
+            f"the sweep over single layers would take about {needed:.0f} s, beyond the time "
+            "budget, and was left out"
+        )
+    elif effort != "low":
+        propose(portfolio(judge, bits, activation_bits, progress=progress))
+    best = min(candidates, key=lambda one: one.verdict.held_back)
+    answer, verdict = best.answer, best.verdict
+    report: dict[str, Any] = {
+        "effort": effort,
+        "correction": by_correction,
+        "fitted_images": len(jax.tree.leaves(judge.fit)[0]),
+        "held_back_images": len(jax.tree.leaves(judge.check)[0]),
+        "candidates": [_record(one) for one in candidates],
+        "chosen": best.scores.proxy,
+    }
+    now = time.perf_counter()
+    rounds = ROUNDS[effort]
+    if rounds and not refine_seconds:
+        needed = round_passes(judge, bits, activation_bits) * per_pass
+        if now + needed > started + left:
+            rounds = 0
+            notes.append(
+                f"a round of refinement would take about {needed:.0f} s, beyond the time budget, "
+                "and was left out"
+            )
+    if rounds or refine_seconds:
+        found = refine(
+            judge,
+            best.problem,
+            answer.choice,
+            spelled(best.problem, fixed),
+            bits,
+            activation_bits,
+            rounds=ENDLESS if refine_seconds else rounds,
+            deadline=min(started + left, now + (refine_seconds or float("inf"))),
+            progress=progress,
+        )
+        answer, report["refined"] = _refined(answer, found, verdict)
+        verdict = found.verdict
+    report |= {"kl": verdict.held_back, "kl_fitted": verdict.fitted}
+    if notes:
+        report["notes"] = notes
+    return Outcome(scores=best.scores, answer=answer, correction=judge.correction, report=report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improved:
+    """A plan after refinement, and a report in plain JSON."""
+
+    answer: Assignment
+    report: dict[str, Any]
+
+
+def improve(
+    judge: Judge,
+    answer: Assignment,
+    bits: Sequence[int],
+    activation_bits: Sequence[int] = (),
+    fixed: Sequence[int | None] = (),
+    *,
+    correction: str = "auto",
+    seconds: float = 0.0,
+    progress: Progress = silent,
+) -> Improved:
+    """Refine any solver's answer for so many seconds; `correction` as for `choose`."""
+    spell = spelled(answer.problem, fixed)
+    by_correction = judge.best_correction(spell(answer.choice), _corrections(correction))
+    before = judge.measure(spell(answer.choice))
+    found = refine(
+        judge,
+        answer.problem,
+        answer.choice,
+        spell,
+        bits,
+        activation_bits,
+        rounds=ENDLESS,
+        deadline=time.perf_counter() + seconds,
+        progress=progress,
+    )
+    better, report = _refined(answer, found, before)
+    report |= {"correction": by_correction, "kl": found.verdict.held_back}
+    return Improved(answer=better, report=report)
+
+
+def _refined(
+    answer: Assignment, found: Refined, before: Verdict
+) -> tuple[Assignment, dict[str, Any]]:
+    """The refined plan as an answer: no optimum of the predicted cost any more."""
+    changes = sum(a != b for a, b in zip(found.choice, answer.choice, strict=True))
+    report = {
+        "rounds": found.rounds,
+        "tried": found.tried,
+        "changes": changes,
+        "kl_before": before.held_back,
+    }
+    if not changes:
+        return answer, report
+    notes = (
+        *answer.notes,
+        f"{changes} layers were changed by measured refinement, which lowers the divergence and "
+        "not the predicted cost.",
+    )
+    better = finish(
+        answer.problem,
+        found.choice,
+        bound=answer.bound,
+        solver=f"{answer.solver}+refine",
+        started=time.perf_counter() - answer.seconds,
+        notes=notes,
+    )
+    return better, report
+
+
+def _corrections(correction: str) -> list[str]:
+    return [one for one in CORRECTIONS if one != "auto"] if correction == "auto" else [correction]
+
+
+def _record(one: Candidate) -> dict[str, Any]:
+    predicts = one.scores.proxy == "kl" or one.scores.proxy == "logit-coupling"
+    return {
+        "proxy": one.scores.proxy,
+        "predicted_kl": one.answer.objective if predicts else None,
+        "kl": one.verdict.held_back,
+        "kl_fitted": one.verdict.fitted,
+        "status": one.answer.status.short,
+        "gap": one.answer.gap,
+    }

@@ -1,0 +1,132 @@
+"""A portfolio of costs, all from one sweep over single layers.
+
+No one cost is best at every budget and on every network; each of these is good at some, all are
+solved in seconds, and a plan costs little to measure. So each proposes a plan, and the judge
+decides.
+
+- `output-error`, `sqnr`: what needs no sweep.
+- `kl`, `kl-temperature-2`: the divergence with one layer rounded.
+- `logit-coupling`, and the same at temperature 2: with the coupling of layers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from proxyq.auto.judge import Judge
+from proxyq.checkpoint import Checkpoint
+from proxyq.engine import collect, single_layer_sweep
+from proxyq.engine.alternatives import choices, spread
+from proxyq.engine.divergence import kl_divergence
+from proxyq.engine.gram import Gram
+from proxyq.progress import Progress, silent
+from proxyq.proxies import Scores, output_error, sqnr
+from proxyq.proxies._logit_coupling import coupling_of
+
+TEMPERATURES = (1.0, 2.0)
+
+
+def free_scores(
+    judge: Judge, bits: Sequence[int], activation_bits: Sequence[int] = ()
+) -> list[Scores]:
+    """Scores that a few forward passes give: `output-error` and `sqnr`.
+
+    What rounding a layer's input costs is its squared error relative to the input's variance.
+    """
+    needs = ("output-error", *(("input-error",) if activation_bits else ()))
+    taps = collect(
+        judge.engine,
+        judge.fit,
+        needs,
+        bits,
+        activation_bits=activation_bits,
+        rounding=judge.rounding,
+    )
+    judge.passes += 1 + len(bits)
+    beside = None
+    if activation_bits:
+        errors = [tap.input_error for tap in taps]
+        beside = np.array(
+            [[e[a] / max(e["variance"], 1e-30) for a in activation_bits] for e in errors]
+        )
+    return [
+        Scores(
+            proxy=one.proxy,
+            layers=one.layers,
+            bits=one.bits,
+            values=one.values,
+            activations=beside,
+            activation_bits=tuple(activation_bits),
+        )
+        for one in (output_error.on(taps), sqnr.on(taps))
+    ]
+
+
+def sweep_passes(judge: Judge, bits: Sequence[int], activation_bits: Sequence[int] = ()) -> float:
+    """Forward passes of all `fit` images that `portfolio` takes, about."""
+    each = len(bits) + len(activation_bits)
+    # Half of the network follows a layer, on average.
+    passes = 0.5 * len(judge.names) * each
+    return passes + (1 + each if judge.correction == "statistics" else 0)
+
+
+def portfolio(
+    judge: Judge,
+    bits: Sequence[int],
+    activation_bits: Sequence[int] = (),
+    *,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress = silent,
+) -> list[Scores]:
+    """Scores of one sweep over single layers, each corrected as the judge corrects plans."""
+    engine, layers = judge.engine, judge.engine.network.layers
+    alternatives = choices(
+        engine,
+        judge.fit,
+        bits,
+        activation_bits,
+        rounding=judge.rounding,
+        correction=judge.correction,
+        moments=judge.moments if judge.correction == "statistics" else None,
+        progress=progress,
+    )
+    each = len(bits) + len(activation_bits)
+    gram = Gram(len(layers) * each)
+
+    def measure(reference: np.ndarray, logits: np.ndarray, start: int) -> np.ndarray:
+        del start
+        found = [kl_divergence(reference, logits, temperature=t) for t in TEMPERATURES]
+        return np.stack(found, axis=-1)
+
+    table = single_layer_sweep(
+        engine,
+        judge.fit,
+        alternatives,
+        measure,
+        gram=gram,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    judge.passes += sweep_passes(judge, bits, activation_bits)
+    found = []
+    for index, temperature in enumerate(TEMPERATURES):
+        k = np.maximum(table[..., index], 0.0).ravel()
+        values, beside = spread(k, len(layers), len(bits))
+        at = "" if temperature == 1 else f"-temperature-{temperature:g}"
+        rows: dict[str, Any] = {
+            "layers": layers,
+            "bits": tuple(bits),
+            "values": values,
+            "activations": beside if activation_bits else None,
+            "activation_bits": tuple(activation_bits),
+        }
+        found.append(Scores(proxy=f"kl{at}", **rows))
+        found.append(
+            Scores(
+                proxy=f"logit-coupling{at}",
+                coupling=coupling_of(k, gram.correlation()),
+                **rows,
+            )
+        )
+    return found

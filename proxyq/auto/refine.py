@@ -1,0 +1,194 @@
+"""Refinement: re-measure single changes around a plan, propose exchanges, keep what is better.
+
+A round measures every other choice of every layer in the network of the plan (anchored, so that
+what saturates or couples there is seen), and predicts
+
+    KL(plan with changes S)  ~  KL(plan) + sum_{a in S} (KL(plan with a alone) - KL(plan))
+
+Solving that within all budgets, with at most 2, 3, 4, 6, 9 changes since it is local, gives
+candidates; so do the best predicted exchanges of two layers. Each is run, corrected as it will
+be used. A candidate is accepted where it lowers the divergence on the images that it was found
+on and on images held back, against over-fitting.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from proxyq.auto.judge import Choice, Judge, Verdict
+from proxyq.auto.portfolio import sweep_passes
+from proxyq.engine import single_layer_sweep
+from proxyq.engine.alternatives import choices
+from proxyq.engine.divergence import kl_divergence
+from proxyq.progress import Progress, silent
+from proxyq.search.allocate import InfeasibleError, Limit, Problem, solve
+from proxyq.search.allocate.assignment import used
+
+CHANGES = (2, 3, 4, 6, 9)
+EXCHANGES = 10
+
+Spell = Callable[[Sequence[int]], list[Choice]]
+"""Columns of a problem as bits, layer by layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refined:
+    """Columns of the best plan, its verdict, and how it came about."""
+
+    choice: tuple[int, ...]
+    verdict: Verdict
+    rounds: int
+    tried: int
+
+
+def refine(
+    judge: Judge,
+    problem: Problem,
+    choice: Sequence[int],
+    spell: Spell,
+    bits: Sequence[int],
+    activation_bits: Sequence[int] = (),
+    *,
+    rounds: int = 2,
+    deadline: float = float("inf"),
+    progress: Progress = silent,
+) -> Refined:
+    """The best plan found from `choice` on, within all limits of `problem`.
+
+    - `spell`: what columns stand for; `bits`, `activation_bits`: what is re-measured.
+    - `deadline`: of `time.perf_counter()`; a round that has begun proposes what it knows.
+    """
+    best, verdict = tuple(choice), judge.measure(spell(choice))
+    tried, done = 0, 0
+    while done < rounds and time.perf_counter() < deadline:
+        done += 1
+        change = anchored(judge, problem, best, spell, bits, activation_bits, progress=progress)
+        start = best
+        for candidate in proposals(problem, best, change):
+            if time.perf_counter() >= deadline:
+                break
+            tried += 1
+            found = judge.measure(spell(candidate))
+            if found.fitted < verdict.fitted and found.held_back < verdict.held_back:
+                best, verdict = candidate, found
+        if best == start:
+            break
+    return Refined(choice=best, verdict=verdict, rounds=done, tried=tried)
+
+
+def round_passes(judge: Judge, bits: Sequence[int], activation_bits: Sequence[int] = ()) -> float:
+    """Forward passes of all `fit` images that a round takes, about."""
+    return sweep_passes(judge, bits, activation_bits) + 5 * (len(CHANGES) + EXCHANGES)
+
+
+def anchored(
+    judge: Judge,
+    problem: Problem,
+    choice: Sequence[int],
+    spell: Spell,
+    bits: Sequence[int],
+    activation_bits: Sequence[int] = (),
+    *,
+    progress: Progress = silent,
+) -> np.ndarray:
+    """`[layers, columns]`: the rise of KL when one layer of the plan takes another column.
+
+    A column that changes weight and input at once is predicted to cost the sum.
+    """
+    plan = spell(choice)
+    base = judge.edits(plan)
+    engine = judge.engine
+    alternatives = choices(
+        engine,
+        judge.fit,
+        bits,
+        activation_bits,
+        rounding=judge.rounding,
+        correction=judge.correction,
+        base=base,
+        moments=judge.moments if judge.correction == "statistics" else None,
+        progress=progress,
+    )
+    # A change of the weight leaves the layer's input as the plan has it, and the other way round.
+    for own in alternatives.values():
+        for k, edits in enumerate(own):
+            for site, edit in edits.items():
+                kept = base.get(site)
+                if kept is None:
+                    continue
+                if k < len(bits):
+                    edits[site] = edit._replace(input_grid=kept.input_grid)
+                else:
+                    edits[site] = kept._replace(input_grid=edit.input_grid)
+
+    def measure(reference: np.ndarray, logits: np.ndarray, start: int) -> np.ndarray:
+        del start
+        return kl_divergence(reference, logits)
+
+    table = single_layer_sweep(
+        engine, judge.fit, alternatives, measure, base=base, progress=progress
+    )
+    judge.passes += sweep_passes(judge, bits, activation_bits)
+    now = judge.measure(plan).fitted
+    rise = np.zeros(problem.cost.shape)
+    at: dict[int | None, int] = {b: k for k, b in enumerate(bits)}
+    at_beside: dict[int | None, int] = {a: len(bits) + k for k, a in enumerate(activation_bits)}
+    for layer, own in enumerate(plan):
+        for column in range(len(problem.bits)):
+            width, beside = _column(problem, column, own)
+            if width != own[0] and width in at:
+                rise[layer, column] += table[layer, at[width]] - now
+            if beside != own[1] and beside in at_beside:
+                rise[layer, column] += table[layer, at_beside[beside]] - now
+    return rise
+
+
+def _column(problem: Problem, column: int, own: Choice) -> Choice:
+    beside = own[1] if problem.activation_bits is None else problem.activation_bits[column]
+    return problem.bits[column], beside
+
+
+def proposals(problem: Problem, choice: Sequence[int], rise: np.ndarray) -> list[tuple[int, ...]]:
+    """Plans within all limits near `choice`, by what single changes are measured to cost."""
+    layers, columns = problem.cost.shape
+    moved = np.ones((layers, columns), np.int64)
+    moved[np.arange(layers), list(choice)] = 0
+    found: dict[tuple[int, ...], None] = {}
+    separable = replace(problem, cost=np.where(problem.allowed, rise, 0.0), coupling=None)
+    for most in CHANGES:
+        near = Limit(name="changes", usage=moved, budget=most)
+        try:
+            answer = solve(replace(separable, limits=(*problem.limits, near)), time_limit=5.0)
+        except InfeasibleError:  # pragma: no cover - the plan itself keeps all limits
+            continue
+        found[answer.choice] = None
+    for exchange in _exchanges(separable, choice, rise):
+        found[exchange] = None
+    found.pop(tuple(choice), None)
+    return list(found)
+
+
+def _exchanges(problem: Problem, choice: Sequence[int], rise: np.ndarray) -> list[tuple[int, ...]]:
+    """The best predicted changes of one decision or two, within all limits."""
+    units = problem.decisions
+    moves = [(unit, k) for unit in units for k in range(len(problem.bits))
+             if k != choice[unit[0]] and problem.allowed[list(unit), k].all()]  # fmt: skip
+    cost = np.array([sum(rise[i, k] for i in unit) for unit, k in moves])
+    order = [int(i) for i in np.argsort(cost, kind="stable")]
+    scored: list[tuple[float, tuple[int, ...]]] = []
+    for place, a in enumerate(order):
+        for b in (None, *order[:place]):
+            if b is not None and moves[a][0] == moves[b][0]:
+                continue
+            total = cost[a] + (0.0 if b is None else cost[b])
+            if total >= 0:
+                continue
+            changed = list(choice)
+            for unit, k in (moves[a], *(() if b is None else (moves[b],))):
+                for i in unit:
+                    changed[i] = k
+            if all(used(limit, changed) <= limit.budget for limit in problem.limits):
+                scored.append((float(total), tuple(changed)))
+    return [changed for _, changed in sorted(scored)[:EXCHANGES]]

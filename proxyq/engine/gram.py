@@ -1,0 +1,60 @@
+"""Inner products of how far choices move the logits.
+
+    d_a = change of the centred logits by choice a, over all images and outputs
+    gram[a, b] = <d_a, d_b>
+
+Softmax does not see a constant that is added to all logits, so each change is taken without its
+mean over the classes. One batch of changes is held, and one matrix.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from proxyq.engine.divergence import two_classes
+
+
+class Gram:
+    """Sums `gram`, float64 `[choices, choices]`, over batches: `add` each choice, then `close`."""
+
+    def __init__(self, choices: int):
+        self.total = np.zeros((choices, choices))
+        self._changes: np.ndarray | None = None
+
+    def add(self, choice: int, reference: np.ndarray, logits: np.ndarray) -> None:
+        """What a choice makes of a batch; logits `[images, …, classes]`."""
+        reference, logits = two_classes(reference), two_classes(logits)
+        change = np.asarray(logits, np.float64) - reference
+        change -= change.mean(axis=-1, keepdims=True)
+        if self._changes is None:
+            self._changes = np.zeros((len(self.total), change.size), np.float32)
+        self._changes[choice] = change.ravel()
+
+    def close(self) -> None:
+        """The batch is whole: every choice was added."""
+        assert self._changes is not None
+        changes = self._changes.astype(np.float64)
+        self.total += changes @ changes.T
+        self._changes = None
+
+    def correlation(self) -> np.ndarray:
+        """`rho[a, b] = <d_a, d_b> / (|d_a| |d_b|)`; a choice that changes nothing has none."""
+        norms = np.sqrt(np.maximum(np.diag(self.total), 0.0))
+        with np.errstate(divide="ignore"):
+            inverse = np.where(norms > 0, 1.0 / norms, 0.0)
+        rho = self.total * inverse[:, None] * inverse[None]
+        np.fill_diagonal(rho, 1.0)
+        return rho
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that `restore` needs, for a checkpoint."""
+        changes = {} if self._changes is None else {"gram_changes": self._changes}
+        return {"gram": self.total, **changes}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Go on from a checkpoint; one without a Gram matrix leaves all as it is."""
+        if "gram" in arrays:
+            self.total = np.array(arrays["gram"])
+            self._changes = None
+            if "gram_changes" in arrays:
+                self._changes = np.array(arrays["gram_changes"])

@@ -1,0 +1,158 @@
+"""Measure the network with one layer changed, and with two changed at once.
+
+For choices a of one layer and b of a later one, what follows the later layer is all that a pair
+has to run: the state that choice a leaves before it serves all of its choices b. That is a third
+of the forward passes that pairs cost one by one. Losses are summed in float64, all on the same
+images, since a pair's own term is the small difference of four of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from proxyq.checkpoint import Checkpoint
+from proxyq.engine.engine import Edits, Engine
+from proxyq.engine.segments import NO_EDIT, Edit
+from proxyq.errors import UsageError
+from proxyq.model.model import logits_of
+from proxyq.progress import Progress, silent
+
+Loss = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+"""`(the float network's logits, the changed one's, number of the first image) -> [images]`."""
+
+
+class PairLosses(NamedTuple):
+    """Mean losses: `float` of the network unchanged, `singles` `[choices]`, and `pairs`
+    `[choices, choices]`, symmetric, NaN where two choices exclude each other.
+    """
+
+    float: float
+    singles: np.ndarray
+    pairs: np.ndarray
+
+
+def pair_sweep(
+    engine: Engine,
+    inputs: Any,
+    alternatives: Mapping[str, Sequence[Edits]],
+    loss: Loss,
+    *,
+    inside: Sequence[tuple[int, int]] = (),
+    checkpoint: Checkpoint | None = None,
+    progress: Progress = silent,
+) -> PairLosses:
+    """Losses with every choice, and with every pair of choices of two layers.
+
+    **Arguments:**
+
+    - `alternatives`: for each layer, edits of its sites (all layers the same number); choice
+      `layer * number + column`.
+    - `loss(reference, logits, start)`: a number for each image.
+    - `inside`: pairs of columns that one layer may take together (its weight's and its
+      input's), measured too.
+    - `checkpoint`: keeps the sums so far, under the name `pairs`.
+
+    `progress` counts work, not pairs: a pair of two early layers runs most of the network.
+
+    **Raises** `UsageError` when a layer is missing or has another number of alternatives.
+    """
+    network = engine.network
+    numbers = {len(alternatives.get(name, ())) for name in network.names}
+    if len(numbers) != 1 or set(alternatives) - set(network.names):
+        raise UsageError(
+            "`alternatives` must hold every layer of the network, each with the same number of "
+            "edits."
+        )
+    columns = numbers.pop()
+    choices = columns * len(network.names)
+    starting = {network.sites_of(name)[0]: row for row, name in enumerate(network.names)}
+    checkpoint = checkpoint or Checkpoint()
+    kept = checkpoint.load("pairs") or {}
+    singles = kept.get("singles", np.zeros(choices))
+    pairs = kept.get("pairs", np.zeros((choices, choices)))
+    unchanged = kept.get("unchanged", np.zeros(()))
+    finished = int(kept.get("rows", 0))
+    images, rows = len(jax.tree.leaves(inputs)[0]), 0
+    work = _row_work(engine, list(starting), columns)
+    chunks = -(-images // engine.batch_size)
+    done, total = 0, chunks * columns * sum(work.values())
+
+    for chunk, (batch, count) in enumerate(engine.chunks(inputs)):
+        start = chunk * engine.batch_size
+        reference = np.asarray(logits_of(engine.run(batch)))[:count]
+
+        def summed(logits: Any, start: int = start, count: int = count, z: Any = reference) -> Any:
+            own = np.asarray(logits_of(logits))[:count]
+            return np.sum(loss(z, own, start), dtype=np.float64)
+
+        # Whole batches are counted with their first row, so that a resumed run counts them once.
+        if rows >= finished:
+            unchanged = unchanged + np.sum(loss(reference, reference, start), dtype=np.float64)
+        clean = engine.start(batch)
+        for site in range(len(network.sites)):
+            row = starting.get(site)
+            own = () if row is None else alternatives[network.names[row]]
+            for column, edits in enumerate(own):
+                assert row is not None
+                rows, done = rows + 1, done + work[site]
+                if rows <= finished:
+                    continue
+                a, state = row * columns + column, clean
+                singles[a] += summed(engine.resume(clean, site, edits))
+                for other in (two for one, two in inside if one == column):
+                    both = _together(edits, own[other])
+                    pairs[a, row * columns + other] += summed(engine.resume(clean, site, both))
+                for later in range(site, len(network.sites)):
+                    if later > site and later in starting:
+                        b = starting[later] * columns
+                        for k, others in enumerate(alternatives[network.names[starting[later]]]):
+                            outputs = engine.resume(state, later, {**edits, **others})
+                            pairs[a, b + k] += summed(outputs)
+                    state, _ = engine.step(state, later, edits.get(later, NO_EDIT))
+                progress("pairs", done, total)
+                if checkpoint.due():
+                    sums = {"singles": singles, "pairs": pairs, "unchanged": unchanged}
+                    checkpoint.save("pairs", {**sums, "rows": np.array(rows)})
+            clean, _ = engine.step(clean, site, NO_EDIT)
+    # Every pair was measured in one of its two places.
+    layer = np.arange(choices) // columns
+    known = layer[:, None] != layer[None]
+    for one, two in inside:
+        rows_of = np.arange(len(network.names)) * columns
+        known[rows_of + one, rows_of + two] = known[rows_of + two, rows_of + one] = True
+    both = np.where(known, pairs + pairs.T, np.nan)
+    return PairLosses(float(unchanged / images), singles / images, both / images)
+
+
+def _together(edits: Edits, others: Edits) -> dict[int, Edit]:
+    """Both changes of one layer: what the one leaves alone, the other may change."""
+    joined = dict(edits)
+    for site, edit in others.items():
+        changed = {name: value for name, value in edit._asdict().items() if value is not None}
+        joined[site] = joined.get(site, NO_EDIT)._replace(**changed)
+    return joined
+
+
+# One element that is read or written takes the time of so many multiply-accumulates, about.
+_MACS_PER_ELEMENT = 20
+
+
+def _row_work(engine: Engine, starts: list[int], columns: int) -> dict[int, int]:
+    """How much there is to run for one choice of the layer that starts at a site.
+
+    In thousands of multiply-accumulates for one image, for telling how long it will take.
+    """
+    network = engine.network
+    shares = {name: len(network.sites_of(name)) for name in network.names}
+    macs = {layer.name: layer.macs // shares[layer.name] for layer in network.layers}
+    cost = []
+    for site, segment in zip(network.sites, engine.segments[1:], strict=True):
+        elements = sum(var.aval.size for var in (*segment.reads, *segment.writes))
+        cost.append(macs[site.layer] + _MACS_PER_ELEMENT * elements // engine.batch_size)
+    suffix = [sum(cost[site:]) // 1000 + 1 for site in range(len(cost))]
+    return {
+        site: 2 * suffix[site] + columns * sum(suffix[later] for later in starts if later > site)
+        for site in starts
+    }
