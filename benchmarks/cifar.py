@@ -1,4 +1,4 @@
-"""The network of `examples/cifar_resnet.py`, for the benchmarks that time it."""
+"""The networks of `examples/cifar_resnet.py`, for the benchmarks that time them."""
 
 import importlib.util
 from pathlib import Path
@@ -7,12 +7,17 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "cifar_resnet.py"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def resnet20():
-    """ResNet-20 as a torch module."""
+def resnet(name):
+    """`resnet20` … `resnet56` as a torch module."""
     spec = importlib.util.spec_from_file_location("cifar_resnet", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.resnet20()
+    return getattr(module, name)()
+
+
+def resnet20():
+    """ResNet-20 as a torch module."""
+    return resnet("resnet20")
 
 
 def folded(module):

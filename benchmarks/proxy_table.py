@@ -94,7 +94,7 @@ def score(args):
 def one(args):
     pin(1)
     from proxyq.proxies import PROXIES, as_cost
-    from proxyq.proxies import score as run
+    from proxyq.proxies import score as scores_of
     from proxyq.proxies.cost import weight_errors
 
     model = load(args)
@@ -105,7 +105,7 @@ def one(args):
 
     def work():
         found["time"], found["scores"] = once(
-            lambda: run(model, [(proxy, {})], inputs, labels=labels, bits=BITS)[0]
+            lambda: scores_of(model, [(proxy, {})], inputs, labels=labels, bits=BITS)[0]
         )
 
     memory = growth_mib(work)
@@ -181,6 +181,13 @@ def random_plan(sizes, budget, seed):
 
 
 def accuracy(args):
+    model = load(args)
+    _, wanted = plans(args, model)
+    run(args, model, wanted.values())
+
+
+def run(args, model, plans):
+    """Top-1 of each of the plans, as it is and with statistics restored, kept plan by plan."""
     import jax
     import jax.numpy as jnp
 
@@ -190,8 +197,6 @@ def accuracy(args):
     from proxyq.model.model import logits_of
     from proxyq.ptq.quantized import round_weights
 
-    model = load(args)
-    _, wanted = plans(args, model)
     inputs, _ = calibration(args, model, args.correction_images)
     data = as_eval_data(f"{args.data}:x_test,y_test", model).subset(np.arange(args.test_images))
     fitting = Engine.build(model, args.correction_images)
@@ -215,7 +220,7 @@ def accuracy(args):
     known = {
         key for other in folder(args).glob("accuracy-*") for key in json.loads(other.read_text())
     }
-    unique = sorted(set(wanted.values()))[part::parts]
+    unique = sorted(set(plans))[part::parts]
     if part == 0 and "float" not in known:
         done["float"] = {
             "none": top1({}),

@@ -17,6 +17,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
         ("single_layer_sweep.py", 3),
         ("bridge_forward.py", 7),
         ("curvature.py", 11),
+        ("clado.py", 5),
     ],
 )
 def test_a_quick_run_prints_ratios(script: str, ratios: int) -> None:

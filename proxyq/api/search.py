@@ -254,7 +254,7 @@ def search(
     result = measure(
         model,
         [plan],
-        images.inputs,
+        images.all(),
         labelled,
         latency=binding["latency"],
         memory=memory,
@@ -301,6 +301,13 @@ class Images:
     def samples(self) -> int:
         """How many images there are to fit on."""
         return 0 if self.inputs is None else len(jax.tree.leaves(self.inputs)[0])
+
+    def all(self) -> Any:
+        """All images, for the final network's correction and ranges: the more, the better."""
+        if self.held_back is None:
+            return self.inputs
+        both = (self.inputs, self.held_back)
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *both)
 
     def judge(self, model: Model, method: Method, memory: int | None) -> Judge:
         """What measures plans on them."""

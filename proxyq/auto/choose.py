@@ -163,7 +163,7 @@ def choose(
         )
         answer, report["refined"] = _refined(answer, found, verdict)
         verdict = found.verdict
-    report |= {"kl": verdict.held_back, "kl_fitted": verdict.fitted}
+    report |= {"kl": verdict.held_back.kl, "kl_fitted": verdict.fitted.kl}
     if notes:
         report["notes"] = notes
     return Outcome(scores=best.scores, answer=answer, correction=judge.correction, report=report)
@@ -204,7 +204,7 @@ def improve(
         progress=progress,
     )
     better, report = _refined(answer, found, before)
-    report |= {"correction": by_correction, "kl": found.verdict.held_back}
+    report |= {"correction": by_correction, "kl": found.verdict.held_back.kl}
     return Improved(answer=better, report=report)
 
 
@@ -217,7 +217,7 @@ def _refined(
         "rounds": found.rounds,
         "tried": found.tried,
         "changes": changes,
-        "kl_before": before.held_back,
+        "kl_before": before.held_back.kl,
     }
     if not changes:
         return answer, report
@@ -246,8 +246,8 @@ def _record(one: Candidate) -> dict[str, Any]:
     return {
         "proxy": one.scores.proxy,
         "predicted_kl": one.answer.objective if predicts else None,
-        "kl": one.verdict.held_back,
-        "kl_fitted": one.verdict.fitted,
+        "kl": one.verdict.held_back.kl,
+        "kl_fitted": one.verdict.fitted.kl,
         "status": one.answer.status.short,
         "gap": one.answer.gap,
     }

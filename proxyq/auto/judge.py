@@ -3,7 +3,9 @@
 Predicted costs of different proxies are no common currency, and the best of ten predictions is
 flattered. So every plan that is a candidate is run, quantized and corrected as it will be used,
 and the divergence of its outputs from the float network's is measured on held-back images: it
-ranks plans as their test accuracy does (Spearman 0.97 and more where networks work at all).
+ranks plans as their test accuracy does (Spearman 0.97 and more where networks work at all). Of
+wrecked networks it does not, since logits that have lost all meaning may be near or far; these
+are ranked by how often they answer as the float network does, which needs no labels either.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ import jax
 import numpy as np
 
 from proxyq.engine import Edit, Edits, Engine
-from proxyq.engine.divergence import kl_divergence
+from proxyq.engine.divergence import kl_divergence, two_classes
 from proxyq.engine.ranges import fit_input_grid, input_samples
 from proxyq.engine.rounded import rounded_layer
 from proxyq.engine.statistics import Moments, correct_statistics, correct_weights, float_moments
@@ -27,12 +29,28 @@ Choice = tuple[int | None, int | None]
 """Weight and activation bits of a layer; `None` is float."""
 
 
-class Verdict(NamedTuple):
-    """KL to the float network in nats: on the images that the correction is `fitted` on, and on
-    those held back."""
+WRECKED = 2 / 3
+"""A network that agrees with the float one less often than this is ranked by that."""
 
-    fitted: float
-    held_back: float
+
+class Loss(NamedTuple):
+    """How far a plan's network is from the float one: the less, the better, compared in order.
+
+    - `wrecked`: whether they agree on the class of less than `WRECKED` of the images.
+    - `rank`: the share that they disagree on, of a wrecked network; else `kl`.
+    - `kl`: divergence in nats.
+    """
+
+    wrecked: bool
+    rank: float
+    kl: float
+
+
+class Verdict(NamedTuple):
+    """A plan's loss on the images that its correction is `fitted` on, and on those `held_back`."""
+
+    fitted: Loss
+    held_back: Loss
 
 
 class Judge:
@@ -40,6 +58,7 @@ class Judge:
 
     - `correction`: `none`, `weights` or `statistics`; may be changed between plans.
     - `passes`: forward passes of all `fit` images spent so far, about.
+    - `kept`: what was measured once and serves plans for any budget.
     """
 
     def __init__(
@@ -58,6 +77,7 @@ class Judge:
         self.passes = 0.0
         self._rounded: dict[tuple[str, int], dict[int, Edit]] = {}
         self._samples: dict[int, np.ndarray] = {}
+        self.kept: dict[Any, Any] = {}
         self._verdicts: dict[tuple[Any, ...], Verdict] = {}
         self._ratio = len(jax.tree.leaves(check)[0]) / len(jax.tree.leaves(fit)[0])
 
@@ -112,28 +132,32 @@ class Judge:
             edits = self.edits(plan)
             self.passes += 1 + self._ratio
             self._verdicts[key] = Verdict(
-                self._divergence(self._float[1], self.fit, edits),
-                self._divergence(self._reference, self.check, edits),
+                self._loss(self._float[1], self.fit, edits),
+                self._loss(self._reference, self.check, edits),
             )
         return self._verdicts[key]
 
     def best_correction(self, plan: Sequence[Choice], among: Sequence[str]) -> dict[str, float]:
-        """Held-back divergence of a plan under each correction; the least is set from now on."""
+        """Held-back divergence of a plan under each correction; the best is set from now on."""
         found = {}
         for name in among:
             self.correction = name
             found[name] = self.measure(plan).held_back
         self.correction = min(found, key=found.__getitem__)
-        return found
+        return {name: loss.kl for name, loss in found.items()}
 
-    def _divergence(self, reference: np.ndarray, images: Any, edits: Edits) -> float:
-        kl = float(kl_divergence(reference, self.engine.logits(images, edits)).mean())
+    def _loss(self, reference: np.ndarray, images: Any, edits: Edits) -> Loss:
+        logits = self.engine.logits(images, edits)
+        kl = float(kl_divergence(reference, logits).mean())
         if not np.isfinite(kl):
             raise ProxyqError(
                 "the quantized network's outputs are not finite, so plans cannot be compared: "
                 "check the model's weights and the data."
             )
-        return kl
+        ours, theirs = (two_classes(z).argmax(axis=-1) for z in (logits, reference))
+        apart = float(np.mean(ours != theirs))
+        wrecked = 1 - apart < WRECKED
+        return Loss(wrecked, apart if wrecked else kl, kl)
 
 
 def halves(images: int, most: int) -> tuple[np.ndarray, np.ndarray]:

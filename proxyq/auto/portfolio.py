@@ -34,6 +34,9 @@ def free_scores(
 
     What rounding a layer's input costs is its squared error relative to the input's variance.
     """
+    key = ("free", tuple(bits), tuple(activation_bits))
+    if key in judge.kept:
+        return judge.kept[key]
     needs = ("output-error", *(("input-error",) if activation_bits else ()))
     taps = collect(
         judge.engine,
@@ -50,7 +53,7 @@ def free_scores(
         beside = np.array(
             [[e[a] / max(e["variance"], 1e-30) for a in activation_bits] for e in errors]
         )
-    return [
+    judge.kept[key] = [
         Scores(
             proxy=one.proxy,
             layers=one.layers,
@@ -61,6 +64,7 @@ def free_scores(
         )
         for one in (output_error.on(taps), sqnr.on(taps))
     ]
+    return judge.kept[key]
 
 
 def sweep_passes(judge: Judge, bits: Sequence[int], activation_bits: Sequence[int] = ()) -> float:
@@ -80,6 +84,9 @@ def portfolio(
     progress: Progress = silent,
 ) -> list[Scores]:
     """Scores of one sweep over single layers, each corrected as the judge corrects plans."""
+    key = ("portfolio", judge.correction, tuple(bits), tuple(activation_bits))
+    if key in judge.kept:
+        return judge.kept[key]
     engine, layers = judge.engine, judge.engine.network.layers
     alternatives = choices(
         engine,
@@ -129,4 +136,5 @@ def portfolio(
                 **rows,
             )
         )
+    judge.kept[key] = found
     return found

@@ -131,7 +131,7 @@ def anchored(
         engine, judge.fit, alternatives, measure, base=base, progress=progress
     )
     judge.passes += sweep_passes(judge, bits, activation_bits)
-    now = judge.measure(plan).fitted
+    now = judge.measure(plan).fitted.kl
     rise = np.zeros(problem.cost.shape)
     at: dict[int | None, int] = {b: k for k, b in enumerate(bits)}
     at_beside: dict[int | None, int] = {a: len(bits) + k for k, a in enumerate(activation_bits)}

@@ -210,7 +210,8 @@ class Proxy:
                 "and the data, or use another proxy."
             )
         notes = dict(result.notes)
-        if settings.get("labels") == "auto":
+        unread = settings.get("pair_loss") == "kl"  # which needs no labels
+        if settings.get("labels") == "auto" and not unread:
             notes["labels"] = taps.targets.how
         activations = result.activations
         if activations is not None:

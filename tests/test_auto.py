@@ -1,0 +1,223 @@
+"""`auto`: the judge measures what runs, the portfolio's best is kept, refinement never harms."""
+
+import json
+
+import numpy as np
+import pytest
+from networks import mixer, small_net
+
+import proxyq
+from proxyq.api.program import program
+from proxyq.auto import Judge, choose, halves, improve, refine
+from proxyq.auto.choose import spelled
+from proxyq.auto.judge import WRECKED
+from proxyq.auto.portfolio import portfolio
+from proxyq.auto.refine import anchored, proposals
+from proxyq.engine.divergence import kl_divergence
+from proxyq.engine.ranges import input_grids
+from proxyq.engine.statistics import correct_statistics, correct_weights, float_moments
+from proxyq.errors import UsageError
+from proxyq.proxies import kl_delta
+from proxyq.ptq.quantized import round_weights, with_input_grids
+from proxyq.search.allocate import solve
+from proxyq.search.allocate.assignment import used
+
+BITS = (2, 3, 6)
+
+
+def images(model, count=32, seed=1):
+    return np.random.default_rng(seed).normal(size=(count, *model.input_shape)).astype(np.float32)
+
+
+def judge_of(model, correction="none", fit=24, check=16):
+    x = images(model, fit + check)
+    return Judge(model, x[:fit], x[fit:], correction=correction)
+
+
+def problem_of(budget="size=3bit", **binding):
+    return lambda scores: program(scores.layers, scores, budget, **binding)
+
+
+@pytest.mark.parametrize("correction", ["none", "weights", "statistics"])
+def test_the_judge_measures_the_network_that_runs(correction):
+    model = small_net()
+    judge = judge_of(model, correction)
+    engine = judge.engine
+    plan = [(b, 4 if i % 2 else None) for i, b in enumerate([2, 3, 6] * 9)][: len(judge.names)]
+    edits = round_weights(engine, {n: b for n, (b, _) in zip(judge.names, plan, strict=True)})
+    beside = {n: a for n, (_, a) in zip(judge.names, plan, strict=True) if a}
+    edits = with_input_grids(edits, input_grids(engine, beside, judge.fit))
+    if correction == "weights":
+        edits = correct_weights(engine, edits)
+    elif correction == "statistics":
+        edits = correct_statistics(engine, edits, judge.fit, float_moments(engine, judge.fit)[0])
+    verdict = judge.measure(plan)
+    for loss, x in ((verdict.fitted, judge.fit), (verdict.held_back, judge.check)):
+        exact, logits = engine.logits(x), engine.logits(x, edits)
+        assert loss.kl == pytest.approx(kl_divergence(exact, logits).mean(), rel=1e-6)
+        apart = np.mean(exact.argmax(axis=-1) != logits.argmax(axis=-1))
+        assert loss.wrecked == (1 - apart < WRECKED)
+        assert loss.rank == pytest.approx(apart if loss.wrecked else loss.kl)
+    spent = judge.passes
+    assert judge.measure(plan) is verdict and judge.passes == spent
+
+
+def test_images_are_held_back():
+    for number, most in ((100, 40), (48, 40), (40, 40), (9, 40)):
+        fit, check = halves(number, most)
+        assert sorted([*fit, *check]) == list(range(number))
+        if number - most >= max(8, most // 4):
+            assert list(fit) == list(range(most))
+        else:
+            assert len(check) == number // 4
+
+
+@pytest.mark.parametrize("correction", ["none", "auto"])
+def test_the_best_of_all_plans_is_kept(correction):
+    judge = judge_of(small_net())
+    fixed = [None] * len(judge.names)
+    outcome = choose(judge, problem_of(), BITS, fixed=fixed, correction=correction)
+    report = outcome.report
+    assert len(report["candidates"]) == 6 and json.dumps(report)
+    wanted = {"none"} if correction == "none" else {"none", "weights", "statistics"}
+    assert set(report["correction"]) == wanted
+    assert outcome.correction == min(report["correction"], key=report["correction"].__getitem__)
+    assert judge.correction == outcome.correction
+    verdict = judge.measure(spelled(outcome.answer.problem, fixed)(outcome.answer.choice))
+    assert verdict.held_back.kl == report["kl"]
+    if not verdict.held_back.wrecked:
+        assert report["kl"] == min(one["kl"] for one in report["candidates"])
+    (limit,) = outcome.answer.problem.limits
+    assert used(limit, outcome.answer.choice) <= limit.budget
+    again = choose(judge_of(small_net()), problem_of(), BITS, fixed=fixed, correction=correction)
+    assert again.answer.choice == outcome.answer.choice and again.report == report
+
+
+def test_effort_and_time_decide_how_far_it_goes():
+    judge = judge_of(small_net())
+    fixed = [None] * len(judge.names)
+    low = choose(judge, problem_of(), BITS, fixed=fixed, correction="none", effort="low")
+    assert [one["proxy"] for one in low.report["candidates"]] == ["output-error", "sqnr"]
+    high = choose(judge, problem_of(), BITS, fixed=fixed, correction="none", effort="high")
+    assert high.report["refined"]["rounds"] >= 1
+    assert high.report["kl"] <= high.report["refined"]["kl_before"]
+    late = choose(
+        judge, problem_of(), BITS, fixed=fixed, correction="none", effort="high", time_budget=1e-9
+    )
+    assert len(late.report["candidates"]) == 2 and "refined" not in late.report
+    assert [("sweep" in note, "refinement" in note) for note in late.report["notes"]] == [
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_the_sweep_is_that_of_the_proxy():
+    model = small_net()
+    judge = judge_of(model, "statistics")
+    found = {one.proxy: one for one in portfolio(judge, BITS)}
+    plain = kl_delta(model, judge.fit, bits=BITS, correction="statistics")
+    warm = kl_delta(model, judge.fit, bits=BITS, correction="statistics", temperature=2.0)
+    np.testing.assert_allclose(found["kl"].values, plain.values, rtol=1e-6)
+    np.testing.assert_allclose(found["kl-temperature-2"].values, warm.values, rtol=1e-6)
+    for own in (found["logit-coupling"], found["logit-coupling-temperature-2"]):
+        np.testing.assert_allclose(np.diag(own.coupling), own.values.ravel())
+
+
+@pytest.mark.parametrize("correction", ["none", "statistics"])
+@pytest.mark.parametrize("build", [small_net, mixer])
+def test_anchored_changes_are_those_of_the_plan(build, correction):
+    """Without correction every entry is what one full run says; with it, the layer's own part."""
+    model = build()
+    judge = judge_of(model, correction)
+    scores = portfolio(judge, BITS)[0]
+    answer = solve(program(scores.layers, scores, "size=3bit"))
+    spell = spelled(answer.problem, [None] * len(judge.names))
+    rise = anchored(judge, answer.problem, answer.choice, spell, BITS)
+    assert (rise[np.arange(len(rise)), list(answer.choice)] == 0).all()
+    now = judge.measure(spell(answer.choice)).fitted.kl
+    for layer in range(len(rise)):
+        for column in range(len(BITS)):
+            if correction != "none" or column == answer.choice[layer]:
+                continue
+            changed = list(answer.choice)
+            changed[layer] = column
+            exact = judge.measure(spell(changed)).fitted.kl - now
+            assert rise[layer, column] == pytest.approx(exact, rel=1e-3, abs=1e-6)
+    for candidate in proposals(answer.problem, answer.choice, rise):
+        assert candidate != answer.choice
+        assert all(used(limit, candidate) <= limit.budget for limit in answer.problem.limits)
+
+
+def test_refinement_keeps_budgets_pins_and_ties_and_never_harms():
+    model = small_net()
+    judge = judge_of(model)
+    scores = portfolio(judge, BITS)[0]
+    first, second = judge.names[1], judge.names[2]
+    binding = {"pins": [f"{judge.names[0]}=6"], "shared": [(first, second)]}
+    problem = program(scores.layers, scores, ["size=3.2bit", "bops=70%"], **binding)
+    answer = solve(problem, "greedy")
+    spell = spelled(problem, [None] * len(judge.names))
+    before = judge.measure(spell(answer.choice))
+    found = refine(judge, problem, answer.choice, spell, BITS, rounds=3)
+    assert found.verdict == judge.measure(spell(found.choice))
+    assert found.verdict.held_back <= before.held_back and found.verdict.fitted <= before.fitted
+    assert problem.bits[found.choice[0]] == 6 and found.choice[1] == found.choice[2]
+    assert all(used(limit, found.choice) <= limit.budget for limit in problem.limits)
+    better = improve(judge, answer, BITS, fixed=[None] * len(judge.names), seconds=30.0)
+    assert better.report["kl"] <= better.report["kl_before"]
+    if better.report["changes"]:
+        assert better.answer.solver == "greedy+refine"
+        assert better.answer.bound <= better.answer.objective
+
+
+def test_activations_are_chosen_and_measured_too():
+    model = small_net()
+    plan = proxyq.search(
+        model,
+        images(model, 40),
+        budget=["size=4bit", "bops=60%"],
+        bits=BITS,
+        activation_bits=[4, 8],
+        samples=24,
+        effort="high",
+    )
+    assert {layer.activation_bits for layer in plan.layers.values()} <= {4, 8}
+    assert plan.method["proxy"] == "auto" and plan.method["correction"] != "auto"
+    assert all(budget.achieved <= budget.asked for budget in plan.budgets)
+    assert plan.predicted["auto"]["fitted_images"] == 24
+
+
+def test_search_is_auto_by_default_and_the_same_twice():
+    plans = [proxyq.search(budget="size=3bit", bits=(2, 3, 4), samples=64) for _ in range(2)]
+    for plan in plans:
+        assert plan.method["proxy"] == "auto" and plan.average_bits <= 3
+    record = [plan.model_dump(exclude={"solver": {"seconds"}}) for plan in plans]
+    assert record[0] == record[1]
+    report = plans[0].predicted["auto"]
+    assert report["kl"] == min(one["kl"] for one in report["candidates"])
+    proxyq.Plan.from_json(json.loads(plans[0].to_json()))
+
+
+def test_any_plan_can_be_refined():
+    plan = proxyq.search(
+        proxy="weight-mse", budget="size=2.5bit", bits=(2, 3, 4), samples=64, refine=5.0
+    )
+    report = plan.predicted["refined"]
+    assert report["kl"] <= report["kl_before"] and plan.average_bits <= 2.5
+    assert plan.method["proxy"] == "weight-mse"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"effort": "most"}, "`effort` must be one of low, medium, high, got 'most'"),
+        ({"refine": -1.0}, "`refine` must be seconds"),
+        ({"time_budget": 0.0}, "`time_budget` must be positive"),
+        ({"options": {"beta": 1.0}}, "'auto' tries several"),
+        ({"cost": "times-dw2"}, "'auto' tries several"),
+        ({"samples": 1, "data": np.zeros((1, 8, 8, 1), np.uint8)}, "calibration images"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments, words):
+    with pytest.raises(UsageError, match=words):
+        proxyq.search(budget="size=3bit", **arguments)
