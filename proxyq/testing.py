@@ -24,7 +24,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -297,8 +297,16 @@ def needs(subject: Subject) -> None:
             read.add(need)
             return super().__getitem__(need)
 
-    spied = tuple(replace(tap, recorded=Spied(tap.recorded)) for tap in taps)
-    subject.proxy.on(replace(taps, taps=spied), **subject.options)
+    whole = {"correlation": "coupling", "pairs": "pairs"}  # what is of all layers together
+
+    class Watched(Taps):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(whole.get(name, ""))
+            return super().__getattribute__(name)
+
+    parts = {field.name: getattr(taps, field.name) for field in fields(taps)}
+    parts["taps"] = tuple(replace(tap, recorded=Spied(tap.recorded)) for tap in taps)
+    subject.proxy.on(Watched(**parts), **subject.options)
     unread = set(subject.proxy.needs) - read - {"weight", "engine"}
     assert not unread, f"{', '.join(sorted(unread))} declared and never read: a pass for nothing"
 

@@ -21,8 +21,8 @@ from proxyq.proxies.scoring import Request, logger
 from proxyq.search.scores_file import ScoreFile, score_file
 
 ALL = "all"
-NOT_IN_ALL = "training"
-"""The cost class that `all` leaves out."""
+NOT_IN_ALL = frozenset({"pairs", "training"})
+"""The cost classes that `all` leaves out."""
 
 Asked = str | Proxy | tuple[str | Proxy, Mapping[str, Any]]
 
@@ -47,7 +47,8 @@ def score(
 
     - `model`, `data`, `samples`, `seed`, `memory`, `extra_code`: as for `search`.
     - `proxies`: names, `Proxy` records, or pairs of either with options; `"all"` is every
-      proxy that does not train, and those that cannot score this model are left out.
+      proxy that neither trains nor runs pairs of layers, and those that cannot score this model
+      are left out.
     - `bits`: candidate bit-widths; `activation_bits`: as for `search`; a list has proxies that
       measure activations do so, for `allocate` to choose.
     - `cache_dir`: where finished scores are kept and long ones go on after a kill.
@@ -125,7 +126,7 @@ def _requests(proxies: Asked | Sequence[Asked]) -> tuple[list[Request], bool]:
         asked = [
             given.pop(proxy.name, proxy)
             for proxy in PROXIES
-            if proxy.cost_class != NOT_IN_ALL or proxy.name in given
+            if proxy.cost_class not in NOT_IN_ALL or proxy.name in given
         ] + list(given.values())
     if not asked:
         raise UsageError("`proxies` must name at least one proxy (--proxy), or 'all'.")

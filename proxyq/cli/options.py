@@ -44,6 +44,14 @@ ModelAndPlans = Annotated[
         help="The plans to measure, and the model where it is not the embedded one.",
     ),
 ]
+ModelOrScores = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL|SCORES.json",
+        show_default=False,
+        help="The model, as for `proxyq search`, or the file that `proxyq score` wrote.",
+    ),
+]
 Weights = Annotated[
     str | None,
     _option(
@@ -117,8 +125,8 @@ ProxyNames = Annotated[
         "--proxy",
         metavar="NAME|all",
         panel=METHOD,
-        help="What measures how sensitive a layer is; repeatable; all: every one that does not "
-        "train. `proxyq proxies` lists them.",
+        help="What measures how sensitive a layer is; repeatable; all: every one that neither "
+        "trains nor runs pairs of layers. `proxyq proxies` lists them.",
     ),
 ]
 ScoreOptions = Annotated[
@@ -137,6 +145,16 @@ WhoseScores = Annotated[
         metavar="NAME",
         panel=METHOD,
         help="Whose scores, where the file holds those of several proxies.",
+    ),
+]
+OneProxy = Annotated[
+    str | None,
+    _option(
+        "--proxy",
+        metavar="NAME",
+        panel=METHOD,
+        help="What measures how sensitive a layer is, or whose scores, where the file holds "
+        "those of several. Default, with a model: logit-coupling.",
     ),
 ]
 Cost = Annotated[
@@ -261,6 +279,25 @@ AskedBudgets = Annotated[
         help="A hard limit, as for `proxyq search`; repeatable, all hold at once.",
     ),
 ]
+RangeBudgets = Annotated[
+    list[str] | None,
+    _option(
+        "--budget",
+        metavar="KIND=FROM..TO",
+        panel=BUDGETS,
+        help="The range of budgets, such as size=2.5bit..6bit. Further ones without a range, as "
+        "for `proxyq search`, hold at every point.",
+    ),
+]
+Points = Annotated[
+    int,
+    _option(
+        "--points",
+        metavar="N",
+        panel=BUDGETS,
+        help="How many budgets, evenly from one end of the range to the other.",
+    ),
+]
 LatencyFile = Annotated[
     str | None,
     _option(
@@ -287,6 +324,16 @@ TimeLimit = Annotated[
         metavar="SECONDS",
         panel=BUDGETS,
         help="Time for the solver; afterwards the best plan so far, with its gap.",
+    ),
+]
+AllTimeLimit = Annotated[
+    float,
+    _option(
+        "--time-limit",
+        metavar="SECONDS",
+        panel=BUDGETS,
+        help="Time for the solver at all points together; afterwards the best plans so far, with "
+        "their gaps.",
     ),
 ]
 
@@ -382,6 +429,14 @@ Evaluate = Annotated[
         help="Run the plan, and print its accuracy beside float and uniform bits.",
     ),
 ]
+EvaluateAll = Annotated[
+    bool,
+    _option(
+        "--evaluate",
+        panel=RESULT,
+        help="Run every plan, and print its accuracy and its divergence from the float network.",
+    ),
+]
 Out = Annotated[
     str | None,
     _option("--out", metavar="PLAN.json", panel=RESULT, help="Write the plan to this file."),
@@ -390,6 +445,19 @@ OutScores = Annotated[
     str | None,
     _option("--out", metavar="SCORES.json", panel=RESULT, help="Write the scores to this file."),
 ]
+OutFront = Annotated[
+    str | None,
+    _option("--out", metavar="FRONT.json", panel=RESULT, help="Write the front to this file."),
+]
+Plans = Annotated[
+    str | None,
+    _option(
+        "--plans",
+        metavar="DIR",
+        panel=RESULT,
+        help="Write a plan for each point into this folder: plan-01.json and so on.",
+    ),
+]
 Plot = Annotated[
     str | None,
     _option(
@@ -397,6 +465,16 @@ Plot = Annotated[
         metavar="FILE",
         panel=RESULT,
         help="Draw the plan: .png, .svg or .pdf.",
+    ),
+]
+PlotFront = Annotated[
+    str | None,
+    _option(
+        "--plot",
+        metavar="FILE",
+        panel=RESULT,
+        help="Draw cost, and accuracy where it was measured, against the budget: .png, .svg or "
+        ".pdf.",
     ),
 ]
 

@@ -97,6 +97,7 @@ def score(
 
 def with_options(names: Sequence[str], settings: dict[str, Any]) -> list[Any]:
     """The proxies with their options: `KEY` for all that have it, `PROXY.KEY` for one."""
+    from proxyq.api.score import NOT_IN_ALL
     from proxyq.proxies import PROXIES
 
     known = {one.name: one for one in PROXIES}
@@ -123,7 +124,7 @@ def with_options(names: Sequence[str], settings: dict[str, Any]) -> list[Any]:
             continue
 
         def asked_for(name: str) -> bool:
-            return name in asked or (ALL in asked and known[name].cost_class != "training")
+            return name in asked or (ALL in asked and known[name].cost_class not in NOT_IN_ALL)
 
         takers = [name for name in known if asked_for(name) and key in known[name].options]
         if not takers and len(asked) == 1 and ALL not in asked:

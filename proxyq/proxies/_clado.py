@@ -41,7 +41,7 @@ def clado(taps: Taps, *, key: Any, psd: bool = True) -> Result:
     if psd:
         matrix, removed = nearest_psd(measured)
         notes["removed_mass"] = removed
-    values, activations = spread(np.diag(matrix).copy(), len(taps), len(taps.bits))
+    values, activations = spread(np.diag(measured), len(taps), len(taps.bits))
     return Result(values, activations, notes, coupling=matrix)
 
 

@@ -66,8 +66,8 @@ class Scores:
     - `activations`: `[layers, activation_bits]`, costs of rounding what the layers read.
     - `coupling`: of a pairwise proxy, symmetric `[choices, choices]`, where each layer's choices
       are its `bits` and then its `activation_bits`. A plan with the one-hot choices x is
-      predicted to cost `x' G x`: that is all it costs, `values` and `activations` stand on the
-      diagonal.
+      predicted to cost `x' G x`, and that is all: `values` and `activations` are what each choice
+      was measured to cost alone.
     """
 
     proxy: str
