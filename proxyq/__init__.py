@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from proxyq.api import allocate as allocate
     from proxyq.api import evaluate as evaluate
     from proxyq.api import inspect as inspect
+    from proxyq.api import pareto as pareto
     from proxyq.api import quantize_model as quantize_model
     from proxyq.api import score as score
     from proxyq.data import Data as Data
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from proxyq.search.allocate import Status as Status
     from proxyq.search.allocate import solve as solve
     from proxyq.search.allocate.plan import Plan as Plan
+    from proxyq.search.front_file import Front as Front
     from proxyq.search.scores_file import ScoreFile as ScoreFile
 
 # Public names by the module that defines them, in the order of the walk.
@@ -64,10 +66,12 @@ _PUBLIC = {
     ),
     "proxyq.search.allocate.plan": ("Plan",),
     "proxyq.search.scores_file": ("ScoreFile",),
+    "proxyq.search.front_file": ("Front",),
     "proxyq.api": (
         "inspect",
         "score",
         "allocate",
+        "pareto",
         "evaluate",
         "quantize_model",
         "Evaluation",

@@ -82,6 +82,17 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise ProxyqError(f"cannot write {str(path)!r}: it is not writable; choose another place.")
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse early a folder in which no file could be written; one still to be made will do."""
+    path = Path(path)
+    if path.is_dir() and not os.access(path, os.W_OK):
+        raise ProxyqError(f"cannot write into {str(path)!r}: it is not writable; choose another.")
+    if path.exists() and not path.is_dir():
+        raise ProxyqError(f"cannot write into {str(path)!r}: it is no folder; name another.")
+    if not path.exists():
+        check_writable(path)
+
+
 def read_bytes(path: str | os.PathLike[str], what: str = "file") -> bytes:
     """The content of `path`; one sentence instead of a traceback where it cannot be read."""
     try:

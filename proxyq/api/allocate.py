@@ -1,8 +1,8 @@
 """`allocate`: bits from scores that were measured before, without the model."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,11 @@ import numpy as np
 from proxyq.api.method import method_of
 from proxyq.api.program import program
 from proxyq.errors import UsageError
+from proxyq.model.layers import Layer
 from proxyq.provenance import provenance
 from proxyq.proxies import Scores
-from proxyq.proxies.cost import NEED_ERRORS, cost_name
-from proxyq.search.allocate import solve
+from proxyq.proxies.cost import NEED_ERRORS, check_cost, cost_name
+from proxyq.search.allocate import Assignment, Problem, solve
 from proxyq.search.allocate.build import shared_by
 from proxyq.search.allocate.latency import LatencyTable, load_latency
 from proxyq.search.allocate.plan import Plan, plan_from
@@ -51,16 +52,62 @@ def allocate(
 
     **Raises** `UsageError` for wrong arguments, `InfeasibleError` when no plan fits.
     """
+    found = allocation(
+        scores,
+        budget,
+        proxy=proxy,
+        cost=cost,
+        activation_bits=activation_bits,
+        pins=pins,
+        ties=ties,
+        candidates=candidates,
+        solver=solver,
+        latency=latency,
+        correction=correction,
+    )
+    return found.plan(solve(found.problem, found.solver, time_limit=time_limit))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Allocation:
+    """What is to be solved and by what, and what a plan holds beside the answer."""
+
+    problem: Problem
+    solver: str
+    layers: tuple[Layer, ...]
+    record: Mapping[str, Any]
+
+    def plan(self, answer: Assignment) -> Plan:
+        """The plan of an answer to the problem."""
+        return plan_from(answer, self.layers, **self.record)
+
+
+def allocation(
+    scores: ScoreFile | str | os.PathLike[str],
+    budget: str | Sequence[str],
+    *,
+    proxy: str | None = None,
+    cost: str | None = None,
+    activation_bits: int | str | Sequence[int] | None = None,
+    pins: Sequence[str] = (),
+    ties: Sequence[str] = (),
+    candidates: Sequence[str] = (),
+    solver: str | None = None,
+    latency: str | os.PathLike[str] | LatencyTable | None = None,
+    correction: str | None = None,
+) -> Allocation:
+    """What `allocate` solves, by the same arguments; raises what it raises but for the solver."""
     if not isinstance(scores, ScoreFile):
         scores = ScoreFile.load(scores)
     if not budget:
         raise UsageError("give at least one budget, such as 'size=3bit' (--budget).")
     if not isinstance(budget, Sequence):
         raise UsageError(f"`budget` must be text such as 'size=3bit', got {budget!r}.")
-    record, found = scores.record(proxy), scores.of(proxy)
+    one, found = scores.record(proxy), scores.of(proxy)
     # What is given is checked as `search` does it; the proxy need not be installed here.
+    cost = cost or "auto"
+    check_cost(cost)
     method = method_of(
-        cost=cost,
         activation_bits=scores.activation_bits if activation_bits is None else activation_bits,
         correction=correction,
         solver=solver,
@@ -69,12 +116,12 @@ def allocate(
     if isinstance(beside, tuple) and found.activations is not None:
         found = _activations_among(found, beside)
     layers = found.layers
-    name = cost_name(found, method.cost)
+    name = cost_name(found, cost)
     problem = program(
         layers,
         found,
         budget,
-        cost=method.cost,
+        cost=cost,
         errors=scores.errors() if name in NEED_ERRORS else None,
         counted_once=scores.same_feature if SAME_FEATURE in ties else (),
         shared=shared_by(layers, "shares_input") if SAME_INPUT in ties else (),
@@ -85,12 +132,9 @@ def allocate(
         latency=load_latency(latency) if isinstance(latency, (str, os.PathLike)) else latency,
         schedule=scores.steps(),
     )
-    answer = solve(problem, method.solver, time_limit=time_limit)
-    return plan_from(
-        answer,
-        layers,
-        model=scores.model,
-        method={
+    record = {
+        "model": scores.model,
+        "method": {
             "proxy": found.proxy,
             "recipe": None,
             "options": dict(found.options),
@@ -99,12 +143,13 @@ def allocate(
             "activation_bits": list(beside) if isinstance(beside, tuple) else beside,
             "rounding": dict(scores.rounding),
             "correction": method.correction,
-            "samples": scores.samples if record.images else 0,
+            "samples": scores.samples if one.images else 0,
         },
-        activation_bits=None if isinstance(beside, tuple) else beside,
-        provenance=_provenance(scores, record.images),
-        predicted={"scores": dict(record.values)},
-    )
+        "activation_bits": None if isinstance(beside, tuple) else beside,
+        "provenance": _provenance(scores, one.images),
+        "predicted": {"scores": dict(one.values)},
+    }
+    return Allocation(problem=problem, solver=method.solver, layers=layers, record=record)
 
 
 def _activations_among(scores: Scores, chosen: tuple[int, ...]) -> Scores:

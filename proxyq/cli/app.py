@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from proxyq.cli import allocate, evaluate, inspect, models, proxies, recipes, score, search
+from proxyq.cli import allocate, evaluate, inspect, models, pareto, proxies, recipes, score, search
 from proxyq.cli.errors import INTERRUPTED, explain
 from proxyq.cli.output import print_text
 from proxyq.version import __version__
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command()(search.search)
 app.command()(score.score)
 app.command()(allocate.allocate)
+app.command()(pareto.pareto)
 app.command()(evaluate.evaluate)
 app.command()(inspect.inspect)
 app.command()(proxies.proxies)

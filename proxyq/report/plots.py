@@ -1,4 +1,4 @@
-"""Pictures of plans, drawn with matplotlib without a display.
+"""Pictures of plans and fronts, drawn with matplotlib without a display.
 
 ax = plot_plan(plan)
 ax.figure.savefig("plan.png")
@@ -6,12 +6,14 @@ ax.figure.savefig("plan.png")
 
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxyq.errors import UsageError
 from proxyq.report.tables import layer_scores, short_names
 from proxyq.search.allocate.plan import FLOAT_BITS, Plan
+from proxyq.search.front_file import Front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,8 +242,109 @@ def _title(figure: "Figure", plan: Plan) -> None:
         facts.append(f"activations {' or '.join(shown)} bit")
     if plan.solver is not None:
         facts.append(f"{plan.solver.status} ({plan.solver.name})")
+    _headline(figure, title, " · ".join(facts))
+
+
+def _headline(figure: "Figure", title: str, facts: str) -> None:
     height = figure.get_figheight()
     x = MARGIN * 0.6 / figure.get_figwidth()
     plain: dict[str, Any] = {"parse_math": False}  # a dollar sign is a dollar sign
     figure.text(x, 1 - 0.42 / height, title, fontsize=14, weight="bold", color=INK, **plain)
-    figure.text(x, 1 - 0.66 / height, " · ".join(facts), fontsize=9.5, color="#5b6270", **plain)
+    figure.text(x, 1 - 0.66 / height, facts, fontsize=9.5, color="#5b6270", **plain)
+
+
+# -- fronts ----------------------------------------------------------------------------
+
+
+def draw_front(front: Front, path: str | os.PathLike[str]) -> bytes:
+    """The front's picture as the bytes of a file named `path`: its suffix is the format."""
+    kind = check_format(path)
+    return _rendered(plot_front(front).figure, kind)
+
+
+def plot_front(front: Front, ax: "Axes | None" = None) -> "Axes":
+    """Predicted cost against what the plans take of the budget; dominated points are hollow.
+
+    Where a proof is open, a line goes down to the bound. Without `ax` a figure of its own, with
+    a second panel for the accuracy where it was measured; with `ax` the costs alone.
+
+    **Returns** the axes of the costs; their `figure` is the picture.
+    """
+    if ax is not None:
+        _costs(ax, front)
+        return ax
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = 1 if front.measured is None else 2
+    figure = Figure(figsize=(1.6 + 4.2 * panels, 4.4))
+    FigureCanvasAgg(figure)
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(
+        left=0.8 / width, right=1 - 0.35 / width, bottom=0.6 / height, top=1 - 1.2 / height
+    )
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    _costs(axes[0], front)
+    if front.measured is not None:
+        _accuracy(axes[1], front)
+    how = [str(front.model.get("name", "front")), str(front.method.get("proxy") or "")]
+    proven = sum(one.status == "optimal" for one in front.points)
+    facts = [f"{len(front.points)} plans", f"{proven} proven optimal ({front.points[0].solver})"]
+    others = front.plan(0).budgets[1:]
+    facts += [f"{b.name} at most {b.asked:.4g} {b.unit}".rstrip() for b in others]
+    _headline(figure, " · ".join(filter(None, how)), " · ".join(facts))
+    return axes[0]
+
+
+def _costs(ax: "Axes", front: Front) -> None:
+    points = front.points
+    values = [float(one.predicted) for one in points]
+    _prepare_front(ax, front, "predicted cost")
+    for one, value in zip(points, values, strict=True):
+        if one.bound is not None and value - one.bound > 1e-6 * abs(value):
+            ax.plot([one.achieved] * 2, [one.bound, value], color=GREY, linewidth=1.2, zorder=2)
+    if min(values) > 0 and max(values) > 10 * min(values):
+        ax.set_yscale("log")
+    _curve(ax, [one.achieved for one in points], values, [one.dominated for one in points])
+
+
+def _accuracy(ax: "Axes", front: Front) -> None:
+    """Top-1 of every plan, and of the float network as a dashed line."""
+    found = [(one.achieved, one.measured) for one in front.points if one.measured is not None]
+    level = float((front.measured or {})["float"]["top1"])
+    _prepare_front(ax, front, f"top-1, %; dashed: float, {level:.2f}")
+    ax.axhline(level, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    _curve(
+        ax,
+        [achieved for achieved, _ in found],
+        [float(one.top1) for _, one in found],
+        [one.top1_dominated for _, one in found],
+    )
+
+
+def _curve(
+    ax: "Axes", amounts: Sequence[float], values: Sequence[float], hollow: Sequence[bool]
+) -> None:
+    """Points, joined where they are not dominated; those that are, hollow."""
+    colour = COLOURS[3]
+    pairs = list(zip(amounts, values, hollow, strict=True))
+    best = sorted((amount, value) for amount, value, beaten in pairs if not beaten)
+    ax.plot(*zip(*best, strict=True), color=colour, linewidth=1.4, zorder=3)
+    for beaten in (False, True):
+        chosen = [(amount, value) for amount, value, other in pairs if other == beaten]
+        if chosen:
+            face = "white" if beaten else colour
+            ax.scatter(*zip(*chosen, strict=True), s=34, c=face, edgecolors=colour, zorder=4)
+
+
+def _prepare_front(ax: "Axes", front: Front, title: str) -> None:
+    ax.set_title(title, fontsize=10, color=INK, loc="left", pad=6)
+    what = ", ".join(filter(None, (front.budget.name, front.budget.unit)))
+    ax.set_xlabel(what, fontsize=9, color=INK)
+    ax.tick_params(labelsize=9, colors=INK, length=3)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        ax.spines[side].set_color(GREY)
+    ax.grid(color="#e6e9ee", linewidth=0.8)
+    ax.set_axisbelow(True)

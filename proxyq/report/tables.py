@@ -21,6 +21,7 @@ from proxyq.search.allocate.text import elided, wrapped
 if TYPE_CHECKING:
     from proxyq.model.network import Network
     from proxyq.proxies import Proxy
+    from proxyq.search.front_file import Front, FrontPoint
     from proxyq.search.recipes import Recipe
     from proxyq.search.scores_file import ScoreFile
 
@@ -302,6 +303,73 @@ def candidates_table(report: Mapping[str, Any]) -> Table:
 
 def _nats(kl: float | None) -> str:
     return "" if kl is None else f"{kl:.4g}"
+
+
+# -- fronts ----------------------------------------------------------------------------
+
+
+def front_table(front: "Front") -> Table:
+    """A line for each point: the budgets asked, what the plan takes, its cost, its accuracy."""
+    points = front.points
+    unit = f", {front.budget.unit}" if front.budget.unit else ""
+    columns = [
+        Column(head=f"asked{unit}", cells=[_asked(one) for one in points]),
+        Column(head="achieved", cells=[f"{one.achieved:.5g}" for one in points]),
+        Column(head="bits", cells=[f"{one.average_bits:.4g}" for one in points]),
+        Column(head="KiB", cells=[_kib(one.size_bits) for one in points]),
+        Column(head="predicted", cells=[_starred(one.predicted, one.dominated) for one in points]),
+        Column(head="gap %", cells=[f"{100 * (one.gap or 0):.2g}" for one in points]),
+    ]
+    found = [one.measured for one in points if one.measured is not None]
+    caption = []
+    if any(one.dominated for one in points) or any(
+        one.top1_dominated or one.kl_dominated for one in found
+    ):
+        caption.append("* dominated: another point takes no more and is no worse")
+    if found and front.measured is not None:
+        columns += [
+            Column(
+                head="top-1 %",
+                cells=[_starred(one.top1, one.top1_dominated, ".2f") for one in found],
+            ),
+            Column(head="KL, nats", cells=[_starred(one.kl, one.kl_dominated) for one in found]),
+        ]
+        measured = front.measured["float"]
+        caption.append(f"float: {measured['top1']:.2f} % on {measured['n']:,} images")
+    if front.budget.name == "size" and front.budget.unit == "bit":
+        del columns[2]  # the same again
+    numbers = [str(number) for number in range(1, len(points) + 1)]
+    return _named(Column(head="point", cells=numbers), columns, "\n".join(caption) or None)
+
+
+def _asked(point: "FrontPoint") -> str:
+    first, last = point.asked[0], point.asked[-1]
+    return f"{first:.4g}" if first == last else f"{first:.4g} to {last:.4g}"
+
+
+def _starred(value: float, dominated: bool, form: str = ".4g") -> str:
+    return f"{value:{form}}{'*' if dominated else ' '}"
+
+
+def front_summary(front: "Front") -> str:
+    """Whose scores, how good the answers are, what the budgets count, what was left out."""
+    points, plan = front.points, front.plan(0)
+    parts = [str(front.model.get("name", "front")), str(front.method.get("proxy", "scores"))]
+    parts += [f"{len(front.layers)} layers", f"{front.budget.points} budgets"]
+    lines = wrapped([*parts, f"{len(points)} plans"])
+    proven = sum(one.status == "optimal" for one in points)
+    seconds = sum(one.seconds or 0.0 for one in points)
+    share = "all" if proven == len(points) else f"{proven} of {len(points)}"
+    lines += wrapped([f"{share} optimal, proven", f"solver {points[0].solver}", f"{seconds:.2f} s"])
+    changing, *others = plan.budgets
+    lines.append(f"{changing.name}: {front.budget.first:g} to {front.budget.last:g}")
+    lines[-1] += f" {changing.unit}".rstrip()
+    lines.append(f"  counted: {counted(changing, plan)}")
+    for other in others:
+        lines.append(f"{other.name}: at most {other.asked:.5g} {other.unit}".rstrip())
+        lines.append(f"  counted: {counted(other, plan)}")
+    notes = dict.fromkeys(note for one in points for note in one.notes)
+    return "\n".join([*lines, *(f"note: {note}" for note in (*front.notes, *notes))])
 
 
 # -- models and shelves ----------------------------------------------------------------

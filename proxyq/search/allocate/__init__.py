@@ -7,6 +7,7 @@ from proxyq.search.allocate.assignment import verify as verify
 from proxyq.search.allocate.budget import Budget as Budget
 from proxyq.search.allocate.budget import budget_steps as budget_steps
 from proxyq.search.allocate.budget import parse_budget as parse_budget
+from proxyq.search.allocate.budget import parse_budget_range as parse_budget_range
 from proxyq.search.allocate.budget import parse_budgets as parse_budgets
 from proxyq.search.allocate.build import LayerLike as LayerLike
 from proxyq.search.allocate.build import build_problem as build_problem

@@ -288,8 +288,8 @@ def plan_from(
     budgets = [
         PlannedBudget(
             name=limit.name,
-            asked=_number(limit.asked_in_units),
-            achieved=_number(limit.in_units(amount)),
+            asked=number(limit.asked_in_units),
+            achieved=number(limit.in_units(amount)),
             unit=limit.unit,
             low=None if limit.ends is None else limit.ends[0],
             high=None if limit.ends is None else limit.ends[1],
@@ -330,6 +330,6 @@ def plan_from(
         raise ProxyqError(f"the plan has a bad field {first_problem(error)}.") from None
 
 
-def _number(value: Any) -> int | float:
+def number(value: Any) -> int | float:
     """An exact fraction as an int where it is whole, else as the nearest float."""
     return int(value) if value.denominator == 1 else float(value)

@@ -67,12 +67,17 @@ def limits_of(budget: Budget, problem: Problem, counted: Counted) -> tuple[Limit
         parts = [_limit(budget, row.usage, fixed=row.fixed, part=row.part) for row in rows]
     else:
         parts = [_single(budget, problem, counted)]
-    if budget.is_share:
-        ends = reach(problem, parts)
-        amount = share_of(*ends, budget.amount)
+    ends = reach(problem, parts) if budget.is_share else None
+    return tuple(asking(replace(part, ends=ends), budget) for part in parts)
+
+
+def asking(limit: Limit, budget: Budget) -> Limit:
+    """`limit` at the amount of `budget`, which is of its kind and unit."""
+    if limit.ends is None:
+        amount = min(int(budget.amount * limit.per_unit), 2**61)
     else:
-        ends, amount = None, min(int(budget.amount * parts[0].per_unit), 2**61)
-    return tuple(replace(part, budget=amount, ends=ends) for part in parts)
+        amount = share_of(*limit.ends, budget.amount)
+    return replace(limit, budget=amount, asked=budget.amount)
 
 
 def _limit(

@@ -1,0 +1,261 @@
+"""`pareto`: from one set of scores the plans over a range of budgets."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from proxyq.api.allocate import allocation
+from proxyq.api.evaluate import measure
+from proxyq.api.inputs import as_data, as_eval_data, as_model, inputs_of
+from proxyq.api.method import Method, method_of
+from proxyq.api.score import score
+from proxyq.errors import UsageError
+from proxyq.model.features import layers_by_feature
+from proxyq.model.model import Model
+from proxyq.model.network import LAYERS_AT, network
+from proxyq.model.schedule import schedule
+from proxyq.progress import Progress, silent
+from proxyq.proxies import Cache, Proxy, Scores
+from proxyq.search.allocate import SOLVERS, budget_steps, parse_budget_range, solve
+from proxyq.search.allocate.latency import LatencyTable, load_latency
+from proxyq.search.allocate.pareto import TIME_LIMIT, Steps, solve_steps
+from proxyq.search.front_file import Front, front_of
+from proxyq.search.scores_file import ScoreFile, score_file
+
+DEFAULT_PROXY = "logit-coupling"
+DEFAULT_POINTS = 15
+
+
+def pareto(
+    source: Any = None,
+    data: Any = None,
+    *,
+    budget: str | Sequence[str],
+    points: int = DEFAULT_POINTS,
+    proxy: str | Proxy | None = None,
+    options: Mapping[str, Any] | None = None,
+    cost: str | None = None,
+    bits: Sequence[int] | None = None,
+    activation_bits: int | str | Sequence[int] | None = None,
+    extra_code: str | None = None,
+    pins: Sequence[str] = (),
+    ties: Sequence[str] = (),
+    candidates: Sequence[str] = (),
+    solver: str | None = None,
+    time_limit: float = TIME_LIMIT,
+    latency: str | os.PathLike[str] | LatencyTable | None = None,
+    correction: str | None = None,
+    samples: int | None = None,
+    seed: int | None = None,
+    memory: int | None = None,
+    cache_dir: str | os.PathLike[str] | Cache | None = None,
+    evaluate: bool = False,
+    eval_data: Any = None,
+    progress: Progress = silent,
+) -> Front:
+    """The plans over a range of budgets, by scores that are measured once.
+
+    **Arguments:**
+
+    - `source`: a model, as for `search`; or scores, a `ScoreFile` or the name of its file
+      (`….json`): then nothing is measured, and what says how to measure is refused.
+    - `budget`: one or several, of which exactly one is a range, `size=2.5bit..6bit`; all
+      others hold at every point. `points`: how many budgets from one end to the other.
+    - `proxy`: what measures sensitivity, or whose scores. Without it a model is scored by
+      `logit-coupling`: one cost must do for all budgets, so there is nothing for `auto` to choose
+      from, and this one predicts the divergence of whole plans, in nats, for the runs that
+      `kl-delta` takes. `options` are the proxy's.
+    - `time_limit`: seconds for the solver at all points together.
+    - `evaluate`, `eval_data`: run every plan quantized, in one pass over the images.
+    - `ties`: as for `allocate`. All others: as for `search`.
+
+    **Returns** a `Front`: plans that are alike are one point, and the dominated ones are marked.
+    Budgets that cannot be met are left out, and `notes` says so.
+
+    **Raises** `UsageError` for wrong arguments, `InfeasibleError` when no plan fits even the
+    largest budget.
+    """
+    texts, which = _with_range(budget)
+    ends, steps = parse_budget_range(texts[which]), budget_steps(texts[which], points)
+    # What is counted does not hang on the amount: any that can be met will do.
+    texts[which] = ends[1].text
+    table = load_latency(latency) if isinstance(latency, (str, os.PathLike)) else latency
+    binding: dict[str, Any] = {
+        "pins": pins,
+        "ties": ties,
+        "candidates": candidates,
+        "solver": solver,
+        "latency": table,
+        "correction": correction,
+    }
+    model = scores = inputs = labelled = None
+    measured = evaluate or eval_data is not None
+    if is_scores(source):
+        _refuse(
+            data=data,
+            options=options,
+            bits=bits,
+            extra_code=extra_code,
+            samples=samples,
+            evaluate=evaluate or None,
+            eval_data=eval_data,
+        )
+        scores = source if isinstance(source, ScoreFile) else ScoreFile.load(source)
+        name = proxy.name if isinstance(proxy, Proxy) else proxy
+    else:
+        method = method_of(
+            DEFAULT_PROXY if proxy is None else proxy,
+            options=options,
+            cost=cost,
+            bits=bits,
+            activation_bits=activation_bits,
+            extra_code=extra_code,
+            correction=correction,
+            samples=samples,
+            solver=solver,
+        )
+        if method.proxy is None:
+            raise UsageError(
+                "a front needs one cost for all budgets, and 'auto' has a choice of them at each: "
+                f"name a proxy (--proxy), or leave it out for {DEFAULT_PROXY!r}."
+            )
+        model, name = as_model(source), method.name
+        # What cannot be solved, or run, is told before minutes of measuring.
+        trial = allocation(
+            _unscored(model, method),
+            texts,
+            activation_bits=activation_bits,
+            **{**binding, "solver": _checked_solver(method)},
+        )
+        solve(trial.problem, trial.solver, time_limit=time_limit)
+        if measured:
+            labelled = as_eval_data(eval_data, model)
+            inputs = _inputs(model, data, method, seed)
+        scores = score(
+            model,
+            data,
+            proxies=(method.proxy, method.options),
+            bits=bits,
+            activation_bits=activation_bits,
+            extra_code=extra_code,
+            samples=samples,
+            seed=seed,
+            memory=memory,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    found = allocation(
+        scores, texts, proxy=name, cost=cost, activation_bits=activation_bits, **binding
+    )
+    solved = solve_steps(
+        found.problem, steps, found.solver, time_limit=time_limit, progress=progress
+    )
+    front = front_of(list(map(found.plan, solved.answers)), ends, points, _notes(solved))
+    if model is None or labelled is None:
+        return front
+    result = measure(
+        model, front.plans, inputs, labelled, latency=table, memory=memory, progress=progress
+    ).to_json()
+    return front.with_measured(
+        result["float"],
+        [{what: one[what] for what in ("top1", "kl", "correction")} for one in result["plans"]],
+    )
+
+
+def is_scores(source: Any) -> bool:
+    """Whether this is scores, or names a file of them, and no model."""
+    named = isinstance(source, str) and source.endswith(".json")
+    return named or isinstance(source, (ScoreFile, os.PathLike))
+
+
+def _with_range(budget: str | Sequence[str]) -> tuple[list[str], int]:
+    """The budgets one by one, and which of them is the range."""
+    texts = [budget] if isinstance(budget, str) else budget
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"`budget` must be text such as 'size=2.5bit..6bit', got {budget!r}.")
+    ranges = [index for index, text in enumerate(texts) if ".." in text]
+    if not ranges:
+        got = ", ".join(map(repr, texts)) or "none"
+        raise UsageError(
+            f"one budget must be a range, such as 'size=2.5bit..6bit' (--budget), got {got}."
+        )
+    if len(ranges) > 1:
+        one, other = (texts[index] for index in ranges[:2])
+        raise UsageError(
+            f"only one budget can be a range, got {one!r} and {other!r}: fix one of them."
+        )
+    return list(texts), ranges[0]
+
+
+def _refuse(**given: Any) -> None:
+    """Refuse what says how to measure, where there is nothing to measure with."""
+    for name, value in given.items():
+        if value not in (None, {}):
+            raise UsageError(
+                f"`{name}` (--{name.replace('_', '-')}) needs the model, and scores from a file "
+                "go without: name the model instead."
+            )
+
+
+def _unscored(model: Model, method: Method) -> ScoreFile:
+    """A file of scores of a model in which all are zero."""
+    found = network(model, LAYERS_AT)
+    beside = method.activation_bits if isinstance(method.activation_bits, tuple) else ()
+    layers, measures = found.layers, method.measures_activations
+    zeros = Scores(
+        proxy=method.name,
+        layers=layers,
+        bits=method.bits,
+        values=np.zeros((len(layers), len(method.bits))),
+        activations=np.zeros((len(layers), len(beside))) if measures else None,
+        activation_bits=beside,
+    )
+    return score_file(
+        [zeros],
+        images=[False],
+        model={},
+        same_feature=layers_by_feature(found),
+        schedule=schedule(found),
+        activation_bits=method.activation_bits,
+        errors=None,
+        rounding=method.rounding,
+        samples=0,
+        seed=None,
+        provenance={},
+    )
+
+
+def _checked_solver(method: Method) -> str:
+    """The solver to try budgets with, before there are scores."""
+    couples = method.proxy is not None and method.proxy.couples
+    if couples and method.solver != "auto" and not SOLVERS.get(method.solver).couples:
+        raise UsageError(
+            f"the proxy {method.name!r} couples layers, which the solver {method.solver!r} does "
+            "not take: use 'iqp', or a proxy whose costs add up, such as 'kl-delta'."
+        )
+    return "greedy" if couples or method.solver == "auto" else method.solver
+
+
+def _inputs(model: Model, data: Any, method: Method, seed: int | None) -> Any:
+    """Calibration inputs to run plans with; `None` where they can do without."""
+    calibration = as_data(data, model)
+    if calibration is not None:
+        return inputs_of(calibration, model, method.samples, seed)
+    if method.correction in ("auto", "statistics") or method.activation_bits is not None:
+        raise UsageError(
+            f"calibration images are needed by correction={method.correction!r} and by activation "
+            "bits: give `data` (--data)."
+        )
+    return None
+
+
+def _notes(solved: Steps) -> list[str]:
+    """What was left out, and why."""
+    if not solved.left_out:
+        return []
+    first, last = solved.left_out[0], solved.left_out[-1]
+    count = len(solved.left_out)
+    which = f"{first.text} is" if count == 1 else f"{first.text} to {last.text} are"
+    return [f"{which} left out ({count} of {count + len(solved.budgets)} points): {solved.why}"]
