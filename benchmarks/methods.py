@@ -22,8 +22,7 @@ from proxy_table import BITS, calibration, folder, load, run
 
 BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0)
 SAMPLES = 256
-EFFORTS = {"low": 1, "medium": 2, "high": 4}
-"""Held-back images as a multiple of `SAMPLES`, as `proxyq search` takes them."""
+EFFORTS = ("low", "medium", "high")
 PUBLISHED = {
     "ompq": ("orthogonality", {"beta": 10.0}, {}),
     "csmpq": ("separability", {}, {}),
@@ -108,11 +107,11 @@ def automatic(args, model, name):
     import jax
 
     from proxyq.api.program import program
-    from proxyq.auto import Judge, choose, halves
+    from proxyq.auto import HELD_BACK, Judge, choose, halves
 
     plain = name.removesuffix(LOOPED)
     effort = plain.removeprefix("auto, ").removesuffix(" effort")
-    inputs, _ = calibration(args, model, SAMPLES * (1 + EFFORTS[effort]))
+    inputs, _ = calibration(args, model, SAMPLES * (1 + HELD_BACK[effort]))
     fit, check = halves(len(inputs), SAMPLES)
     judge = Judge(
         model, *(jax.tree.map(lambda x, rows=rows: x[rows], inputs) for rows in (fit, check))
@@ -160,8 +159,8 @@ def table(args):
         "Made by `benchmarks/methods.py`; its first lines tell how. Top-1 in percent on the test "
         f"images. Bits from {', '.join(map(str, BITS))}, weights only, one grid an output channel "
         "(two's complement), batch norm folded, every layer searched, average bits as given; one "
-        "standard error is 0.3 at 90 %, 0.5 at 50 %. CPU seconds are for all budgets together, on a "
-        "shared machine. `hawq-v3` chooses from 2 and 6 bits alone.",
+        "standard error is 0.3 at 90 %, 0.5 at 50 %. CPU seconds are for all budgets together, on "
+        "a shared machine. `hawq-v3` chooses from 2 and 6 bits alone.",
     ]
     for path in sorted(one for one in Path(args.into).iterdir() if one.is_dir()):
         args.network = path.name
@@ -217,4 +216,4 @@ def section(args, path):
 
 if __name__ == "__main__":
     arguments = parsed()
-    globals()[arguments.step](arguments)
+    {"plans": plans, "accuracy": accuracy, "table": table}[arguments.step](arguments)

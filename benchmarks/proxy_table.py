@@ -326,4 +326,5 @@ def section(args, path):
 if __name__ == "__main__":
     os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
     arguments = parsed()
-    globals()[arguments.step](arguments)
+    steps = {"score": score, "one": one, "accuracy": accuracy, "table": table}
+    steps[arguments.step](arguments)

@@ -119,3 +119,29 @@ def test_no_warning_reaches_the_user(cifar):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(cifar, "resnet20")
+
+
+@pytest.mark.slow
+def test_the_pair_matrix_equals_full_passes(resnet20, images):
+    """All pairs of ResNet-20 at two bit-widths, each by one full forward pass: within 1e-4."""
+    from proxyq.engine import Engine
+    from proxyq.engine.alternatives import choices
+    from proxyq.engine.divergence import kl_divergence
+    from proxyq.proxies import clado
+
+    x = np.asarray(proxyq.data.model_inputs(resnet20, images[0].take(64)))
+    scores = clado(resnet20, x, bits=(2, 4), psd=False)
+    engine = Engine.build(resnet20, len(x))
+    own = choices(engine, x, (2, 4))
+    flat = [edits for name in engine.network.names for edits in own[name]]
+    reference = engine.logits(x)
+
+    def loss(edits):
+        return kl_divergence(reference, engine.logits(x, edits)).mean()
+
+    e = [loss(edits) for edits in flat]
+    naive = np.diag(e)
+    for a in range(len(flat)):
+        for b in range(a // 2 * 2 + 2, len(flat)):
+            naive[a, b] = naive[b, a] = (loss({**flat[a], **flat[b]}) - e[a] - e[b]) / 2
+    assert np.linalg.norm(scores.coupling - naive) < 1e-4 * np.linalg.norm(naive)

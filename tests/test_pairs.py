@@ -5,18 +5,19 @@ import numpy as np
 import pytest
 from networks import mixer, small_net
 
+import proxyq
 from proxyq.api.program import program
 from proxyq.checkpoint import Checkpoint
-from proxyq.engine import Engine, single_layer_sweep
+from proxyq.engine import Edit, Engine, single_layer_sweep
 from proxyq.engine.alternatives import beside_each_other, choices, join, spread
 from proxyq.engine.divergence import cross_entropy_of, kl_divergence, log_softmax
 from proxyq.engine.gram import Gram
 from proxyq.engine.pairs import pair_sweep
+from proxyq.engine.psd import nearest_psd
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.function_import import from_function
 from proxyq.proxies import clado, kl_delta, logit_coupling, score
 from proxyq.proxies._clado import coupling_of
-from proxyq.psd import nearest_psd
 from proxyq.search.allocate import solve
 from proxyq.search.scores_file import ScoreFile
 
@@ -27,33 +28,40 @@ def images(model, count=6, seed=1):
     return np.random.default_rng(seed).normal(size=(count, *model.input_shape)).astype(np.float32)
 
 
-def kl(reference, logits, start):
+def kl(reference, start):
+    return lambda logits: kl_divergence(reference, logits)
+
+
+def single_kl(reference, logits, start):
     return kl_divergence(reference, logits)
 
 
 def together(*edits):
-    """Edits of several choices at once, field by field."""
+    """Edits of several choices at once: the first to say something of a field has its way."""
     joined = {}
     for one in edits:
         for site, edit in one.items():
-            changed = {k: v for k, v in edit._asdict().items() if v is not None}
-            joined[site] = joined[site]._replace(**changed) if site in joined else edit
+            old = joined.get(site, Edit())
+            joined[site] = Edit(*(b if a is None else a for a, b in zip(old, edit, strict=True)))
     return joined
 
 
 @pytest.mark.parametrize("build", [small_net, mixer])
-@pytest.mark.parametrize("activation_bits", [(), (3,)])
-def test_pairs_equal_a_full_run_for_each(build, activation_bits):
+@pytest.mark.parametrize(
+    ("activation_bits", "correction"), [((), "none"), ((3,), "none"), ((3,), "statistics")]
+)
+def test_pairs_equal_a_full_run_for_each(build, activation_bits, correction):
     model = build()
     x = images(model)
     engine = Engine.build(model, 6, batch_size=4)
-    own = choices(engine, x, BITS, activation_bits)
+    own = choices(engine, x, BITS, activation_bits, correction=correction)
     inside = beside_each_other(len(BITS), len(activation_bits))
     found = pair_sweep(engine, x, own, kl, inside=inside)
     flat = [edits for name in engine.network.names for edits in own[name]]
     each = len(flat) // len(engine.network.names)
     reference = engine.logits(x)
-    naive = np.full((len(flat), len(flat)), np.nan)
+    naive = np.zeros((len(flat), len(flat)))
+    known = np.zeros(naive.shape, bool)
     singles = np.zeros(len(flat))
     for a, one in enumerate(flat):
         singles[a] = kl_divergence(reference, engine.logits(x, one)).mean()
@@ -61,11 +69,15 @@ def test_pairs_equal_a_full_run_for_each(build, activation_bits):
             same = a // each == b // each
             if same and tuple(sorted((a % each, b % each))) not in inside:
                 continue
-            naive[a, b] = kl_divergence(reference, engine.logits(x, together(one, other))).mean()
+            # Of a layer's own choices the weight comes first, and stays rounded.
+            both = together(one, other) if a < b else together(other, one)
+            naive[a, b] = kl_divergence(reference, engine.logits(x, both)).mean()
+            known[a, b] = True
     assert found.float == pytest.approx(0, abs=1e-12)
     np.testing.assert_allclose(found.singles, singles, rtol=1e-5, atol=1e-9)
     np.testing.assert_allclose(found.pairs, naive, rtol=1e-4, atol=1e-9)
     np.testing.assert_array_equal(found.pairs, found.pairs.T)
+    np.testing.assert_array_equal(found.known, known)
 
 
 def quadratic_toy(layers=4, width=5, seed=0):
@@ -89,7 +101,7 @@ def test_quadratic_toy_has_exact_couplings():
     engine = Engine.build(model, 8)
     own = choices(engine, x, BITS)
     found = pair_sweep(engine, x, own, kl)
-    matrix = coupling_of(found.float, found.singles, found.pairs)
+    matrix = coupling_of(found)
     reference = engine.logits(x)
     flat = [edits for name in engine.network.names for edits in own[name]]
     change = np.stack([np.float64(engine.logits(x, one)) - reference for one in flat])
@@ -163,13 +175,18 @@ def test_corrected_alternatives_match_single_layers():
         for index in range(site):
             state, _ = engine.step(state, index)
         where = engine.network.sites[site]
-        mean, exact = (
+        found, exact = (
             np.asarray(where.output_columns(engine.site_output(state, site, edit), 16))
-            .reshape(-1, where.channel_shape[0])
-            .mean(axis=0)
-            for edit in (edits[0][site], engine.segments and type(edits[0][site])())
+            for edit in (edits[0][site], Edit())
         )
-        np.testing.assert_allclose(mean, exact, atol=1e-4)
+        channels = where.channel_shape[0]
+        found, exact = found.reshape(-1, channels), exact.reshape(-1, channels)
+        np.testing.assert_allclose(found.mean(axis=0), exact.mean(axis=0), atol=1e-4)
+        raw = engine.site_output(state, site, choices(engine, x, (2,))[name][0][site])
+        raw = np.asarray(where.output_columns(raw, 16)).reshape(-1, channels)
+        # Ratios are shrunk by their standard error, so the deviation is met less exactly.
+        far, near = (np.abs(y.std(axis=0) - exact.std(axis=0)).sum() for y in (raw, found))
+        assert near < 0.5 * far
 
 
 def test_clado_takes_what_the_loss_says():
@@ -178,13 +195,13 @@ def test_clado_takes_what_the_loss_says():
     engine = Engine.build(model, 6)
     own = choices(engine, x, BITS)
 
-    def cross_entropy(reference, logits, start):
-        return cross_entropy_of(logits, labels[start : start + len(logits)])
+    def cross_entropy(reference, start):
+        return lambda logits: cross_entropy_of(logits, labels[start : start + len(logits)])
 
     found = pair_sweep(engine, x, own, cross_entropy)
     expected = cross_entropy_of(engine.logits(x), labels).mean()
     assert found.float == pytest.approx(expected, rel=1e-6)
-    matrix = coupling_of(found.float, found.singles, found.pairs)
+    matrix = coupling_of(found)
     plain = clado(model, x, labels=labels, bits=BITS, psd=False, pair_loss="cross-entropy")
     np.testing.assert_allclose(plain.coupling, matrix, atol=1e-9)
     cut, removed = nearest_psd(matrix)
@@ -288,7 +305,7 @@ def test_a_killed_sweep_with_couplings_goes_on_to_the_same_bytes(tmp_path):
                 raise Killed
 
         table = single_layer_sweep(
-            engine, x, own, kl, gram=gram, checkpoint=checkpoint, progress=progress
+            engine, x, own, single_kl, gram=gram, checkpoint=checkpoint, progress=progress
         )
         return table.tobytes() + gram.correlation().tobytes()
 
@@ -301,14 +318,14 @@ def test_a_killed_sweep_with_couplings_goes_on_to_the_same_bytes(tmp_path):
 
 
 def test_scores_with_couplings_survive_the_file(tmp_path):
-    import proxyq
-
     model = small_net()
     x = images(model, 6)
     file = proxyq.score(model, x, proxies="logit-coupling", bits=BITS, activation_bits=[3, 8])
     file.save(tmp_path / "scores.json")
     again = ScoreFile.load(tmp_path / "scores.json").of()
-    np.testing.assert_array_equal(again.coupling, file.of().coupling)
+    direct = logit_coupling(model, x, bits=BITS, activation_bits=(3, 8)).coupling
+    np.testing.assert_array_equal(direct, direct.T)
+    np.testing.assert_array_equal(again.coupling, direct)
     for beside in (None, [8], 8, "float"):
         plan = proxyq.allocate(tmp_path / "scores.json", "size=3bit", activation_bits=beside)
         assert plan.solver.name == "iqp"
@@ -319,9 +336,60 @@ def test_scores_with_couplings_survive_the_file(tmp_path):
         ScoreFile.load(tmp_path / "broken.json")
 
 
-def test_solvers_that_do_not_couple_say_so():
-    import proxyq
+@pytest.mark.parametrize("beside", [None, 8, "weights", [4, 8]])
+@pytest.mark.parametrize("proxy", ["logit-coupling", "auto"])
+def test_pins_of_both_bits_go_with_couplings(proxy, beside):
+    model = small_net()
+    plan = proxyq.search(
+        model,
+        images(model, 24),
+        proxy=proxy,
+        pins=["stem=8/4"],
+        activation_bits=beside,
+        budget="size=3bit",
+        bits=(2, 3, 4),
+        correction="none",
+    )
+    stem = plan.layers["stem"]
+    assert (stem.weight_bits, stem.activation_bits) == (8, 4)
 
+
+def test_order_of_activation_bits_in_a_file_is_no_matter(tmp_path):
+    model = small_net()
+    found = []
+    for beside in ([3, 8], [8, 3]):
+        file = proxyq.score(
+            model, images(model), proxies="logit-coupling", bits=BITS, activation_bits=[3, 8]
+        )
+        if beside == [8, 3]:  # as another program may write it
+            (one,) = file.scores
+            matrix = file.of().coupling
+            each, layers = 4, len(file.layers)
+            order = (np.arange(layers)[:, None] * each + np.array([0, 1, 3, 2])).ravel()
+            matrix = matrix[np.ix_(order, order)]
+            one = one.model_copy(
+                update={
+                    "activations": {n: v[::-1] for n, v in one.activations.items()},
+                    "coupling": [row[i:].tolist() for i, row in enumerate(matrix)],
+                }
+            )
+            file = file.model_copy(update={"scores": [one], "activation_bits": beside})
+        plan = proxyq.allocate(file, ["size=3bit", "bops=60%"], activation_bits=[3, 8])
+        found.append((plan.solver.objective, plan.bits()))
+    assert found[0][1] == found[1][1] and found[0][0] == pytest.approx(found[1][0])
+
+
+def test_what_clado_removes_is_told():
+    model = small_net()
+    plan = proxyq.search(model, images(model), proxy="clado", bits=BITS, budget="size=3bit")
+    assert 0 <= plan.predicted["notes"]["removed_mass"] < 1
+    with pytest.raises(UsageError, match="`temperature` goes with pair_loss='kl'"):
+        clado(model, images(model), bits=BITS, pair_loss="cross-entropy", temperature=2.0)
+    with pytest.raises(UsageError, match="`time_budget` is for 'auto'"):
+        proxyq.search(model, images(model), proxy="clado", time_budget=1.0)
+
+
+def test_solvers_that_do_not_couple_say_so():
     model = small_net()
     with pytest.raises(UsageError, match="couples layers, which the solver 'dp' does not take"):
         proxyq.search(model, images(model), proxy="clado", solver="dp", budget="size=3bit")

@@ -436,6 +436,7 @@ def test_an_overflow_of_the_mapping_names_layer_and_proxy(scored: ScoreFile, tmp
     [
         ("kl-delta", ()),
         ("hessian-trace", ("--option", "least=40", "--option", "most=40")),
+        ("clado", ("--bits", "2,4")),
     ],
 )
 def test_killed_and_run_again_gives_the_same_bytes(

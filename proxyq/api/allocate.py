@@ -165,10 +165,10 @@ def _activations_among(scores: Scores, chosen: tuple[int, ...]) -> Scores:
     columns = [known.index(bits) for bits in chosen]
     coupling = scores.coupling
     if coupling is not None:
-        widths, total = len(scores.bits), len(scores.bits) + len(known)
-        kept = np.isin(np.arange(total), [*range(widths), *(widths + k for k in columns)])
-        rows = np.tile(kept, len(scores.layers))
-        coupling = coupling[rows][:, rows]
+        widths, each = len(scores.bits), len(scores.bits) + len(known)
+        kept = np.array([*range(widths), *(widths + k for k in columns)])
+        rows = (np.arange(len(scores.layers))[:, None] * each + kept).ravel()
+        coupling = coupling[np.ix_(rows, rows)]
     return replace(
         scores,
         activations=scores.activations[:, columns],

@@ -29,8 +29,9 @@ def program(
     """The problem of choosing bits by `scores`.
 
     - `cost`, `errors`: as for `as_cost`.
-    - `counted_once`: sets of layers that were measured on one tensor and share their bits;
-      only the first of each has a cost. `shared`: sets that share bits and each have theirs.
+    - `counted_once`: sets of layers that hand on one tensor and share their bits; an importance
+      was measured on it, so only the first of each has a cost. `shared`: sets that share bits and
+      each have theirs.
     - `outliers`: `erase` takes out bit-widths that look better than the next higher one.
     - `activation_bits`: as for `build_problem`; a list needs scores that hold their costs.
     - `binding`: what else `build_problem` takes.
@@ -38,6 +39,9 @@ def program(
     **Raises** `UsageError` when activation bits are to be chosen by scores that tell nothing of
     activations.
     """
+    if scores.shape != "layers":
+        # Measured on each layer's own weights, whatever tensor it hands on.
+        counted_once, shared = (), (*counted_once, *shared)
     coupling = None
     if scores.coupling is None:
         table = as_cost(scores, cost, errors=errors)

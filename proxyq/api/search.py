@@ -30,6 +30,8 @@ from proxyq.search.allocate.plan import Plan, plan_from
 from proxyq.search.recipes import Recipe
 
 DEFAULT_BUDGET = "size=4bit"
+LEAST = 8
+"""Calibration images without which no plan is measured."""
 
 
 def search(
@@ -112,6 +114,11 @@ def search(
     )
     check_effort(effort)
     _check_seconds(time_budget, refine)
+    if method.proxy is not None and time_budget is not None:
+        raise UsageError(
+            f"`time_budget` is for 'auto', and {method.name!r} is one proxy: leave it out, or give "
+            "`time_limit` for the solver."
+        )
     model = as_model(model)
     if budget is None:
         low, high = min(method.bits), max(method.bits)
@@ -228,6 +235,8 @@ def search(
             answer, correction = better.answer, judge.correction
             predicted["refined"] = better.report
     predicted["scores"] = _by_layer(scores)
+    if scores.notes:
+        predicted["notes"] = dict(scores.notes)
     plan = plan_from(
         answer,
         layers,
@@ -288,7 +297,13 @@ class Images:
         if method.proxy is not None and not refine:
             inputs, labels = calibration_of(calibration, model, method.samples, seed)
             return cls(inputs=inputs, labels=labels)
-        most = method.samples * (1 + HELD_BACK[effort])
+        if len(calibration) < LEAST:
+            raise UsageError(
+                f"plans are measured on at least {LEAST} calibration images, got "
+                f"{len(calibration)}: give more, or name a proxy (--proxy output-error) and no "
+                "refinement."
+            )
+        most = max(method.samples * (1 + HELD_BACK[effort]), LEAST)
         inputs, labels = calibration_of(calibration, model, most, seed)
         fit, check = halves(len(jax.tree.leaves(inputs)[0]), method.samples)
         return cls(
@@ -311,11 +326,6 @@ class Images:
 
     def judge(self, model: Model, method: Method, memory: int | None) -> Judge:
         """What measures plans on them."""
-        if len(jax.tree.leaves(self.held_back)[0]) < 1 or self.samples < 2:
-            raise UsageError(
-                f"measuring plans needs at least 8 calibration images, got {self.samples}: give "
-                "more, or name a proxy (--proxy output-error)."
-            )
         return Judge(model, self.inputs, self.held_back, rounding=method.rounding, memory=memory)
 
 

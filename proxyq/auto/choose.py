@@ -1,5 +1,6 @@
 """`auto`: a portfolio of costs, every plan measured, the best kept."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 
-from proxyq.auto.judge import Choice, Judge, Verdict
+from proxyq.auto.judge import Choice, Judge, Loss, Verdict
 from proxyq.auto.portfolio import free_scores, portfolio, sweep_passes
 from proxyq.auto.refine import Refined, Spell, refine, round_passes
 from proxyq.errors import UsageError
@@ -21,9 +22,9 @@ HELD_BACK = {"low": 1, "medium": 2, "high": 4}
 """Images held back at most, as a multiple of those that are fitted on."""
 ROUNDS = {"low": 0, "medium": 0, "high": 2}
 ENDLESS = 1_000_000
-COUPLED_SECONDS = 2.0
-"""Time for a coupled candidate: its plan is found in the first second; a proof is not needed to
-measure it."""
+COUPLED_NODES = 50
+"""Of the tree for a coupled candidate: its plan is found before the first; a proof is not needed
+to measure it, and a bound on work gives the same plan on every machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,33 +96,35 @@ def choose(
     forward passes timed in step 1, is left out, which the report says.
     """
     started = time.perf_counter()
+    left = float("inf") if time_budget is None else time_budget
     candidates: list[Candidate] = []
     notes: list[str] = []
 
     def propose(scores: Sequence[Scores]) -> None:
         for own in scores:
             problem = problem_of(own)
-            coupled = own.coupling is not None
-            answer = solve(
-                problem,
-                "auto" if coupled else solver,
-                time_limit=min(time_limit, COUPLED_SECONDS) if coupled else time_limit,
-            )
+            seconds = min(time_limit, max(started + left - time.perf_counter(), 1.0))
+            if own.coupling is None:
+                answer = solve(problem, solver, time_limit=seconds)
+            else:
+                answer = solve(problem, "iqp", time_limit=seconds, nodes=COUPLED_NODES)
             verdict = judge.measure(spelled(problem, fixed)(answer.choice))
             candidates.append(
                 Candidate(scores=own, problem=problem, answer=answer, verdict=verdict)
             )
 
-    # Held-back divergence of the first plan under each correction sets the judge's.
+    # Held-back loss of the first plan under each correction sets the judge's.
     free = free_scores(judge, bits, activation_bits)
     first = problem_of(free[0])
     plan = spelled(first, fixed)(solve(first, solver, time_limit=time_limit).choice)
     by_correction = judge.best_correction(plan, _corrections(correction))
-    propose(free)
-    left = float("inf") if time_budget is None else time_budget
-    spent = time.perf_counter() - started
-    per_pass = spent / max(judge.passes, 1.0)
-    needed = sweep_passes(judge, bits, activation_bits) * per_pass
+    propose(free[:1])
+    # By now all is compiled: what another plan takes tells what the rest will.
+    before, passes = time.perf_counter(), judge.passes
+    propose(free[1:])
+    now = time.perf_counter()
+    spent, per_pass = now - started, (now - before) / max(judge.passes - passes, 1.0)
+    needed = (sweep_passes(judge, bits, activation_bits) + 4 * judge.plan_passes) * per_pass
     if effort != "low" and spent + needed > left:
         notes.append(
             f"the sweep over single layers would take about {needed:.0f} s, beyond the time "
@@ -133,10 +136,14 @@ def choose(
     answer, verdict = best.answer, best.verdict
     report: dict[str, Any] = {
         "effort": effort,
-        "correction": by_correction,
+        "corrections": {name: _loss(loss) for name, loss in by_correction.items()},
+        "correction": judge.correction,
         "fitted_images": len(jax.tree.leaves(judge.fit)[0]),
         "held_back_images": len(jax.tree.leaves(judge.check)[0]),
-        "candidates": [_record(one) for one in candidates],
+        "candidates": [
+            _record(one, bits, fixed)
+            for one in sorted(candidates, key=lambda one: one.verdict.held_back)
+        ],
         "chosen": best.scores.proxy,
     }
     now = time.perf_counter()
@@ -204,7 +211,11 @@ def improve(
         progress=progress,
     )
     better, report = _refined(answer, found, before)
-    report |= {"correction": by_correction, "kl": found.verdict.held_back.kl}
+    report |= {
+        "corrections": {name: _loss(loss) for name, loss in by_correction.items()},
+        "correction": judge.correction,
+        "kl": found.verdict.held_back.kl,
+    }
     return Improved(answer=better, report=report)
 
 
@@ -241,13 +252,27 @@ def _corrections(correction: str) -> list[str]:
     return [one for one in CORRECTIONS if one != "auto"] if correction == "auto" else [correction]
 
 
-def _record(one: Candidate) -> dict[str, Any]:
-    predicts = one.scores.proxy == "kl" or one.scores.proxy == "logit-coupling"
+def _record(one: Candidate, bits: Sequence[int], fixed: Sequence[int | None]) -> dict[str, Any]:
+    # A prediction of KL, where the cost is one and knows all that is rounded.
+    chosen = {one.problem.bits[k] for k in one.answer.choice}
+    knows = chosen <= set(bits) and all(width is None for width in fixed)
+    predicts = knows and one.scores.proxy in ("kl", "logit-coupling")
     return {
         "proxy": one.scores.proxy,
         "predicted_kl": one.answer.objective if predicts else None,
-        "kl": one.verdict.held_back.kl,
-        "kl_fitted": one.verdict.fitted.kl,
+        **_loss(one.verdict.held_back),
+        "kl_fitted": _finite(one.verdict.fitted.kl),
         "status": one.answer.status.short,
         "gap": one.answer.gap,
     }
+
+
+def _loss(loss: Loss) -> dict[str, Any]:
+    record: dict[str, Any] = {"kl": _finite(loss.kl)}
+    if loss.wrecked:
+        record["agreement"] = 1 - loss.rank
+    return record
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -46,6 +46,10 @@ class Loss(NamedTuple):
     kl: float
 
 
+BROKEN = Loss(True, 1.0, float("inf"))
+"""Of a network whose outputs are not finite: worse than all others."""
+
+
 class Verdict(NamedTuple):
     """A plan's loss on the images that its correction is `fitted` on, and on those `held_back`."""
 
@@ -101,6 +105,11 @@ class Judge:
         self.passes += self._ratio
         return self.engine.logits(self.check)
 
+    @property
+    def plan_passes(self) -> float:
+        """Forward passes of all `fit` images that measuring a plan takes, about."""
+        return 1 + self._ratio + (2 if self.correction == "statistics" else 0)
+
     def edits(self, plan: Sequence[Choice]) -> dict[int, Edit]:
         """The network of a plan, rounded and corrected."""
         edits: dict[int, Edit] = {}
@@ -137,23 +146,28 @@ class Judge:
             )
         return self._verdicts[key]
 
-    def best_correction(self, plan: Sequence[Choice], among: Sequence[str]) -> dict[str, float]:
-        """Held-back divergence of a plan under each correction; the best is set from now on."""
+    def best_correction(self, plan: Sequence[Choice], among: Sequence[str]) -> dict[str, Loss]:
+        """Held-back loss of a plan under each correction; the best is set from now on.
+
+        **Raises** `ProxyqError` when no correction gives finite outputs.
+        """
         found = {}
         for name in among:
             self.correction = name
             found[name] = self.measure(plan).held_back
         self.correction = min(found, key=found.__getitem__)
-        return {name: loss.kl for name, loss in found.items()}
-
-    def _loss(self, reference: np.ndarray, images: Any, edits: Edits) -> Loss:
-        logits = self.engine.logits(images, edits)
-        kl = float(kl_divergence(reference, logits).mean())
-        if not np.isfinite(kl):
+        if found[self.correction] == BROKEN:
             raise ProxyqError(
                 "the quantized network's outputs are not finite, so plans cannot be compared: "
                 "check the model's weights and the data."
             )
+        return found
+
+    def _loss(self, reference: np.ndarray, images: Any, edits: Edits) -> Loss:
+        logits = self.engine.logits(images, edits)
+        if not np.isfinite(logits).all():
+            return BROKEN
+        kl = float(kl_divergence(reference, logits).mean())
         ours, theirs = (two_classes(z).argmax(axis=-1) for z in (logits, reference))
         apart = float(np.mean(ours != theirs))
         wrecked = 1 - apart < WRECKED

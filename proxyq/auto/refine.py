@@ -28,6 +28,8 @@ from proxyq.search.allocate.assignment import used
 
 CHANGES = (2, 3, 4, 6, 9)
 EXCHANGES = 10
+AT_LEAST = 3
+"""Proposals that a round tries even if time is over: its sweep was the larger part."""
 
 Spell = Callable[[Sequence[int]], list[Choice]]
 """Columns of a problem as bits, layer by layer."""
@@ -58,7 +60,7 @@ def refine(
     """The best plan found from `choice` on, within all limits of `problem`.
 
     - `spell`: what columns stand for; `bits`, `activation_bits`: what is re-measured.
-    - `deadline`: of `time.perf_counter()`; a round that has begun proposes what it knows.
+    - `deadline`: of `time.perf_counter()`; a round that has begun tries its first few proposals.
     """
     best, verdict = tuple(choice), judge.measure(spell(choice))
     tried, done = 0, 0
@@ -66,8 +68,8 @@ def refine(
         done += 1
         change = anchored(judge, problem, best, spell, bits, activation_bits, progress=progress)
         start = best
-        for candidate in proposals(problem, best, change):
-            if time.perf_counter() >= deadline:
+        for number, candidate in enumerate(proposals(problem, best, change)):
+            if number >= AT_LEAST and time.perf_counter() >= deadline:
                 break
             tried += 1
             found = judge.measure(spell(candidate))
@@ -160,7 +162,7 @@ def proposals(problem: Problem, choice: Sequence[int], rise: np.ndarray) -> list
     for most in CHANGES:
         near = Limit(name="changes", usage=moved, budget=most)
         try:
-            answer = solve(replace(separable, limits=(*problem.limits, near)), time_limit=5.0)
+            answer = solve(replace(separable, limits=(*problem.limits, near)), "greedy")
         except InfeasibleError:  # pragma: no cover - the plan itself keeps all limits
             continue
         found[answer.choice] = None
@@ -173,22 +175,44 @@ def proposals(problem: Problem, choice: Sequence[int], rise: np.ndarray) -> list
 def _exchanges(problem: Problem, choice: Sequence[int], rise: np.ndarray) -> list[tuple[int, ...]]:
     """The best predicted changes of one decision or two, within all limits."""
     units = problem.decisions
-    moves = [(unit, k) for unit in units for k in range(len(problem.bits))
-             if k != choice[unit[0]] and problem.allowed[list(unit), k].all()]  # fmt: skip
-    cost = np.array([sum(rise[i, k] for i in unit) for unit, k in moves])
-    order = [int(i) for i in np.argsort(cost, kind="stable")]
-    scored: list[tuple[float, tuple[int, ...]]] = []
-    for place, a in enumerate(order):
-        for b in (None, *order[:place]):
-            if b is not None and moves[a][0] == moves[b][0]:
-                continue
-            total = cost[a] + (0.0 if b is None else cost[b])
-            if total >= 0:
-                continue
-            changed = list(choice)
-            for unit, k in (moves[a], *(() if b is None else (moves[b],))):
-                for i in unit:
-                    changed[i] = k
-            if all(used(limit, changed) <= limit.budget for limit in problem.limits):
-                scored.append((float(total), tuple(changed)))
-    return [changed for _, changed in sorted(scored)[:EXCHANGES]]
+    owner, column = np.array(
+        [
+            (u, k)
+            for u, unit in enumerate(units)
+            for k in range(len(problem.bits))
+            if k != choice[unit[0]] and problem.allowed[list(unit), k].all()
+        ]
+        or np.zeros((0, 2), int)
+    ).T
+    if not len(owner):
+        return []
+    cost = np.array([rise[list(units[u]), k].sum() for u, k in zip(owner, column, strict=True)])
+    change = np.array(
+        [
+            [sum(int(limit.usage[i, k]) - int(limit.usage[i, choice[i]]) for i in units[u])
+             for u, k in zip(owner, column, strict=True)]
+            for limit in problem.limits
+        ],
+        np.int64,
+    ).reshape(len(problem.limits), -1)  # fmt: skip
+    room = np.array([limit.budget - used(limit, choice) for limit in problem.limits], np.int64)
+    # One move alone stands on the diagonal, two of one decision nowhere.
+    total = cost[:, None] + cost[None]
+    np.fill_diagonal(total, cost)
+    fits = (owner[:, None] != owner[None]) | np.eye(len(owner), dtype=bool)
+    for own, free in zip(change, room, strict=True):
+        taken = own[:, None] + own[None]
+        np.fill_diagonal(taken, own)
+        fits &= taken <= free
+    total = np.where(np.triu(fits) & (total < 0), total, np.inf)
+    found = []
+    for place in np.argsort(total, axis=None, kind="stable")[:EXCHANGES]:
+        a, b = divmod(int(place), len(owner))
+        if not np.isfinite(total[a, b]):
+            break
+        changed = list(choice)
+        for move in (a, b):
+            for i in units[owner[move]]:
+                changed[i] = int(column[move])
+        found.append(tuple(changed))
+    return found

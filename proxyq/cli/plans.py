@@ -44,11 +44,20 @@ def show_plan(
     if json:
         print_text(plan.to_json())
         return
-    from proxyq.report.tables import accuracy_table, candidates_table, plan_summary, plan_table
+    from proxyq.report.tables import (
+        accuracy_table,
+        candidates_table,
+        plan_summary,
+        plan_table,
+        refinement,
+    )
 
     accuracy = accuracy_table(plan.measured) if plan.measured else None
     report = (plan.predicted or {}).get("auto")
-    candidates = candidates_table(report) if report else None
-    print_blocks(plan_table(plan, kinds), plan_summary(plan), candidates, accuracy)
+    found = plan.predicted or {}
+    how = candidates_table(report) if report else None
+    if "refined" in found:
+        how = refinement(found["refined"])
+    print_blocks(plan_table(plan, kinds), plan_summary(plan), how, accuracy)
     for file in filter(None, files):
         say(f"wrote {file}", quiet=quiet)

@@ -1,5 +1,7 @@
 """How far apart two networks' outputs are, in float64 on the host."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from proxyq.errors import ProxyqError
@@ -19,13 +21,25 @@ def kl_divergence(
 
     Outputs with more axes (one prediction a token) are averaged over them.
     """
-    if reference.shape != logits.shape:
-        raise ProxyqError(f"logits differ in shape: {reference.shape} and {logits.shape}.")
-    reference, logits = two_classes(reference), two_classes(logits)
-    p, q = log_softmax(reference, temperature), log_softmax(logits, temperature)
-    # KL = sum_k p_k (ln p_k - ln q_k)
-    each = np.sum(np.exp(p) * (p - q), axis=-1)
-    return each.reshape(len(each), -1).mean(axis=1)
+    return divergence_from(reference, temperature)(logits)
+
+
+def divergence_from(
+    reference: np.ndarray, temperature: float = 1.0
+) -> Callable[[np.ndarray], np.ndarray]:
+    """`kl_divergence` from one set of logits to any number of others."""
+    log_p = log_softmax(two_classes(reference), temperature)
+    p = np.exp(log_p)
+
+    def divergence(logits: np.ndarray) -> np.ndarray:
+        if reference.shape != logits.shape:
+            raise ProxyqError(f"logits differ in shape: {reference.shape} and {logits.shape}.")
+        log_q = log_softmax(two_classes(logits), temperature)
+        # KL = sum_k p_k (ln p_k - ln q_k)
+        each = np.sum(p * (log_p - log_q), axis=-1)
+        return each.reshape(len(each), -1).mean(axis=1)
+
+    return divergence
 
 
 def cross_entropy_of(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -13,6 +13,8 @@ import numpy as np
 
 from proxyq.engine.divergence import two_classes
 
+_BLOCK = 1 << 16
+
 
 class Gram:
     """Sums `gram`, float64 `[choices, choices]`, over batches: `add` each choice, then `close`."""
@@ -33,8 +35,10 @@ class Gram:
     def close(self) -> None:
         """The batch is whole: every choice was added."""
         assert self._changes is not None
-        changes = self._changes.astype(np.float64)
-        self.total += changes @ changes.T
+        # In float64, a block at a time: a copy of all would be twice as large again.
+        for start in range(0, self._changes.shape[1], _BLOCK):
+            part = self._changes[:, start : start + _BLOCK].astype(np.float64)
+            self.total += part @ part.T
         self._changes = None
 
     def correlation(self) -> np.ndarray:
@@ -42,7 +46,7 @@ class Gram:
         norms = np.sqrt(np.maximum(np.diag(self.total), 0.0))
         with np.errstate(divide="ignore"):
             inverse = np.where(norms > 0, 1.0 / norms, 0.0)
-        rho = self.total * inverse[:, None] * inverse[None]
+        rho = self.total * np.outer(inverse, inverse)
         np.fill_diagonal(rho, 1.0)
         return rho
 

@@ -19,18 +19,23 @@ from proxyq.errors import UsageError
 from proxyq.model.model import logits_of
 from proxyq.progress import Progress, silent
 
-Loss = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-"""`(the float network's logits, the changed one's, number of the first image) -> [images]`."""
+Loss = Callable[[np.ndarray, int], Callable[[np.ndarray], np.ndarray]]
+"""`(the float network's logits, number of the first image) -> (changed logits -> [images])`.
+
+What belongs to a batch is computed once, however many networks are compared on it.
+"""
 
 
 class PairLosses(NamedTuple):
     """Mean losses: `float` of the network unchanged, `singles` `[choices]`, and `pairs`
-    `[choices, choices]`, symmetric, NaN where two choices exclude each other.
+    `[choices, choices]`, symmetric, zero where two choices exclude each other, which `known`
+    tells.
     """
 
     float: float
     singles: np.ndarray
     pairs: np.ndarray
+    known: np.ndarray
 
 
 def pair_sweep(
@@ -49,9 +54,9 @@ def pair_sweep(
 
     - `alternatives`: for each layer, edits of its sites (all layers the same number); choice
       `layer * number + column`.
-    - `loss(reference, logits, start)`: a number for each image.
-    - `inside`: pairs of columns that one layer may take together (its weight's and its
-      input's), measured too.
+    - `loss(reference, start)(logits)`: a number for each image.
+    - `inside`: pairs of columns that one layer may take together, its weight's first and its
+      input's second, measured too.
     - `checkpoint`: keeps the sums so far, under the name `pairs`.
 
     `progress` counts work, not pairs: a pair of two early layers runs most of the network.
@@ -83,13 +88,15 @@ def pair_sweep(
         start = chunk * engine.batch_size
         reference = np.asarray(logits_of(engine.run(batch)))[:count]
 
-        def summed(logits: Any, start: int = start, count: int = count, z: Any = reference) -> Any:
-            own = np.asarray(logits_of(logits))[:count]
-            return np.sum(loss(z, own, start), dtype=np.float64)
+        measure = loss(reference, start)
+
+        def summed(outputs: Any, count: int = count, measure: Any = measure) -> Any:
+            logits = np.asarray(logits_of(outputs))[:count]
+            return np.sum(measure(logits), dtype=np.float64)
 
         # Whole batches are counted with their first row, so that a resumed run counts them once.
         if rows >= finished:
-            unchanged = unchanged + np.sum(loss(reference, reference, start), dtype=np.float64)
+            unchanged = unchanged + np.sum(measure(reference), dtype=np.float64)
         clean = engine.start(batch)
         for site in range(len(network.sites)):
             row = starting.get(site)
@@ -122,16 +129,15 @@ def pair_sweep(
     for one, two in inside:
         rows_of = np.arange(len(network.names)) * columns
         known[rows_of + one, rows_of + two] = known[rows_of + two, rows_of + one] = True
-    both = np.where(known, pairs + pairs.T, np.nan)
-    return PairLosses(float(unchanged / images), singles / images, both / images)
+    both = (pairs + pairs.T) / images
+    return PairLosses(float(unchanged / images), singles / images, both, known)
 
 
-def _together(edits: Edits, others: Edits) -> dict[int, Edit]:
-    """Both changes of one layer: what the one leaves alone, the other may change."""
-    joined = dict(edits)
-    for site, edit in others.items():
-        changed = {name: value for name, value in edit._asdict().items() if value is not None}
-        joined[site] = joined.get(site, NO_EDIT)._replace(**changed)
+def _together(weights: Edits, inputs: Edits) -> dict[int, Edit]:
+    """A layer's rounded weight, corrected as it is alone, and its rounded input."""
+    joined = dict(weights)
+    for site, edit in inputs.items():
+        joined[site] = joined.get(site, NO_EDIT)._replace(input_grid=edit.input_grid)
     return joined
 
 

@@ -14,7 +14,12 @@ import numpy as np
 
 from proxyq.checkpoint import Checkpoint
 from proxyq.engine.alternatives import CORRECTED, beside_each_other, choices
-from proxyq.engine.divergence import cross_entropy_of, kl_divergence, two_classes
+from proxyq.engine.divergence import (
+    cross_entropy_of,
+    divergence_from,
+    kl_divergence,
+    two_classes,
+)
 from proxyq.engine.engine import Engine
 from proxyq.engine.gradients import GRADIENT_NEEDS, record_gradients
 from proxyq.engine.gram import Gram
@@ -107,6 +112,10 @@ class TapOptions:
         if self.pair_loss not in PAIR_LOSSES:
             raise UsageError(
                 f"`pair_loss` must be one of {', '.join(PAIR_LOSSES)}, got {self.pair_loss!r}."
+            )
+        if self.pair_loss == "cross-entropy" and self.temperature != 1:
+            raise UsageError(
+                f"`temperature` goes with pair_loss='kl': leave out {self.temperature:g}."
             )
         if self.correction not in CORRECTED:
             raise UsageError(
@@ -267,7 +276,8 @@ def collect(
                 f"{engine.batch_size}: give fewer images or more memory."
             )
     aims = targets(options.labels, labels, seed) if set(needs) & GOVERNS["labels"] else None
-    if aims is not None and aims.how == "probes" and set(needs) & _NO_PROBES:
+    unread = {"pairs"} if options.pair_loss == "kl" else set()  # which needs no targets
+    if aims is not None and aims.how == "probes" and set(needs) & _NO_PROBES - unread:
         raise UsageError("labels='probes' are for squared gradients alone: use labels='sampled'.")
     own = tuple(need for need in needs if need in FORWARD_NEEDS)
     if own:
@@ -396,15 +406,13 @@ def _measure(needs: tuple[str, ...], options: TapOptions, aims: Targets | None) 
 
 
 def _pair_loss(options: TapOptions, aims: Targets | None) -> Loss:
-    """`[images]` of a changed network's logits."""
+    """What `pairs` measures of a changed network's logits, `[images]`."""
     if options.pair_loss == "kl":
-        return lambda reference, logits, start: kl_divergence(
-            reference, logits, temperature=options.temperature
-        )
+        return lambda reference, start: divergence_from(reference, options.temperature)
 
-    def loss(reference: np.ndarray, logits: np.ndarray, start: int) -> np.ndarray:
+    def loss(reference: np.ndarray, start: int) -> Callable[[np.ndarray], np.ndarray]:
         assert aims is not None
         true = np.asarray(aims.of(two_classes(reference), start, len(reference)))
-        return cross_entropy_of(logits, true)
+        return lambda logits: cross_entropy_of(logits, true)
 
     return loss

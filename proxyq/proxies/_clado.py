@@ -21,8 +21,9 @@ import numpy as np
 
 from proxyq.engine import Taps
 from proxyq.engine.alternatives import spread
+from proxyq.engine.pairs import PairLosses
+from proxyq.engine.psd import nearest_psd
 from proxyq.proxies.proxy import Result, register
-from proxyq.psd import nearest_psd
 
 
 @register(
@@ -36,7 +37,7 @@ def clado(taps: Taps, *, key: Any, psd: bool = True) -> Result:
     """Rise of the loss when this layer is rounded, alone and with every other one."""
     del key
     assert taps.pairs is not None
-    measured = coupling_of(taps.pairs.float, taps.pairs.singles, taps.pairs.pairs)
+    measured = coupling_of(taps.pairs)
     matrix, notes = measured, {}
     if psd:
         matrix, removed = nearest_psd(measured)
@@ -45,11 +46,11 @@ def clado(taps: Taps, *, key: Any, psd: bool = True) -> Result:
     return Result(values, activations, notes, coupling=matrix)
 
 
-def coupling_of(unchanged: float, singles: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """G from mean losses; choices that exclude each other (NaN) have no coupling."""
-    e = singles - unchanged
+def coupling_of(losses: PairLosses) -> np.ndarray:
+    """G from mean losses; choices that exclude each other have no coupling."""
+    unchanged, singles, pairs, known = losses
     # G_ab = (L(a, b) + L(0) - L(a) - L(b)) / 2
     both = (pairs + unchanged - singles[:, None] - singles[None]) / 2
-    matrix = np.where(np.isnan(pairs), 0.0, both)
-    np.fill_diagonal(matrix, e)
+    matrix = np.where(known, both, 0.0)
+    np.fill_diagonal(matrix, singles - unchanged)
     return matrix

@@ -272,7 +272,9 @@ class Proxy:
                 f"layers {one!r} and {other!r}, which no solver can use: check the model's "
                 "weights and the data."
             )
-        return matrix
+        if np.abs(matrix - matrix.T).max(initial=0.0) > 1e-9 * np.abs(matrix).max(initial=0.0):
+            raise ProxyqError(f"the coupling of the proxy {self.name!r} must be symmetric.")
+        return (matrix + matrix.T) / 2
 
     def __call__(
         self,

@@ -278,7 +278,7 @@ def _divergence(record: Mapping[str, Any]) -> str:
 
 def candidates_table(report: Mapping[str, Any]) -> Table:
     """The plans that `auto` measured, predicted next to measured; the best first."""
-    records = sorted(report["candidates"], key=lambda one: one["kl"])
+    records = report["candidates"]
     columns = [
         Column(head="predicted KL", cells=[_nats(one["predicted_kl"]) for one in records]),
         Column(head="measured", cells=[_nats(one["kl_fitted"]) for one in records]),
@@ -289,16 +289,38 @@ def candidates_table(report: Mapping[str, Any]) -> Table:
     lines = [
         f"KL to float, nats: on the {report['fitted_images']:,} images of the scores, and on "
         f"{report['held_back_images']:,} held back",
-        "correction: " + ", ".join(f"{name} {kl:.4g}" for name, kl in report["correction"].items()),
+        *_corrections(report),
     ]
+    wrecked = [one for one in records if "agreement" in one]
+    if wrecked:
+        each = ", ".join(f"{one['proxy']} {100 * one['agreement']:.0f} %" for one in wrecked)
+        lines.append(f"ranked by how often they agree with the float network: {each}")
     if refined:
-        lines.append(
-            f"refined: {refined['changes']} layers changed in {refined['rounds']} rounds, held "
-            f"back {refined['kl_before']:.4g} to {report['kl']:.4g}"
-        )
+        lines.append(_refined(refined, report["kl"]))
     lines += [f"note: {note}" for note in report.get("notes", ())]
     names = Column(head="candidate", cells=[one["proxy"] for one in records])
     return _named(names, columns, "\n".join(lines))
+
+
+def refinement(report: Mapping[str, Any]) -> str:
+    """What refining a single proxy's plan changed."""
+    return "\n".join([_refined(report, report["kl"]), *_corrections(report)])
+
+
+def _refined(refined: Mapping[str, Any], kl: float) -> str:
+    return (
+        f"refined: {refined['changes']} layers changed in {refined['rounds']} rounds "
+        f"({refined['tried']} plans tried), KL held back {refined['kl_before']:.4g} to {kl:.4g}"
+    )
+
+
+def _corrections(report: Mapping[str, Any]) -> list[str]:
+    """Held-back KL of a plan under each correction, and which is used."""
+    found = report["corrections"]
+    if len(found) < 2:
+        return []
+    each = ", ".join(f"{name} {_nats(one['kl'])}" for name, one in found.items())
+    return [f"correction: {report['correction']} (of one plan: {each})"]
 
 
 def _nats(kl: float | None) -> str:

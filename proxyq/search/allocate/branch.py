@@ -22,8 +22,11 @@ from proxyq.search.allocate.relax import Convex
 
 # Costs this much apart, as a share of the known plan's, are one cost: rounding.
 SAME = 1e-10
-# The relaxation is made tighter at this node, for what easier problems have not left.
-TIGHTEN = 20
+# The relaxation is made tight for what is left at this node, which easy problems do not reach,
+# and again each time there are so many times as many; from the first one where the matrix is
+# indefinite. How far delta may fall then: see `convexify`.
+TIGHTEN, AGAIN = 20, 3
+FLOOR, FLOOR_LOOSE = 0.01, 100.0
 # Every node is rounded to a plan up to this number, then every tenth.
 ROUND = 30
 
@@ -57,11 +60,16 @@ def separable_bound(program: Quadratic) -> tuple[float, np.ndarray]:
 
 
 def branch_and_bound(
-    program: Quadratic, known: np.ndarray, *, gap_limit: float, deadline: float
+    program: Quadratic,
+    known: np.ndarray,
+    *,
+    gap_limit: float,
+    deadline: float,
+    nodes: int | None = None,
 ) -> Proof:
     """The best choices, from `known`, which fit; `deadline` is a time of `time.perf_counter()`."""
     tree = _Tree(program, known, gap_limit, deadline)
-    while tree.heap and time.perf_counter() < deadline:
+    while tree.heap and time.perf_counter() < deadline and tree.nodes != nodes:
         tree.next()
     # What was left out costs at least the cutoff of its time, and the cutoff only falls.
     bound = tree.value if gap_limit == 0 else tree.cutoff
@@ -83,6 +91,9 @@ class _Tree:
         self.rounding = SAME * program.size(known) + 1e-16 * largest
         self.taken, self.value = known, program.value(known)
         self.plain = self.convex = Convex(program, safe_delta(program))
+        # The first relaxation of an indefinite matrix is a poor one.
+        self.loose = bool(self.plain.delta.min() < -1e-9 * np.abs(self.plain.matrix).max())
+        self.due = 1 if self.loose else TIGHTEN
         self.numbers = itertools.count()
         self.nodes = 0
         self.heap: list[tuple[float, int, np.ndarray, np.ndarray]] = []
@@ -107,7 +118,7 @@ class _Tree:
             self.heap.clear()
             return
         self.nodes += 1
-        if self.nodes == TIGHTEN or (self.nodes == 1 and self.is_loose()):
+        if self.nodes == self.due:
             self.tighten(open_, hint)
         found = self.convex.bound(open_, hint, self.cutoff)
         if found.value >= self.cutoff:
@@ -155,14 +166,12 @@ class _Tree:
             halves.append(half)
         return halves
 
-    def is_loose(self) -> bool:
-        """Whether the relaxation is not the given matrix's own, which is indefinite."""
-        return bool(self.convex.delta.min() < -1e-9 * np.abs(self.convex.matrix).max())
-
     def tighten(self, open_: np.ndarray, hint: np.ndarray) -> None:
-        """Find the best relaxation for all that is left, and keep it if it is better."""
+        """Find a tight relaxation for all that is left, and keep it if it is better."""
+        self.due *= AGAIN
         left = np.logical_or.reduce([open_, *(node[2] for node in self.heap)])
-        tighter = convexify(self.plain, left, hint, self.cutoff, self.deadline)
-        bounds = [one.bound(left, hint, self.cutoff).value for one in (self.convex, tighter)]
+        below = FLOOR_LOOSE if self.loose else FLOOR
+        tight = convexify(self.plain, left, hint, self.cutoff, self.deadline, below=below)
+        bounds = [one.bound(left, hint, self.cutoff).value for one in (self.convex, tight)]
         if bounds[1] > bounds[0]:
-            self.convex = tighter
+            self.convex = tight

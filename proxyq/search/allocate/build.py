@@ -133,6 +133,9 @@ def build_problem(
     mask = np.zeros(full.shape, bool)
     for i, open_columns in enumerate(kept):
         mask[i, open_columns] = True
+    # One width for all but what a pin says is no candidate that anyone measured.
+    listed = isinstance(activation_bits, Sequence) and not isinstance(activation_bits, str)
+    chosen = activations.candidates if listed else ()
     problem = Problem(
         layers=tuple(names),
         bits=tuple(b for b, _ in axis),
@@ -141,9 +144,7 @@ def build_problem(
         allowed=mask,
         groups=groups,
         pins=_pin_records(pinned, free, groups),
-        coupling=None
-        if coupling is None
-        else _coupling(coupling, len(names), bits, activations.candidates, axis),
+        coupling=None if coupling is None else _coupling(coupling, len(names), bits, chosen, axis),
     )
     given = [budgets] if isinstance(budgets, (str, Budget)) else list(budgets)
     counted = Counted(

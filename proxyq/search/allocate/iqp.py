@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from proxyq.engine.psd import nearest_psd
 from proxyq.errors import UsageError
-from proxyq.psd import nearest_psd
 from proxyq.search.allocate.assignment import Assignment, finish
 from proxyq.search.allocate.branch import branch_and_bound, separable_bound
 from proxyq.search.allocate.exchange import local_search
@@ -39,6 +39,7 @@ def iqp(
     indefinite: str = "project",
     starts: int = 60,
     seed: int = 0,
+    nodes: int | None = None,
 ) -> Assignment:
     """The best assignment within all limits; without couplings, that of `ilp`.
 
@@ -48,6 +49,7 @@ def iqp(
       replaces them by the nearest that are: `Assignment.problem` holds them, and a note says how
       much went. `"exact"` solves them as they are.
     - `starts`, `seed`: of the local search.
+    - `nodes`: of the tree at most; unlike a limit of time, it gives the same answer everywhere.
 
     **Raises** `InfeasibleError` when no assignment keeps all limits.
     """
@@ -76,7 +78,9 @@ def iqp(
         known = local_search(
             program, known, starts=starts, seed=seed, deadline=started + SEARCH * time_limit
         )
-        proof = branch_and_bound(program, known, gap_limit=gap_limit, deadline=started + time_limit)
+        proof = branch_and_bound(
+            program, known, gap_limit=gap_limit, deadline=started + time_limit, nodes=nodes
+        )
     return finish(
         problem,
         program.expand(proof.taken),
