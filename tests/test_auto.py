@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import mixer, small_net
@@ -261,6 +262,24 @@ def test_search_is_auto_by_default_and_the_same_twice():
     report = plans[0].predicted["auto"]
     assert report["kl"] == min(one["kl"] for one in report["candidates"])
     proxyq.Plan.from_json(json.loads(plans[0].to_json()))
+
+
+@pytest.mark.slow
+def test_it_works_on_hundreds_of_layers():
+    rng = np.random.default_rng(0)
+    near = np.eye(16) + 0.05 * rng.normal(size=(200, 16, 16))
+    params = {f"layer{i:03d}": w.astype(np.float32) for i, w in enumerate(near)}
+
+    def apply(p, x):
+        for i in range(200):
+            x = x + 0.1 * jnp.maximum(x @ p[f"layer{i:03d}"], 0)
+            x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+        return x[:, :10]
+
+    model = from_function(apply, params, (16,), name="deep")
+    plan = proxyq.search(model, images(model, 96), budget="size=3bit", samples=64, effort="high")
+    report = plan.predicted["auto"]
+    assert plan.average_bits <= 3 and report["kl"] <= min(one["kl"] for one in report["candidates"])
 
 
 def test_any_plan_can_be_refined():

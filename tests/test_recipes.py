@@ -28,7 +28,7 @@ class PlainLayer:
 
 def test_every_recipe_on_the_shelf_loads() -> None:
     names = available_recipes()
-    assert {"ompq", "csmpq", "hawq-v3", "limpq"} <= set(names)
+    assert {"ompq", "csmpq", "clado", "hawq-v3", "limpq"} <= set(names)
     for name in names:
         recipe = load_recipe(name)
         assert recipe.name == name
@@ -52,6 +52,9 @@ def test_the_recipes_that_choose_activations() -> None:
     assert (hawq.proxy, hawq.bits, hawq.activation_bits) == ("hessian-trace", [4, 8], "weights")
     assert hawq.ties_inputs and not hawq.ties_features and hawq.tie_patterns == []
     assert (hawq.pins, hawq.outliers) == (["@first=8", "@last=8"], "keep")
+    clado = load_recipe("clado")
+    assert (clado.proxy, clado.solver, clado.bits) == ("clado", "iqp", [2, 4, 8])
+    assert clado.options == {"pair_loss": "cross-entropy", "psd": True}
     limpq = load_recipe("limpq")
     assert (limpq.proxy, limpq.activation_bits) == ("limpq", [2, 3, 4, 5, 6])
     assert limpq.pins == ["@first=8/8", "@last=8/8"] and not limpq.ties_inputs

@@ -235,8 +235,8 @@ def search(
             answer, correction = better.answer, judge.correction
             predicted["refined"] = better.report
     predicted["scores"] = _by_layer(scores)
-    if scores.notes:
-        predicted["notes"] = dict(scores.notes)
+    if told := {k: v for k, v in scores.notes.items() if isinstance(v, (str, int, float))}:
+        predicted["notes"] = told  # tables of numbers are for `score`
     plan = plan_from(
         answer,
         layers,

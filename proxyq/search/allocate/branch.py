@@ -19,6 +19,7 @@ from proxyq.search.allocate.convexify import convexify, safe_delta
 from proxyq.search.allocate.exchange import Search
 from proxyq.search.allocate.quadratic import Quadratic
 from proxyq.search.allocate.relax import Convex
+from proxyq.search.allocate.symmetry import alike, arranged, in_order
 
 # Costs this much apart, as a share of the known plan's, are one cost: rounding.
 SAME = 1e-10
@@ -75,7 +76,8 @@ def branch_and_bound(
     bound = tree.value if gap_limit == 0 else tree.cutoff
     if tree.heap:
         bound = min(bound, tree.heap[0][0])
-    return Proof(taken=tree.taken, bound=bound, complete=not tree.heap, nodes=tree.nodes)
+    taken = arranged(tree.taken, tree.alike)
+    return Proof(taken=taken, bound=bound, complete=not tree.heap, nodes=tree.nodes)
 
 
 class _Tree:
@@ -99,6 +101,7 @@ class _Tree:
         self.heap: list[tuple[float, int, np.ndarray, np.ndarray]] = []
         hint = np.zeros(len(program.unary))
         hint[known] = 1
+        self.alike = alike(program)
         self.push(separable_bound(program)[0], np.ones(len(hint), bool), hint)
 
     @property
@@ -125,7 +128,7 @@ class _Tree:
             return
         bound, x = max(bound, found.value), np.maximum(found.x, 0.0)
         self.round(x)
-        open_ = open_ & (found.if_taken < self.cutoff)
+        open_ = in_order(open_ & (found.if_taken < self.cutoff), self.alike)
         counts = np.add.reduceat(open_, self.program.first, dtype=np.int64)
         if counts.min() == 0:
             return

@@ -26,23 +26,23 @@ KICK = 0.15
 
 
 def local_search(
-    quadratic: Quadratic, known: np.ndarray, *, starts: int, seed: int, deadline: float
+    program: Quadratic, known: np.ndarray, *, starts: int, seed: int, deadline: float
 ) -> np.ndarray:
     """The best choices `[variables]` found from `known`, which fits, and `starts - 1` others.
 
     `deadline` is a time of `time.perf_counter()`; the same answer each time if it is not met.
     """
-    search = Search(quadratic, deadline)
+    search = Search(program, deadline)
     rng = np.random.default_rng(seed)
     best = search.descend(known)
-    value = quadratic.value(best)
+    value = program.value(best)
     for number in range(1, starts):
         if time.perf_counter() > deadline:
             break
         start = search.drawn(rng, None if number % 2 else best)
         inside = search.into_limits(start)
         taken = search.descend(known if inside is None else inside)
-        reached = quadratic.value(taken)
+        reached = program.value(taken)
         if reached < value:
             best, value = taken, reached
     return best
@@ -51,16 +51,16 @@ def local_search(
 class Search:
     """The moves, and what they need to know of a problem."""
 
-    def __init__(self, quadratic: Quadratic, deadline: float) -> None:
-        self.quadratic, self.deadline = quadratic, deadline
-        self.variable, self.pair = quadratic.variable, quadratic.pair
-        self.usage, self.room = quadratic.usage, quadratic.room
+    def __init__(self, program: Quadratic, deadline: float) -> None:
+        self.program, self.deadline = program, deadline
+        self.variable, self.pair = program.variable, program.pair
+        self.usage, self.room = program.usage, program.room
         # What one unit of each limit is worth, so that limits compare.
         self.weights = 1.0 / np.maximum(self.room.astype(np.float64), 1.0)
 
     def drawn(self, rng: np.random.Generator, base: np.ndarray | None) -> np.ndarray:
         """Random choices: for all variables, or for some of those of `base`."""
-        first = self.quadratic.first
+        first = self.program.first
         taken = rng.integers(first, np.append(first[1:], len(self.variable)))
         if base is None:
             return taken
@@ -72,7 +72,7 @@ class Search:
 
     def field(self, taken: np.ndarray) -> np.ndarray:
         """h = unary + 2 pair x, `[choices]`."""
-        return self.quadratic.unary + 2 * self.pair[taken].sum(axis=0)
+        return self.program.unary + 2 * self.pair[taken].sum(axis=0)
 
     def into_limits(self, taken: np.ndarray) -> np.ndarray | None:
         """Down from `taken` until every limit holds; None where stuck."""

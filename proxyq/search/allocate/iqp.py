@@ -88,7 +88,7 @@ def iqp(
         solver="iqp",
         started=started,
         gap_limit=gap_limit,
-        proven=proof.complete and gap_limit == 0,
+        proven=proof.complete,
         notes=notes,
     )
 
