@@ -18,12 +18,15 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
         ("bridge_forward.py", 7),
         ("curvature.py", 11),
         ("clado.py", 5),
+        ("iqp.py", 3),
     ],
 )
 def test_a_quick_run_prints_ratios(script: str, ratios: int) -> None:
     pytest.importorskip("torch")
     if script in ("orthogonality_search.py", "bridge_forward.py"):
         pytest.importorskip("proxyq.model.torch_import").import_torchvision()
+    if script == "iqp.py":
+        pytest.importorskip("pyscipopt")
     run = subprocess.run(
         [sys.executable, FOLDER / script, "--quick"], capture_output=True, text=True, timeout=600
     )

@@ -160,6 +160,7 @@ def test_pictures(suffix: str, tmp_path: Path):
 
 def test_same_seed_same_bytes_with_and_without_a_warm_cache(tmp_path: Path):
     words = ("search", "--evaluate", "--seed", "5", "--budget", "size=3bit", "--json")
+    words = (*words, "--proxy", "output-error")
     results, programs = [], []
     for hash_seed in ("1", "2"):
         done = alone(*words, cache=tmp_path, PYTHONHASHSEED=hash_seed)

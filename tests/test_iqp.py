@@ -324,6 +324,10 @@ def test_wrong_options_are_told() -> None:
         solve(problem, indefinite="ignore")
     with pytest.raises(UsageError, match="`starts` must be at least 1, got 0"):
         solve(problem, starts=0)
+    with pytest.raises(UsageError, match="`seed` must be at least 0, got -1"):
+        solve(problem, seed=-1)
+    with pytest.raises(UsageError, match=r"`nodes` must be an integer, got 1\.5"):
+        solve(problem, nodes=1.5)
     with pytest.raises(ProxyqError, match="takes no couplings"):
         solve(problem, "ilp")
 

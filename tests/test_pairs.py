@@ -13,11 +13,11 @@ from proxyq.engine.alternatives import beside_each_other, choices, join, spread
 from proxyq.engine.divergence import cross_entropy_of, kl_divergence, log_softmax
 from proxyq.engine.gram import Gram
 from proxyq.engine.pairs import pair_sweep
-from proxyq.engine.psd import nearest_psd
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.function_import import from_function
 from proxyq.proxies import clado, kl_delta, logit_coupling, score
 from proxyq.proxies._clado import coupling_of
+from proxyq.psd import nearest_psd
 from proxyq.search.allocate import solve
 from proxyq.search.scores_file import ScoreFile
 

@@ -297,14 +297,14 @@ class Images:
         if method.proxy is not None and not refine:
             inputs, labels = calibration_of(calibration, model, method.samples, seed)
             return cls(inputs=inputs, labels=labels)
+        most = max(method.samples * (1 + HELD_BACK[effort]), LEAST)
+        inputs, labels = calibration_of(calibration, model, most, seed)
         if len(calibration) < LEAST:
             raise UsageError(
                 f"plans are measured on at least {LEAST} calibration images, got "
                 f"{len(calibration)}: give more, or name a proxy (--proxy output-error) and no "
                 "refinement."
             )
-        most = max(method.samples * (1 + HELD_BACK[effort]), LEAST)
-        inputs, labels = calibration_of(calibration, model, most, seed)
         fit, check = halves(len(jax.tree.leaves(inputs)[0]), method.samples)
         return cls(
             inputs=jax.tree.map(lambda x: x[fit], inputs),

@@ -22,8 +22,8 @@ import numpy as np
 from proxyq.engine import Taps
 from proxyq.engine.alternatives import spread
 from proxyq.engine.pairs import PairLosses
-from proxyq.engine.psd import nearest_psd
 from proxyq.proxies.proxy import Result, register
+from proxyq.psd import nearest_psd
 
 
 @register(
@@ -39,7 +39,7 @@ def clado(taps: Taps, *, key: Any, psd: bool = True) -> Result:
     assert taps.pairs is not None
     measured = coupling_of(taps.pairs)
     matrix, notes = measured, {}
-    if psd:
+    if psd and np.isfinite(measured).all():  # else it is refused, naming the layers
         matrix, removed = nearest_psd(measured)
         notes["removed_mass"] = removed
     values, activations = spread(np.diag(measured), len(taps), len(taps.bits))

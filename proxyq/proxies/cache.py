@@ -34,7 +34,7 @@ from proxyq.proxies.proxy import Proxy, Scores
 from proxyq.quantize import Rounding
 
 SCHEMA = "proxyq/cached-scores/1"
-_STAGES = ("model", "quantize", "engine", "proxies")
+_STAGES = ("psd.py", "model", "quantize", "engine", "proxies")
 _PRECISION = ("jax_enable_x64", "jax_default_matmul_precision")
 
 
@@ -171,7 +171,8 @@ def code_digest() -> str:
     package = Path(__file__).resolve().parents[1]
     hasher = hashlib.sha256()
     for stage in _STAGES:
-        for file in sorted((package / stage).rglob("*.py")):
+        place = package / stage
+        for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
             hasher.update(file.relative_to(package).as_posix().encode() + b"\0")
             hasher.update(file.read_bytes())
     return hasher.hexdigest()

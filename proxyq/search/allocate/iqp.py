@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from proxyq.engine.psd import nearest_psd
 from proxyq.errors import UsageError
+from proxyq.psd import nearest_psd
 from proxyq.search.allocate.assignment import Assignment, finish
 from proxyq.search.allocate.branch import branch_and_bound, separable_bound
 from proxyq.search.allocate.exchange import local_search
@@ -56,8 +56,9 @@ def iqp(
     started = time.perf_counter()
     if indefinite not in ("project", "exact"):
         raise UsageError(f"`indefinite` must be 'project' or 'exact', got {indefinite!r}.")
-    if exact_integer(starts, "`starts`") < 1:
-        raise UsageError(f"`starts` must be at least 1, got {starts}.")
+    for name, number, least in (("starts", starts, 1), ("seed", seed, 0), ("nodes", nodes, 0)):
+        if number is not None and exact_integer(number, f"`{name}`") < least:
+            raise UsageError(f"`{name}` must be at least {least}, got {number}.")
     if problem.coupling is None:
         return ilp(problem, time_limit=time_limit, gap_limit=gap_limit)
     notes: tuple[str, ...] = ()
