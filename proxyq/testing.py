@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proxyq.engine import NEEDS, Engine, TapOptions, Taps, collect
+from proxyq.engine import NEEDS, OF_ALL, Engine, TapOptions, Taps, collect
 from proxyq.engine.memory import bytes_per_image, tape_bytes_per_image
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.function_import import from_function
@@ -297,7 +297,7 @@ def needs(subject: Subject) -> None:
             read.add(need)
             return super().__getitem__(need)
 
-    whole = {"correlation": "coupling", "pairs": "pairs"}  # what is of all layers together
+    whole = {attribute: need for need, attribute in OF_ALL.items()}
 
     class Watched(Taps):
         def __getattribute__(self, name: str) -> Any:

@@ -33,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     The programs stay in pytest's cache folder, for the next run.
     """
-    folder = config.cache.mkdir("xla") if config.cache is not None else None
+    cache = getattr(config, "cache", None)  # none with `-p no:cacheprovider`
+    folder = cache.mkdir("xla") if cache is not None else None
     if folder is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -10,16 +10,16 @@ from networks import mixer, small_net
 import proxyq
 from proxyq.api.program import program
 from proxyq.auto import Judge, choose, halves, improve, refine
-from proxyq.auto.choose import spelled
-from proxyq.auto.judge import BROKEN, WRECKED, Loss, Verdict
+from proxyq.auto.choose import TIGHT, spelled
+from proxyq.auto.judge import BROKEN, Loss, Verdict
 from proxyq.auto.portfolio import portfolio
 from proxyq.auto.refine import anchored, proposals
-from proxyq.engine.divergence import kl_divergence
+from proxyq.engine.divergence import kl_divergence, rescaled_divergence
 from proxyq.engine.ranges import input_grids
 from proxyq.engine.statistics import correct_statistics, correct_weights, float_moments
 from proxyq.errors import UsageError
 from proxyq.model.function_import import from_function
-from proxyq.proxies import kl_delta
+from proxyq.proxies import kl_delta, rescaled_coupling
 from proxyq.ptq.quantized import round_weights, with_input_grids
 from proxyq.search.allocate import solve
 from proxyq.search.allocate.assignment import used
@@ -57,9 +57,8 @@ def test_the_judge_measures_the_network_that_runs(correction):
     for loss, x in ((verdict.fitted, judge.fit), (verdict.held_back, judge.check)):
         exact, logits = engine.logits(x), engine.logits(x, edits)
         assert loss.kl == pytest.approx(kl_divergence(exact, logits).mean(), rel=1e-6)
-        apart = np.mean(exact.argmax(axis=-1) != logits.argmax(axis=-1))
-        assert loss.wrecked == (1 - apart < WRECKED)
-        assert loss.rank == pytest.approx(apart if loss.wrecked else loss.kl)
+        assert loss.rescaled == pytest.approx(rescaled_divergence(exact, logits).mean(), rel=1e-6)
+        assert 0 <= loss.rescaled <= loss.kl
     spent = judge.passes
     assert judge.measure(plan) is verdict and judge.passes == spent
 
@@ -80,16 +79,15 @@ def test_the_best_of_all_plans_is_kept(correction):
     fixed = [None] * len(judge.names)
     outcome = choose(judge, problem_of(), BITS, fixed=fixed, correction=correction)
     report = outcome.report
-    assert len(report["candidates"]) == 6 and json.dumps(report)
+    assert len(report["candidates"]) == 7 and json.dumps(report)
     wanted = {"none"} if correction == "none" else {"none", "weights", "statistics"}
     assert set(report["corrections"]) == wanted
-    kl = {name: one["kl"] for name, one in report["corrections"].items()}
-    assert outcome.correction == min(kl, key=kl.__getitem__) == report["correction"]
+    loss = {name: one["rescaled"] for name, one in report["corrections"].items()}
+    assert outcome.correction == min(loss, key=loss.__getitem__) == report["correction"]
     assert judge.correction == outcome.correction
     verdict = judge.measure(spelled(outcome.answer.problem, fixed)(outcome.answer.choice))
     assert verdict.held_back.kl == report["kl"]
-    assert not verdict.held_back.wrecked
-    assert report["kl"] == min(one["kl"] for one in report["candidates"])
+    assert report["rescaled"] == min(one["rescaled"] for one in report["candidates"])
     assert report["candidates"][0]["proxy"] == report["chosen"]
     (limit,) = outcome.answer.problem.limits
     assert used(limit, outcome.answer.choice) <= limit.budget
@@ -104,7 +102,7 @@ def test_effort_and_time_decide_how_far_it_goes():
     assert [one["proxy"] for one in low.report["candidates"]] == ["output-error", "sqnr"]
     high = choose(judge, problem_of(), BITS, fixed=fixed, correction="none", effort="high")
     assert high.report["refined"]["rounds"] >= 1
-    assert high.report["kl"] <= high.report["refined"]["kl_before"]
+    assert high.report["rescaled"] <= high.report["refined"]["before"]["rescaled"]
     late = choose(
         judge, problem_of(), BITS, fixed=fixed, correction="none", effort="high", time_budget=1e-9
     )
@@ -123,6 +121,8 @@ def test_the_sweep_is_that_of_the_proxy():
     warm = kl_delta(model, judge.fit, bits=BITS, correction="statistics", temperature=2.0)
     np.testing.assert_allclose(found["kl"].values, plain.values, rtol=1e-6)
     np.testing.assert_allclose(found["kl-temperature-2"].values, warm.values, rtol=1e-6)
+    direct = rescaled_coupling(model, judge.fit, bits=BITS, correction="statistics")
+    np.testing.assert_allclose(found["rescaled-coupling"].coupling, direct.coupling, rtol=1e-6)
     for own in (found["logit-coupling"], found["logit-coupling-temperature-2"]):
         np.testing.assert_allclose(np.diag(own.coupling), own.values.ravel())
 
@@ -137,14 +137,14 @@ def test_anchored_changes_are_those_of_the_plan(build):
     spell = spelled(answer.problem, [None] * len(judge.names))
     rise = anchored(judge, answer.problem, answer.choice, spell, BITS)
     assert (rise[np.arange(len(rise)), list(answer.choice)] == 0).all()
-    now = judge.measure(spell(answer.choice)).fitted.kl
+    now = judge.measure(spell(answer.choice)).fitted.rescaled
     for layer in range(len(rise)):
         for column in range(len(BITS)):
             if column == answer.choice[layer]:
                 continue
             changed = list(answer.choice)
             changed[layer] = column
-            exact = judge.measure(spell(changed)).fitted.kl - now
+            exact = judge.measure(spell(changed)).fitted.rescaled - now
             assert rise[layer, column] == pytest.approx(exact, rel=1e-3, abs=1e-6)
     for candidate in proposals(answer.problem, answer.choice, rise):
         assert candidate != answer.choice
@@ -167,7 +167,7 @@ def test_refinement_keeps_budgets_pins_and_ties_and_never_harms():
     assert problem.bits[found.choice[0]] == 6 and found.choice[1] == found.choice[2]
     assert all(used(limit, found.choice) <= limit.budget for limit in problem.limits)
     better = improve(judge, answer, BITS, fixed=[None] * len(judge.names), seconds=30.0)
-    assert better.report["kl"] <= better.report["kl_before"]
+    assert better.report["rescaled"] <= better.report["before"]["rescaled"]
     if better.report["changes"]:
         assert better.answer.solver == "greedy+refine"
         assert better.answer.bound <= better.answer.objective
@@ -184,7 +184,7 @@ class Told(Judge):
 
     def measure(self, plan):
         fitted, held_back = self.worth(plan)
-        return Verdict(Loss(False, fitted, fitted), Loss(False, held_back, held_back))
+        return Verdict(Loss(fitted, fitted), Loss(held_back, held_back))
 
 
 @pytest.mark.parametrize("overfits", [False, True])
@@ -210,30 +210,23 @@ def test_refinement_finds_what_is_better_and_not_what_only_seems_so(overfits):
     assert refine(judge, problem, start, spell, BITS, deadline=0.0).rounds == 0
 
 
-def test_wrecked_networks_are_ranked_by_agreement_and_broken_ones_come_last():
-    better, worse = Loss(True, 0.4, 9.0), Loss(True, 0.5, 1.0)
-    assert Loss(False, 0.7, 0.7) < better < worse < BROKEN
+def test_wrecked_networks_are_ranked_by_their_answers_and_refined():
+    """At one bit a plan gets a round of refinement at effort `medium`; broken ones come last."""
+    assert Loss(0.4, 9.0) < Loss(0.5, 1.0) < BROKEN
     rng = np.random.default_rng(0)
     params = {f"w{i}": rng.normal(size=(12, 12)).astype(np.float32) ** 3 for i in range(3)}
     model = from_function(
         lambda p, x: x @ p["w0"] @ p["w1"] @ p["w2"], params, (12,), name="linear"
     )
     judge = judge_of(model, check=48)
-    plan = [(1, None)] * len(judge.names)
-    loss = judge.measure(plan).held_back
-    exact = judge.engine.logits(judge.check)
-    edits = round_weights(judge.engine, dict.fromkeys(judge.names, 1))
-    apart = np.mean(
-        exact.argmax(axis=-1) != judge.engine.logits(judge.check, edits).argmax(axis=-1)
-    )
-    assert apart > 1 / 3 and loss.wrecked and loss.rank == pytest.approx(apart)
-    outcome = choose(
-        judge, problem_of("size=1bit"), (1, 2), fixed=[None] * len(judge.names), correction="none"
-    )
-    report = outcome.report
-    agreements = [one["agreement"] for one in report["candidates"]]
-    assert agreements == sorted(agreements, reverse=True)
+    fixed = [None] * len(judge.names)
+    report = choose(judge, problem_of("size=1bit"), (1, 2), fixed=fixed, correction="none").report
+    losses = [one["rescaled"] for one in report["candidates"]]
+    assert losses == sorted(losses) and losses[0] > TIGHT
     assert report["candidates"][0]["proxy"] == report["chosen"]
+    assert report["refined"]["rounds"] == 1
+    calm = choose(judge, problem_of("size=8bit"), (7, 8), fixed=fixed, correction="none").report
+    assert calm["rescaled"] < TIGHT and "refined" not in calm
 
 
 def test_activations_are_chosen_and_measured_too():
@@ -287,7 +280,7 @@ def test_any_plan_can_be_refined():
         proxy="weight-mse", budget="size=2.5bit", bits=(2, 3, 4), samples=64, refine=5.0
     )
     report = plan.predicted["refined"]
-    assert report["kl"] <= report["kl_before"] and plan.average_bits <= 2.5
+    assert report["rescaled"] <= report["before"]["rescaled"] and plan.average_bits <= 2.5
     assert plan.method["proxy"] == "weight-mse"
 
 

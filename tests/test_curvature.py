@@ -308,7 +308,7 @@ def test_products_by_what_layers_read(cases, name):
     rng = np.random.default_rng(0)
     v = {block: rng.normal(size=tape.x(site).shape) for block, site in sites.items()}
     given = {sites[block]: jnp.asarray(v[block], jnp.float32)[None] for block in sites}
-    found = tape.tangents(given, inputs=True).hessian()
+    found = tape.tangents(given, "inputs").hessian()
     x, labels = c.x[BATCH:], c.labels[BATCH:]
     real = {block: value[:count] for block, value in v.items()}
     with float64():

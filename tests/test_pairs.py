@@ -10,12 +10,17 @@ from proxyq.api.program import program
 from proxyq.checkpoint import Checkpoint
 from proxyq.engine import Edit, Engine, single_layer_sweep
 from proxyq.engine.alternatives import beside_each_other, choices, join, spread
-from proxyq.engine.divergence import cross_entropy_of, kl_divergence, log_softmax
+from proxyq.engine.divergence import (
+    cross_entropy_of,
+    kl_divergence,
+    log_softmax,
+    rescaled_divergence,
+)
 from proxyq.engine.gram import Gram
 from proxyq.engine.pairs import pair_sweep
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.function_import import from_function
-from proxyq.proxies import clado, kl_delta, logit_coupling, score
+from proxyq.proxies import clado, kl_delta, logit_coupling, rescaled_coupling, score
 from proxyq.proxies._clado import coupling_of
 from proxyq.psd import nearest_psd
 from proxyq.search.allocate import solve
@@ -164,6 +169,55 @@ def test_logit_coupling_is_what_it_says(correction):
     assert np.linalg.eigvalsh(scores.coupling).min() > -1e-9 * k.max()
 
 
+@pytest.mark.parametrize("correction", ["none", "statistics"])
+def test_rescaled_coupling_is_what_it_says(correction):
+    model = small_net()
+    x = images(model, 8)
+    scores = rescaled_coupling(model, x, bits=BITS, correction=correction)
+    engine = Engine.build(model, 8)
+    own = choices(engine, x, BITS, correction=correction)
+    flat = [edits for name in engine.network.names for edits in own[name]]
+    exact = np.float64(engine.logits(x))
+    logits = [np.float64(engine.logits(x, one)) for one in flat]
+    k = np.array([rescaled_divergence(exact, z).mean() for z in logits])
+    np.testing.assert_allclose(scores.values.ravel(), k, rtol=1e-4, atol=1e-9)
+    d = np.zeros((len(flat), *exact.shape))
+    for a, z in enumerate(logits):
+        for i, row in enumerate(exact):
+            u = row - row.mean()
+            change = (z[i] - z[i].mean()) - u
+            d[a, i] = change - u * (u @ change) / (u @ u)
+    d = d.reshape(len(flat), -1)
+    rho = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in d] for a in d])
+    expected = rho * np.sqrt(np.outer(k, k))
+    np.testing.assert_allclose(scores.coupling, expected, rtol=1e-3, atol=1e-4 * k.max())
+    assert np.linalg.eigvalsh(scores.coupling).min() > -1e-9 * k.max()
+
+
+def test_rescaled_divergence_is_the_least_over_the_scale():
+    rng = np.random.default_rng(0)
+    reference = 3 * rng.normal(size=(40, 10))
+    noise = rng.normal(size=reference.shape) * rng.choice([0.01, 1, 5], size=(40, 1))
+    logits = 0.4 * reference + noise
+    found = rescaled_divergence(reference, logits)
+    for own, p, z in zip(found, reference, logits, strict=True):
+        scales = np.concatenate([np.linspace(0, 6, 6001), np.linspace(6, 64, 600)])
+        rows = np.broadcast_to(p, (len(scales), 10))
+        least = kl_divergence(rows, scales[:, None] * z).min()
+        assert own <= least + 1e-12 and own == pytest.approx(least, rel=1e-3, abs=1e-6)
+    # The scale alone costs nothing; logits of nothing, or of the contrary, cost what no logits do.
+    np.testing.assert_allclose(rescaled_divergence(reference, 0.2 * reference), 0, atol=1e-9)
+    none = kl_divergence(reference, 0 * reference)
+    for against in (0 * reference, -reference):
+        np.testing.assert_allclose(rescaled_divergence(reference, against), none, rtol=1e-9)
+    # One logit, the log-odds of two classes; and predictions for each of several tokens.
+    np.testing.assert_allclose(
+        rescaled_divergence(reference[:, 0], 0.1 * reference[:, 0]), 0, atol=1e-9
+    )
+    tokens = rescaled_divergence(reference.reshape(8, 5, 10), logits.reshape(8, 5, 10))
+    np.testing.assert_allclose(tokens, found.reshape(8, 5).mean(axis=1))
+
+
 def test_corrected_alternatives_match_single_layers():
     """A layer that is rounded alone and corrected has the float network's statistics."""
     model = small_net()
@@ -305,7 +359,7 @@ def test_a_killed_sweep_with_couplings_goes_on_to_the_same_bytes(tmp_path):
                 raise Killed
 
         table = single_layer_sweep(
-            engine, x, own, single_kl, gram=gram, checkpoint=checkpoint, progress=progress
+            engine, x, own, single_kl, grams=[gram], checkpoint=checkpoint, progress=progress
         )
         return table.tobytes() + gram.correlation().tobytes()
 

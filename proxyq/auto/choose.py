@@ -21,6 +21,9 @@ Effort = Literal["low", "medium", "high"]
 HELD_BACK = {"low": 1, "medium": 2, "high": 4}
 """Images held back at most, as a multiple of those that are fitted on."""
 ROUNDS = {"low": 0, "medium": 0, "high": 2}
+TIGHT = 0.5
+"""Nats of rescaled divergence from which on a plan is worth a round of refinement at effort
+`medium`: what is measured from the float network on tells little of such a plan."""
 ENDLESS = 1_000_000
 COUPLED_NODES = 50
 """Of the tree for a coupled candidate: its plan is found before the first; a proof is not needed
@@ -89,7 +92,8 @@ def choose(
        corrections of layer statistics are compared on the first (`correction="auto"`).
     2. From effort `medium` on, one sweep over single layers, corrected likewise, gives KL, KL at
        temperature 2 and logit coupling, each of which proposes a plan.
-    3. At effort `high`, or with `refine_seconds`, the best is refined.
+    3. At effort `high`, with `refine_seconds`, or where the best plan is far from the float
+       network (`TIGHT`), it is refined.
 
     Every plan is measured on images held back. `problem_of` turns scores into the problem with
     its budgets. `time_budget` seconds bound steps 2 and 3: what would take longer, by the
@@ -148,6 +152,8 @@ def choose(
     }
     now = time.perf_counter()
     rounds = ROUNDS[effort]
+    if effort == "medium" and verdict.held_back.rescaled > TIGHT:
+        rounds = 1
     if rounds and not refine_seconds:
         needed = round_passes(judge, bits, activation_bits) * per_pass
         if now + needed > started + left:
@@ -170,7 +176,7 @@ def choose(
         )
         answer, report["refined"] = _refined(answer, found, verdict)
         verdict = found.verdict
-    report |= {"kl": verdict.held_back.kl, "kl_fitted": verdict.fitted.kl}
+    report |= {**_loss(verdict.held_back), "kl_fitted": _finite(verdict.fitted.kl)}
     if notes:
         report["notes"] = notes
     return Outcome(scores=best.scores, answer=answer, correction=judge.correction, report=report)
@@ -214,7 +220,7 @@ def improve(
     report |= {
         "corrections": {name: _loss(loss) for name, loss in by_correction.items()},
         "correction": judge.correction,
-        "kl": found.verdict.held_back.kl,
+        **_loss(found.verdict.held_back),
     }
     return Improved(answer=better, report=report)
 
@@ -228,7 +234,7 @@ def _refined(
         "rounds": found.rounds,
         "tried": found.tried,
         "changes": changes,
-        "kl_before": before.held_back.kl,
+        "before": _loss(before.held_back),
     }
     if not changes:
         return answer, report
@@ -268,10 +274,7 @@ def _record(one: Candidate, bits: Sequence[int], fixed: Sequence[int | None]) ->
 
 
 def _loss(loss: Loss) -> dict[str, Any]:
-    record: dict[str, Any] = {"kl": _finite(loss.kl)}
-    if loss.wrecked:
-        record["agreement"] = 1 - loss.rank
-    return record
+    return {"kl": _finite(loss.kl), "rescaled": _finite(loss.rescaled)}
 
 
 def _finite(value: float) -> float | None:

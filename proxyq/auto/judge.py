@@ -2,10 +2,10 @@
 
 Predicted costs of different proxies are no common currency, and the best of ten predictions is
 flattered. So every plan that is a candidate is run, quantized and corrected as it will be used,
-and the divergence of its outputs from the float network's is measured on held-back images: it
-ranks plans as their test accuracy does (Spearman 0.97 and more where networks work at all). Of
-wrecked networks it does not, since logits that have lost all meaning may be near or far; these
-are ranked by how often they answer as the float network does, which needs no labels either.
+and the divergence of its outputs from the float network's is measured on held-back images, up to
+the scale of each prediction's logits. That ranks plans as their test accuracy does, wrecked
+networks too (Spearman 0.99 over 59 uncorrected plans below 60 % of a CIFAR-10 ResNet-20, where
+plain KL has 0.80: how sure a wrecked network is of its answers says nothing of them).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from proxyq.engine import Edit, Edits, Engine
-from proxyq.engine.divergence import kl_divergence, two_classes
+from proxyq.engine.divergence import kl_divergence, rescaled_divergence
 from proxyq.engine.ranges import fit_input_grid, input_samples
 from proxyq.engine.rounded import rounded_layer
 from proxyq.engine.statistics import Moments, correct_statistics, correct_weights, float_moments
@@ -29,24 +29,18 @@ Choice = tuple[int | None, int | None]
 """Weight and activation bits of a layer; `None` is float."""
 
 
-WRECKED = 2 / 3
-"""A network that agrees with the float one less often than this is ranked by that."""
-
-
 class Loss(NamedTuple):
-    """How far a plan's network is from the float one: the less, the better, compared in order.
+    """How far a plan's network is from the float one, in nats: the less, the better.
 
-    - `wrecked`: whether they agree on the class of less than `WRECKED` of the images.
-    - `rank`: the share that they disagree on, of a wrecked network; else `kl`.
-    - `kl`: divergence in nats.
+    - `rescaled`: mean KL up to the scale of each prediction's logits, which comes first.
+    - `kl`: mean KL as it is.
     """
 
-    wrecked: bool
-    rank: float
+    rescaled: float
     kl: float
 
 
-BROKEN = Loss(True, 1.0, float("inf"))
+BROKEN = Loss(float("inf"), float("inf"))
 """Of a network whose outputs are not finite: worse than all others."""
 
 
@@ -167,11 +161,8 @@ class Judge:
         logits = self.engine.logits(images, edits)
         if not np.isfinite(logits).all():
             return BROKEN
-        kl = float(kl_divergence(reference, logits).mean())
-        ours, theirs = (two_classes(z).argmax(axis=-1) for z in (logits, reference))
-        apart = float(np.mean(ours != theirs))
-        wrecked = 1 - apart < WRECKED
-        return Loss(wrecked, apart if wrecked else kl, kl)
+        rescaled = float(rescaled_divergence(reference, logits).mean())
+        return Loss(rescaled, float(kl_divergence(reference, logits).mean()))
 
 
 def halves(images: int, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,10 +7,10 @@ decides.
 - `output-error`, `sqnr`: what needs no sweep.
 - `kl`, `kl-temperature-2`: the divergence with one layer rounded.
 - `logit-coupling`, and the same at temperature 2: with the coupling of layers.
+- `rescaled-coupling`: with the coupling of what is not the scale of the logits.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from proxyq.auto.judge import Judge
 from proxyq.checkpoint import Checkpoint
 from proxyq.engine import collect, single_layer_sweep
 from proxyq.engine.alternatives import choices, spread
-from proxyq.engine.divergence import kl_divergence
+from proxyq.engine.divergence import kl_divergence, rescaled_divergence
 from proxyq.engine.gram import Gram
 from proxyq.progress import Progress, silent
 from proxyq.proxies import Scores, output_error, sqnr
@@ -99,42 +99,44 @@ def portfolio(
         progress=progress,
     )
     each = len(bits) + len(activation_bits)
-    gram = Gram(len(layers) * each)
+    gram, rescaled = (Gram(len(layers) * each, rescaled=way) for way in (False, True))
 
     def measure(reference: np.ndarray, logits: np.ndarray, start: int) -> np.ndarray:
         del start
         found = [kl_divergence(reference, logits, temperature=t) for t in TEMPERATURES]
-        return np.stack(found, axis=-1)
+        return np.stack([*found, rescaled_divergence(reference, logits)], axis=-1)
 
     table = single_layer_sweep(
         engine,
         judge.fit,
         alternatives,
         measure,
-        gram=gram,
+        grams=(gram, rescaled),
         checkpoint=checkpoint,
         progress=progress,
     )
     judge.passes += sweep_passes(judge, bits, activation_bits)
+    costs = np.maximum(table, 0.0).reshape(len(layers) * each, -1).T
     found = []
-    for index, temperature in enumerate(TEMPERATURES):
-        k = np.maximum(table[..., index], 0.0).ravel()
+
+    def add(name: str, k: np.ndarray, correlation: np.ndarray | None = None) -> None:
         values, beside = spread(k, len(layers), len(bits))
-        at = "" if temperature == 1 else f"-temperature-{temperature:g}"
-        rows: dict[str, Any] = {
-            "layers": layers,
-            "bits": tuple(bits),
-            "values": values,
-            "activations": beside if activation_bits else None,
-            "activation_bits": tuple(activation_bits),
-        }
-        found.append(Scores(proxy=f"kl{at}", **rows))
         found.append(
             Scores(
-                proxy=f"logit-coupling{at}",
-                coupling=coupling_of(k, gram.correlation()),
-                **rows,
+                proxy=name,
+                layers=layers,
+                bits=tuple(bits),
+                values=values,
+                activations=beside if activation_bits else None,
+                activation_bits=tuple(activation_bits),
+                coupling=None if correlation is None else coupling_of(k, correlation),
             )
         )
+
+    for temperature, k in zip(TEMPERATURES, costs[:-1], strict=True):
+        at = "" if temperature == 1 else f"-temperature-{temperature:g}"
+        add(f"kl{at}", k)
+        add(f"logit-coupling{at}", k, gram.correlation())
+    add("rescaled-coupling", costs[-1], rescaled.correlation())
     judge.kept[key] = found
     return found

@@ -1,9 +1,10 @@
 """Refinement: re-measure single changes around a plan, propose exchanges, keep what is better.
 
 A round measures every other choice of every layer in the network of the plan (anchored, so that
-what saturates or couples there is seen), and predicts
+what saturates or couples there is seen), and predicts, of the divergence D that the judge ranks
+by,
 
-    KL(plan with changes S)  ~  KL(plan) + sum_{a in S} (KL(plan with a alone) - KL(plan))
+    D(plan with changes S)  ~  D(plan) + sum_{a in S} (D(plan with a alone) - D(plan))
 
 Solving that within all budgets, with at most 2, 3, 4, 6, 9 changes since it is local, gives
 candidates; so do the best predicted exchanges of two layers. Each is run, corrected as it will
@@ -21,7 +22,7 @@ from proxyq.auto.judge import Choice, Judge, Verdict
 from proxyq.auto.portfolio import sweep_passes
 from proxyq.engine import single_layer_sweep
 from proxyq.engine.alternatives import choices
-from proxyq.engine.divergence import kl_divergence
+from proxyq.engine.divergence import rescaled_divergence
 from proxyq.progress import Progress, silent
 from proxyq.search.allocate import InfeasibleError, Limit, Problem, solve
 from proxyq.search.allocate.assignment import used
@@ -95,7 +96,7 @@ def anchored(
     *,
     progress: Progress = silent,
 ) -> np.ndarray:
-    """`[layers, columns]`: the rise of KL when one layer of the plan takes another column.
+    """`[layers, columns]`: the rise of divergence when a layer of the plan takes another column.
 
     A column that changes weight and input at once is predicted to cost the sum.
     """
@@ -127,13 +128,13 @@ def anchored(
 
     def measure(reference: np.ndarray, logits: np.ndarray, start: int) -> np.ndarray:
         del start
-        return kl_divergence(reference, logits)
+        return rescaled_divergence(reference, logits)
 
     table = single_layer_sweep(
         engine, judge.fit, alternatives, measure, base=base, progress=progress
     )
     judge.passes += sweep_passes(judge, bits, activation_bits)
-    now = judge.measure(plan).fitted.kl
+    now = judge.measure(plan).fitted.rescaled
     rise = np.zeros(problem.cost.shape)
     at: dict[int | None, int] = {b: k for k, b in enumerate(bits)}
     at_beside: dict[int | None, int] = {a: len(bits) + k for k, a in enumerate(activation_bits)}

@@ -9,6 +9,7 @@ from proxyq.engine.segments import compiled_count as compiled_count
 from proxyq.engine.sweep import single_layer_sweep as single_layer_sweep
 from proxyq.engine.taps import GOVERNS as GOVERNS
 from proxyq.engine.taps import NEEDS as NEEDS
+from proxyq.engine.taps import OF_ALL as OF_ALL
 from proxyq.engine.taps import PAIR_NEEDS as PAIR_NEEDS
 from proxyq.engine.taps import SWEEP_NEEDS as SWEEP_NEEDS
 from proxyq.engine.taps import LayerTap as LayerTap

@@ -280,23 +280,23 @@ class Tape:
 
     # -- products with second derivatives ------------------------------------------------
 
-    def tangents(self, along: Mapping[int, Any], inputs: bool = False) -> "Tangents":
+    def tangents(self, along: Mapping[int, Any], of: str = "weights") -> "Tangents":
         """Push a stack of directions forwards: `along` maps sites to `[directions, …]`.
 
-        Directions are changes of the sites' weights, or with `inputs` of the tensors that
-        the sites read (each site's own reading of them).
+        Directions are changes `of` the sites' `weights`, of their `inputs` (each site's own
+        reading of a tensor), or of their `outputs`.
         """
-        moved = Tangents(tape=self, along=along, inputs=inputs)
+        moved = Tangents(tape=self, along=along, of=of)
         known: dict[Var, Any] = {}
         for site in range(min(along), len(self._rests)):
             data, rest = self._data(site), self._rests[site]
             dx = known.get(data)
             own = along.get(site)
-            if inputs and own is not None:
+            if of == "inputs" and own is not None:
                 dx = own if dx is None else dx + own
             dy = None if dx is None else self.push(site, dx, self.engine.weight(site))
-            if not inputs and own is not None:
-                dy = _sum(dy, self.push(site, self.x(site), own))
+            if of != "inputs" and own is not None:
+                dy = _sum(dy, own if of == "outputs" else self.push(site, self.x(site), own))
             reads = [known.get(var) for var in rest.reads]
             moved.xs[site], moved.outs[site], moved.reads[site] = dx, dy, reads
             if dy is not None or any(value is not None for value in reads):
@@ -316,7 +316,7 @@ class Tangents:
 
     tape: Tape
     along: Mapping[int, Any]
-    inputs: bool
+    of: str
     xs: dict[int, Any] = field(default_factory=dict)
     outs: dict[int, Any] = field(default_factory=dict)
     reads: dict[int, Any] = field(default_factory=dict)
@@ -338,6 +338,7 @@ class Tangents:
         that several sites share gets each site's part.
         """
         tape = self.tape
+        assert self.of != "outputs", "a change of an output has no second derivative here"
         tape.backward()
         lowest = min(self.along)
         products: dict[int, Any] = {}
@@ -356,17 +357,17 @@ class Tangents:
                 for var, value in zip(rest.reads, dreads, strict=True):
                     _add(known, var, value)
             through = None
-            if site > lowest or self.inputs:
+            if site > lowest or self.of == "inputs":
                 through = self._on_input(site, delta)
                 _add(known, tape._data(site), through)
             if site in self.along:
-                product = through if self.inputs else self._on_weight(site, delta)
+                product = through if self.of == "inputs" else self._on_weight(site, delta)
                 products[site] = jnp.zeros_like(self.along[site]) if product is None else product
         return products
 
     def _on_input(self, site: int, delta: Any) -> Any:
         # d(dL/dx) = f'(., W) d delta + f'(., dW) delta
-        moved = None if self.inputs else self.along.get(site)
+        moved = None if self.of == "inputs" else self.along.get(site)
         product = None if delta is None else self.tape.pull_input(site, delta)
         if moved is None:
             return product

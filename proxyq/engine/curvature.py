@@ -209,12 +209,12 @@ def _forms(
             directions.append((block, draws))
         if joint:
             whole = {site: v for _, draws in directions for site, v in draws.items()}
-            products = tape.tangents(whole, inputs=inputs_too).hessian()
+            products = tape.tangents(whole, of).hessian()
             for block, draws in directions:
                 forms[block.layer] += _inner(block, draws, products, inputs_too)
         else:
             for block, draws in directions:
-                moved = tape.tangents(draws, inputs=inputs_too)
+                moved = tape.tangents(draws, of)
                 if gauss_newton:
                     forms[block.layer] += moved.gauss_newton_forms()[0, :count].sum()
                 else:

@@ -1,10 +1,12 @@
 """Inner products of how far choices move the logits.
 
     d_a = change of the centred logits by choice a, over all images and outputs
-    gram[a, b] = <d_a, d_b>
+    total[a, b] = <d_a, d_b>
 
 Softmax does not see a constant that is added to all logits, so each change is taken without its
-mean over the classes. One batch of changes is held, and one matrix.
+mean over the classes. Rescaled, it is also taken without its part along the prediction's own
+logits, which makes the prediction more or less sure and no other. One batch of changes is held,
+and one matrix.
 """
 
 from collections.abc import Mapping
@@ -17,10 +19,11 @@ _BLOCK = 1 << 16
 
 
 class Gram:
-    """Sums `gram`, float64 `[choices, choices]`, over batches: `add` each choice, then `close`."""
+    """Sums `total`, float64 `[choices, choices]`, over batches: `add` each choice, then `close`."""
 
-    def __init__(self, choices: int):
+    def __init__(self, choices: int, *, rescaled: bool = False):
         self.total = np.zeros((choices, choices))
+        self.rescaled = rescaled
         self._changes: np.ndarray | None = None
 
     def add(self, choice: int, reference: np.ndarray, logits: np.ndarray) -> None:
@@ -28,6 +31,16 @@ class Gram:
         reference, logits = two_classes(reference), two_classes(logits)
         change = np.asarray(logits, np.float64) - reference
         change -= change.mean(axis=-1, keepdims=True)
+        if self.rescaled:
+            z = np.asarray(reference, np.float64)
+            z = z - z.mean(axis=-1, keepdims=True)
+            size = np.sum(z * z, axis=-1, keepdims=True)
+            # d - z (z'd / z'z)
+            change -= z * (np.sum(z * change, axis=-1, keepdims=True) / np.maximum(size, 1e-300))
+        self.put(choice, change)
+
+    def put(self, choice: int, change: np.ndarray) -> None:
+        """The same, with what it changes given."""
         if self._changes is None:
             self._changes = np.zeros((len(self.total), change.size), np.float32)
         self._changes[choice] = change.ravel()
@@ -52,13 +65,17 @@ class Gram:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that `restore` needs, for a checkpoint."""
-        changes = {} if self._changes is None else {"gram_changes": self._changes}
-        return {"gram": self.total, **changes}
+        changes = {} if self._changes is None else {f"{self._name}_changes": self._changes}
+        return {self._name: self.total, **changes}
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Go on from a checkpoint; one without a Gram matrix leaves all as it is."""
-        if "gram" in arrays:
-            self.total = np.array(arrays["gram"])
+        if self._name in arrays:
+            self.total = np.array(arrays[self._name])
             self._changes = None
-            if "gram_changes" in arrays:
-                self._changes = np.array(arrays["gram_changes"])
+            if f"{self._name}_changes" in arrays:
+                self._changes = np.array(arrays[f"{self._name}_changes"])
+
+    @property
+    def _name(self) -> str:
+        return "rescaled_gram" if self.rescaled else "gram"

@@ -31,7 +31,7 @@ def single_layer_sweep(
     measure: Measure,
     *,
     base: Edits | None = None,
-    gram: Gram | None = None,
+    grams: Sequence[Gram] = (),
     stacked: bool = False,
     checkpoint: Checkpoint | None = None,
     progress: Progress = silent,
@@ -45,7 +45,7 @@ def single_layer_sweep(
       float network's logits and the changed network's; `start` numbers the first image.
     - `base`: edits of all the other layers; without, they are float. The reference stays the
       float network.
-    - `gram`: takes up the inner products of all changes of the logits.
+    - `grams`: take up the inner products of all changes of the logits.
     - `stacked`: run a layer's alternatives together along a new axis, for accelerators; on
       CPU it gains nothing, and sums run in another order.
     - `checkpoint`: keeps the sums so far, under the name `sweep`.
@@ -67,7 +67,7 @@ def single_layer_sweep(
     kept = checkpoint.load("sweep") or {}
     totals = kept.get("totals")
     finished = int(kept.get("steps", 0))
-    if gram is not None:
+    for gram in grams:
         gram.restore(kept)
     images, sites = len(jax.tree.leaves(inputs)[0]), len(network.sites)
     steps = -(-images // engine.batch_size) * sites
@@ -87,15 +87,18 @@ def single_layer_sweep(
                     if totals is None:
                         totals = np.zeros((len(network.names), columns, *measured.shape[1:]))
                     totals[row, column] += np.sum(measured, axis=0, dtype=np.float64)
-                    if gram is not None:
+                    for gram in grams:
                         gram.add(row * columns + column, reference, logits[:count])
-            if gram is not None and site == sites - 1:
-                gram.close()
+            if site == sites - 1:
+                for gram in grams:
+                    gram.close()
             state, _ = engine.step(state, site, base.get(site, NO_EDIT))
             progress("sweep", step, steps)
             if totals is not None and checkpoint.due():
                 done_so_far = {"totals": totals, "steps": np.array(step)}
-                checkpoint.save("sweep", done_so_far | ({} if gram is None else gram.arrays()))
+                for gram in grams:
+                    done_so_far |= gram.arrays()
+                checkpoint.save("sweep", done_so_far)
     assert totals is not None
     return totals / images
 

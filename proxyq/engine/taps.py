@@ -18,9 +18,11 @@ from proxyq.engine.divergence import (
     cross_entropy_of,
     divergence_from,
     kl_divergence,
+    rescaled_divergence,
     two_classes,
 )
 from proxyq.engine.engine import Engine
+from proxyq.engine.gauss_newton import gauss_newton
 from proxyq.engine.gradients import GRADIENT_NEEDS, record_gradients
 from proxyq.engine.gram import Gram
 from proxyq.engine.objectives import LABELS, Targets, objective, objective_for, targets
@@ -37,13 +39,23 @@ from proxyq.quantize import Rounding, quantize_columns
 
 SWEEP_NEEDS = {
     "kl": "KL to the float network when this layer alone is rounded, [bits], in nats",
+    "rescaled-kl": "the same, each prediction made as sure as suits it best, [bits], in nats",
     "loss-change": "rise of the cross-entropy when this layer alone is rounded, [bits], in nats",
     "logit-mse": "mean squared change of the logits when this layer alone is rounded, [bits]",
 }
 PAIR_NEEDS = {
     "coupling": "how alike the choices of all layers move the logits: `taps.correlation`",
+    "rescaled-coupling": "the same of what is not their scale: `taps.rescaled_correlation`",
     "pairs": "the loss with each choice, and with each pair of choices: `taps.pairs`",
+    "tangents": "KL to the float network to second order, for pairs of choices: `taps.curvature`",
 }
+OF_ALL = {
+    "coupling": "correlation",
+    "rescaled-coupling": "rescaled_correlation",
+    "pairs": "pairs",
+    "tangents": "curvature",
+}
+"""Where `Taps` has what is of all layers together."""
 NEEDS = {
     "weight": "the layer's weight, batch norm folded in",
     **FORWARD_NEEDS,
@@ -67,7 +79,7 @@ GOVERNS = {
     "centre": frozenset({"gram"}),
     "loss": frozenset(GRADIENT_NEEDS),
     "labels": frozenset({*GRADIENT_NEEDS, "loss-change", "pairs", "engine"}),
-    "temperature": frozenset({"kl", "pairs"}),
+    "temperature": frozenset({"kl", "pairs", "tangents"}),
     "pair_loss": frozenset({"pairs"}),
     "correction": frozenset({*SWEEP_NEEDS, *PAIR_NEEDS}),
 }
@@ -84,7 +96,7 @@ class TapOptions:
     - `loss`: what gradients are of: `cross-entropy`, `log-logit` or `logit-sum`.
     - `labels`: the targets: `data`, `predicted`, `sampled`, `probes` (see `Targets`), or `auto`
       (those of the data where there are any, else predicted).
-    - `temperature`: of both softmaxes in `kl`.
+    - `temperature`: of both softmaxes in KL.
     - `pair_loss`: what `pairs` measures: `kl` to the float network, or `cross-entropy`.
     - `correction`: of a layer that is measured alone: `none`, `weights` or `statistics` (see
       `engine.statistics`).
@@ -178,8 +190,10 @@ class Taps:
       small enough to be differentiated; `inputs`, `targets`: the images and what is true of
       them, for measured proxies (need `engine`).
     - `correlation`: with the need `coupling`, `rho` of the logits' changes for all choices,
-      `[choices, choices]`: for each layer its `bits`, then its `activation_bits`.
-    - `pairs`: with the need `pairs`, the losses of the same choices.
+      `[choices, choices]`: for each layer its `bits`, then its `activation_bits`;
+      `rescaled_correlation`: with the need `rescaled-coupling`, of what is not their scale.
+    - `pairs`: with the need `pairs`, the losses of the same choices; `curvature`: with the need
+      `tangents`, half the curvature of KL between them.
     - `checkpoint`: where a long computation of one proxy may keep how far it is.
     """
 
@@ -195,7 +209,9 @@ class Taps:
     memory: int | None = None
     rounding: Rounding = field(default_factory=Rounding)
     correlation: np.ndarray | None = None
+    rescaled_correlation: np.ndarray | None = None
     pairs: PairLosses | None = None
+    curvature: np.ndarray | None = None
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     progress: Progress = silent
 
@@ -309,7 +325,7 @@ def collect(
         for name, values in zip(network.names, found, strict=True):
             recorded[name].update(values)
     own = tuple(need for need in needs if need in SWEEP_NEEDS)
-    correlation = pairs = None
+    whole: dict[str, Any] = {}
     if own or set(needs) & set(PAIR_NEEDS):
         beside = tuple(activation_bits)
         alternatives = choices(
@@ -322,26 +338,39 @@ def collect(
             progress=progress,
         )
         kept: dict[str, Any] = {"checkpoint": checkpoint, "progress": progress}
-        if own or "coupling" in needs:
+        size = len(network.names) * (len(bits) + len(beside))
+        grams = {
+            name: Gram(size, rescaled=name == "rescaled-coupling")
+            for name in ("coupling", "rescaled-coupling")
+            if name in needs
+        }
+        if own or grams:
             own = own or ("kl",)
-            gram = Gram(len(network.names) * (len(bits) + len(beside)))
             table = single_layer_sweep(
                 engine,
                 inputs,
                 alternatives,
                 _measure(own, options, aims),
-                gram=gram if "coupling" in needs else None,
+                grams=list(grams.values()),
                 **kept,
             )
             for row, name in enumerate(network.names):
                 for i, need in enumerate(own):
                     recorded[name][need] = table[row, : len(bits), i]
                     recorded[name]["activation-" + need] = table[row, len(bits) :, i]
-            correlation = gram.correlation() if "coupling" in needs else None
+            for name, gram in grams.items():
+                whole[OF_ALL[name]] = gram.correlation()
         if "pairs" in needs:
             inside = beside_each_other(len(bits), len(beside))
             loss = _pair_loss(options, aims)
-            pairs = pair_sweep(engine, inputs, alternatives, loss, inside=inside, **kept)
+            found = pair_sweep(engine, inputs, alternatives, loss, inside=inside, **kept)
+            whole[OF_ALL["pairs"]] = found
+        if "tangents" in needs:
+            taped = _tape_engine(engine, images, memory)
+            found = gauss_newton(
+                taped, inputs, alternatives, temperature=options.temperature, **kept
+            )
+            whole[OF_ALL["tangents"]] = found
     if "input-error" in needs:
         widths = tuple(dict.fromkeys([*bits, *activation_bits]))
         for name, values in input_errors(engine, inputs, widths).items():
@@ -373,8 +402,7 @@ def collect(
         seed=seed,
         memory=memory,
         rounding=rounding,
-        correlation=correlation,
-        pairs=pairs,
+        **whole,
         checkpoint=checkpoint,
         progress=progress,
     )
@@ -392,6 +420,8 @@ def _measure(needs: tuple[str, ...], options: TapOptions, aims: Targets | None) 
         for need in needs:
             if need == "kl":
                 found.append(kl_divergence(reference, logits, temperature=options.temperature))
+            elif need == "rescaled-kl":
+                found.append(rescaled_divergence(reference, logits))
             elif need == "logit-mse":
                 # mean over outputs of (z' - z)^2
                 change = np.asarray(logits, np.float64) - reference

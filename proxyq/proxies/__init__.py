@@ -5,6 +5,7 @@ from proxyq.proxies._activation_mse import activation_mse as activation_mse
 from proxyq.proxies._clado import clado as clado
 from proxyq.proxies._first_order import first_order as first_order
 from proxyq.proxies._fisher import fisher as fisher
+from proxyq.proxies._gauss_newton import gauss_newton as gauss_newton
 from proxyq.proxies._grad_norm import grad_norm as grad_norm
 from proxyq.proxies._grasp import grasp as grasp
 from proxyq.proxies._hessian_eigenvalue import hessian_eigenvalue as hessian_eigenvalue
@@ -20,6 +21,7 @@ from proxyq.proxies._naswot import naswot as naswot
 from proxyq.proxies._orthogonality import orthogonality as orthogonality
 from proxyq.proxies._output_error import output_error as output_error
 from proxyq.proxies._quantization_entropy import quantization_entropy as quantization_entropy
+from proxyq.proxies._rescaled_coupling import rescaled_coupling as rescaled_coupling
 from proxyq.proxies._separability import separability as separability
 from proxyq.proxies._snip import snip as snip
 from proxyq.proxies._sqnr import sqnr as sqnr

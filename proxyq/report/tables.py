@@ -283,20 +283,18 @@ def candidates_table(report: Mapping[str, Any]) -> Table:
         Column(head="predicted KL", cells=[_nats(one["predicted_kl"]) for one in records]),
         Column(head="measured", cells=[_nats(one["kl_fitted"]) for one in records]),
         Column(head="held back", cells=[_nats(one["kl"]) for one in records]),
+        Column(head="rescaled", cells=[_nats(one["rescaled"]) for one in records]),
         Column(head="gap", cells=[f"{100 * one['gap']:.3g} %" for one in records]),
     ]
     refined = report.get("refined")
     lines = [
         f"KL to float, nats: on the {report['fitted_images']:,} images of the scores, and on "
-        f"{report['held_back_images']:,} held back",
+        f"{report['held_back_images']:,} held back; ranked by what is left of it, held back, up "
+        "to the scale of each image's logits (rescaled)",
         *_corrections(report),
     ]
-    wrecked = [one for one in records if "agreement" in one]
-    if wrecked:
-        each = ", ".join(f"{one['proxy']} {100 * one['agreement']:.0f} %" for one in wrecked)
-        lines.append(f"ranked by how often they agree with the float network: {each}")
     if refined:
-        lines.append(_refined(refined, report["kl"]))
+        lines.append(_refined(refined, report))
     lines += [f"note: {note}" for note in report.get("notes", ())]
     names = Column(head="candidate", cells=[one["proxy"] for one in records])
     return _named(names, columns, "\n".join(lines))
@@ -304,22 +302,25 @@ def candidates_table(report: Mapping[str, Any]) -> Table:
 
 def refinement(report: Mapping[str, Any]) -> str:
     """What refining a single proxy's plan changed."""
-    return "\n".join([_refined(report, report["kl"]), *_corrections(report)])
+    return "\n".join([_refined(report, report), *_corrections(report)])
 
 
-def _refined(refined: Mapping[str, Any], kl: float) -> str:
+def _refined(refined: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    before = refined["before"]
     return (
-        f"refined: {refined['changes']} layers changed in {refined['rounds']} rounds "
-        f"({refined['tried']} plans tried), KL held back {refined['kl_before']:.4g} to {kl:.4g}"
+        f"refined: {refined['changes']} layers changed in {refined['rounds']} "
+        f"round{'s' * (refined['rounds'] != 1)} ({refined['tried']} plans tried), held back "
+        f"rescaled {_nats(before['rescaled'])} to {_nats(after['rescaled'])}, "
+        f"KL {_nats(before['kl'])} to {_nats(after['kl'])}"
     )
 
 
 def _corrections(report: Mapping[str, Any]) -> list[str]:
-    """Held-back KL of a plan under each correction, and which is used."""
+    """Held-back divergence of a plan under each correction, and which is used."""
     found = report["corrections"]
     if len(found) < 2:
         return []
-    each = ", ".join(f"{name} {_nats(one['kl'])}" for name, one in found.items())
+    each = ", ".join(f"{name} {_nats(one['rescaled'])}" for name, one in found.items())
     return [f"correction: {report['correction']} (of one plan: {each})"]
 
 
