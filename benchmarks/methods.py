@@ -82,14 +82,18 @@ def plans(args):
 
 def scored(args, model, name):
     from proxyq.api.program import program
-    from proxyq.proxies import PROXIES, score
+    from proxyq.proxies import PROXIES, Cache, score
     from proxyq.proxies.cost import weight_errors
     from proxyq.search.allocate import InfeasibleError, solve
 
     proxy, options, changed = (*OURS[name], {}) if name in OURS else PUBLISHED[name]
     bits = changed.get("bits", BITS)
     inputs, labels = calibration(args, model, changed.get("samples", SAMPLES))
-    (scores,) = score(model, [(PROXIES.get(proxy), options)], inputs, labels=labels, bits=bits)
+    # An hour of pairs goes on where it was stopped; its CPU seconds are then those of the rest.
+    cache = Cache(folder(args) / "cache")
+    (scores,) = score(
+        model, [(PROXIES.get(proxy), options)], inputs, labels=labels, bits=bits, cache=cache
+    )
     errors = weight_errors(model, bits) if scores.shape == "layers" else None
     found, solved = {}, {}
     for budget in args.budgets:

@@ -10,16 +10,16 @@ from networks import mixer, small_net
 import proxyq
 from proxyq.api.program import program
 from proxyq.auto import Judge, choose, halves, improve, refine
-from proxyq.auto.choose import TIGHT, spelled
+from proxyq.auto.choose import STARTS, TIGHT, spelled
 from proxyq.auto.judge import BROKEN, Loss, Verdict
-from proxyq.auto.portfolio import portfolio
+from proxyq.auto.portfolio import MEMBERS, portfolio
 from proxyq.auto.refine import anchored, proposals
 from proxyq.engine.divergence import kl_divergence, rescaled_divergence
 from proxyq.engine.ranges import input_grids
 from proxyq.engine.statistics import correct_statistics, correct_weights, float_moments
 from proxyq.errors import UsageError
 from proxyq.model.function_import import from_function
-from proxyq.proxies import kl_delta, rescaled_coupling
+from proxyq.proxies import Cache, kl_delta, rescaled_coupling
 from proxyq.ptq.quantized import round_weights, with_input_grids
 from proxyq.search.allocate import solve
 from proxyq.search.allocate.assignment import used
@@ -210,6 +210,42 @@ def test_refinement_finds_what_is_better_and_not_what_only_seems_so(overfits):
     assert refine(judge, problem, start, spell, BITS, deadline=0.0).rounds == 0
 
 
+def test_the_sweep_is_kept_and_a_killed_one_goes_on(tmp_path):
+    model = small_net()
+
+    class Killed(Exception):
+        pass
+
+    def run(folder, stop=None):
+        seen = []
+
+        def progress(stage, done, total):
+            seen.append((stage, done))
+            if len(seen) == stop:
+                raise Killed
+
+        cache = None if folder is None else Cache(folder, every=0)
+        return portfolio(judge_of(model), BITS, cache=cache, progress=progress), seen
+
+    def whole(scores):
+        return [
+            (one.proxy, one.values.tobytes(), one.coupling is None or one.coupling.tobytes())
+            for one in scores
+        ]
+
+    direct, steps = run(None)
+    assert [one.proxy for one in direct] == list(MEMBERS)
+    kept, _ = run(tmp_path / "kept")
+    again, left = run(tmp_path / "kept")
+    assert not left and whole(direct) == whole(kept) == whole(again)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", len(steps) - 1)
+    assert list((tmp_path / "killed").glob("unfinished/*/sweep.safetensors"))
+    resumed, _ = run(tmp_path / "killed")
+    assert whole(resumed) == whole(direct)
+    assert not list((tmp_path / "killed").glob("unfinished/*/*"))
+
+
 def test_wrecked_networks_are_ranked_by_their_answers_and_refined():
     """At one bit a plan gets a round of refinement at effort `medium`; broken ones come last."""
     assert Loss(0.4, 9.0) < Loss(0.5, 1.0) < BROKEN
@@ -223,8 +259,9 @@ def test_wrecked_networks_are_ranked_by_their_answers_and_refined():
     report = choose(judge, problem_of("size=1bit"), (1, 2), fixed=fixed, correction="none").report
     losses = [one["rescaled"] for one in report["candidates"]]
     assert losses == sorted(losses) and losses[0] > TIGHT
-    assert report["candidates"][0]["proxy"] == report["chosen"]
-    assert report["refined"]["rounds"] == 1
+    assert 1 <= report["refined"]["rounds"] <= STARTS
+    assert report["refined"]["from"] == report["chosen"]
+    assert report["rescaled"] <= losses[0]
     calm = choose(judge, problem_of("size=8bit"), (7, 8), fixed=fixed, correction="none").report
     assert calm["rescaled"] < TIGHT and "refined" not in calm
 

@@ -111,7 +111,7 @@ def test_auto_correction_is_chosen_on_training_images_and_helps(resnet20, images
         correction="auto",
     )
     assert quantized.correction == "statistics"
-    kl = quantized.notes["held_back_kl"]
+    kl = quantized.notes["held_back_rescaled"]
     assert kl["statistics"] < 0.2 * kl["none"]
 
 

@@ -115,7 +115,7 @@ def test_auto_keeps_what_is_closest_on_held_back_images():
     engine = Engine.build(model, len(x))
     edits = round_weights(engine, dict.fromkeys(engine.network.names, 3))
     chosen, used, notes = correct(engine, edits, x, "auto")
-    kl = notes["held_back_kl"]
+    kl = notes["held_back_rescaled"]
     assert set(kl) == {"none", "weights", "statistics"}
     assert used == min(kl, key=kl.get)
     assert notes["held_back_images"] == 16
@@ -130,7 +130,8 @@ def test_auto_keeps_nothing_where_correction_hurts():
     engine = Engine.build(model, 64)
     edits = round_weights(engine, dict.fromkeys(engine.network.names, 16))
     _, used, notes = correct(engine, edits, images(model), "auto")
-    assert notes["held_back_kl"][used] <= notes["held_back_kl"]["none"] < 1e-6
+    found = notes["held_back_rescaled"]
+    assert found[used] <= found["none"] <= notes["held_back_kl"]["none"] < 1e-6
 
 
 def test_corrections_that_need_images_say_so():

@@ -200,6 +200,7 @@ def search(
             time_limit=time_limit,
             time_budget=time_budget,
             refine_seconds=refine,
+            cache=kept,
             progress=progress,
         )
         scores, answer, correction = outcome.scores, outcome.answer, outcome.correction

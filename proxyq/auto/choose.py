@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -13,17 +13,20 @@ from proxyq.auto.portfolio import free_scores, portfolio, sweep_passes
 from proxyq.auto.refine import Refined, Spell, refine, round_passes
 from proxyq.errors import UsageError
 from proxyq.progress import Progress, silent
-from proxyq.proxies import Scores
+from proxyq.proxies import Cache, Scores
 from proxyq.ptq.correct import CORRECTIONS
 from proxyq.search.allocate import Assignment, Problem, finish, solve
 
 Effort = Literal["low", "medium", "high"]
 HELD_BACK = {"low": 1, "medium": 2, "high": 4}
 """Images held back at most, as a multiple of those that are fitted on."""
-ROUNDS = {"low": 0, "medium": 0, "high": 2}
+ROUNDS = {"low": 0, "medium": 0, "high": 3}
 TIGHT = 0.5
 """Nats of rescaled divergence from which on a plan is worth a round of refinement at effort
 `medium`: what is measured from the float network on tells little of such a plan."""
+STARTS = 3
+"""So many plans are refined where the best one is that far off: which of them leads furthest is
+not the one that measures best."""
 ENDLESS = 1_000_000
 COUPLED_NODES = 50
 """Of the tree for a coupled candidate: its plan is found before the first; a proof is not needed
@@ -84,20 +87,21 @@ def choose(
     time_limit: float = 60.0,
     time_budget: float | None = None,
     refine_seconds: float = 0.0,
+    cache: Cache | None = None,
     progress: Progress = silent,
 ) -> Outcome:
     """The plan that diverges least from the float network, of those that many costs propose.
 
     1. `output-error` and `sqnr`, which cost a few forward passes, propose a plan each; the
        corrections of layer statistics are compared on the first (`correction="auto"`).
-    2. From effort `medium` on, one sweep over single layers, corrected likewise, gives KL, KL at
-       temperature 2 and logit coupling, each of which proposes a plan.
-    3. At effort `high`, with `refine_seconds`, or where the best plan is far from the float
-       network (`TIGHT`), it is refined.
+    2. From effort `medium` on, one sweep over single layers, corrected likewise, gives the costs
+       of the `portfolio`, each of which proposes a plan.
+    3. The best is refined at effort `high`, or for `refine_seconds`. Where it is far from the
+       float network (`TIGHT`), the best few are, at effort `medium` too.
 
     Every plan is measured on images held back. `problem_of` turns scores into the problem with
-    its budgets. `time_budget` seconds bound steps 2 and 3: what would take longer, by the
-    forward passes timed in step 1, is left out, which the report says.
+    its budgets; `cache` keeps the sweep. `time_budget` seconds bound steps 2 and 3: what would
+    take longer, by the forward passes timed in step 1, is left out, which the report says.
     """
     started = time.perf_counter()
     left = float("inf") if time_budget is None else time_budget
@@ -135,51 +139,89 @@ def choose(
             "budget, and was left out"
         )
     elif effort != "low":
-        propose(portfolio(judge, bits, activation_bits, progress=progress))
-    best = min(candidates, key=lambda one: one.verdict.held_back)
-    answer, verdict = best.answer, best.verdict
+        propose(portfolio(judge, bits, activation_bits, cache=cache, progress=progress))
+    ranked = sorted(candidates, key=lambda one: one.verdict.held_back)
     report: dict[str, Any] = {
         "effort": effort,
         "corrections": {name: _loss(loss) for name, loss in by_correction.items()},
         "correction": judge.correction,
         "fitted_images": len(jax.tree.leaves(judge.fit)[0]),
         "held_back_images": len(jax.tree.leaves(judge.check)[0]),
-        "candidates": [
-            _record(one, bits, fixed)
-            for one in sorted(candidates, key=lambda one: one.verdict.held_back)
-        ],
-        "chosen": best.scores.proxy,
+        "candidates": [_record(one, bits, fixed) for one in ranked],
     }
+    best = ranked[0]
+    tight = best.verdict.held_back.rescaled > TIGHT
+    rounds = ENDLESS if refine_seconds else ROUNDS[effort] or int(tight and effort == "medium")
+    starts = _distinct(ranked, fixed)[: STARTS if tight else 1] if rounds else []
     now = time.perf_counter()
-    rounds = ROUNDS[effort]
-    if effort == "medium" and verdict.held_back.rescaled > TIGHT:
-        rounds = 1
-    if rounds and not refine_seconds:
+    if starts and not refine_seconds:
         needed = round_passes(judge, bits, activation_bits) * per_pass
-        if now + needed > started + left:
-            rounds = 0
+        within = int(max(started + left - now, 0.0) / needed) if left < float("inf") else STARTS
+        if within < len(starts):
             notes.append(
-                f"a round of refinement would take about {needed:.0f} s, beyond the time budget, "
-                "and was left out"
+                f"a round of refinement would take about {needed:.0f} s; the time budget leaves "
+                f"{within} of {len(starts)}"
             )
-    if rounds or refine_seconds:
-        found = refine(
-            judge,
-            best.problem,
-            answer.choice,
-            spelled(best.problem, fixed),
-            bits,
-            activation_bits,
-            rounds=ENDLESS if refine_seconds else rounds,
-            deadline=min(started + left, now + (refine_seconds or float("inf"))),
-            progress=progress,
+            starts, rounds = starts[:within], 1
+    answer, verdict = best.answer, best.verdict
+    if starts:
+        deadline = min(started + left, now + (refine_seconds or float("inf")))
+        best, answer, verdict, report["refined"] = _refine_best(
+            judge, starts, fixed, bits, activation_bits, rounds, deadline, progress
         )
-        answer, report["refined"] = _refined(answer, found, verdict)
-        verdict = found.verdict
-    report |= {**_loss(verdict.held_back), "kl_fitted": _finite(verdict.fitted.kl)}
+    report |= {
+        "chosen": best.scores.proxy,
+        **_loss(verdict.held_back),
+        "kl_fitted": _finite(verdict.fitted.kl),
+    }
     if notes:
         report["notes"] = notes
     return Outcome(scores=best.scores, answer=answer, correction=judge.correction, report=report)
+
+
+def _distinct(candidates: Sequence[Candidate], fixed: Sequence[int | None]) -> list[Candidate]:
+    """Candidates with different plans, the first of each."""
+    found: dict[tuple[Choice, ...], Candidate] = {}
+    for one in candidates:
+        found.setdefault(tuple(spelled(one.problem, fixed)(one.answer.choice)), one)
+    return list(found.values())
+
+
+def _refine_best(
+    judge: Judge,
+    starts: Sequence[Candidate],
+    fixed: Sequence[int | None],
+    bits: Sequence[int],
+    activation_bits: Sequence[int],
+    rounds: int,
+    deadline: float,
+    progress: Progress,
+) -> tuple[Candidate, Assignment, Verdict, dict[str, Any]]:
+    """A round of refinement from every start, the others from the best: which start, and all."""
+    tried = done = 0
+
+    def refined(start: Candidate, choice: Sequence[int], rounds: int) -> Refined:
+        nonlocal tried, done
+        found = refine(
+            judge,
+            start.problem,
+            choice,
+            spelled(start.problem, fixed),
+            bits,
+            activation_bits,
+            rounds=rounds,
+            deadline=deadline,
+            progress=progress,
+        )
+        tried, done = tried + found.tried, done + found.rounds
+        return found
+
+    found = [(start, refined(start, start.answer.choice, 1)) for start in starts]
+    best, first = min(found, key=lambda one: one[1].verdict.held_back)
+    last = refined(best, first.choice, rounds - 1) if rounds > 1 else first
+    whole = replace(last, rounds=done, tried=tried)
+    answer, report = _refined(best.answer, whole, best.verdict)
+    return best, answer, whole.verdict, {"from": best.scores.proxy, **report}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from proxyq.engine.rounded import rounded_layer
 from proxyq.engine.statistics import Moments, correct_statistics, correct_weights, float_moments
 from proxyq.errors import ProxyqError
 from proxyq.model.model import Model
+from proxyq.ptq.correct import held_back
 from proxyq.ptq.quantized import with_input_grids
 from proxyq.quantize import Rounding
 
@@ -173,6 +174,5 @@ def halves(images: int, most: int) -> tuple[np.ndarray, np.ndarray]:
     rows = np.arange(images)
     if images >= most + max(8, most // 4):
         return rows[:most], rows[most:]
-    # A fixed shuffle: data sets often alternate classes, and every fourth image then misses some.
-    held = np.random.default_rng(0).permutation(images) % 4 == 3
+    held = held_back(images)
     return rows[~held], rows[held]

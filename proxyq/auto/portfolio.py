@@ -10,7 +10,9 @@ decides.
 - `rescaled-coupling`: with the coupling of what is not the scale of the logits.
 """
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -21,10 +23,20 @@ from proxyq.engine.alternatives import choices, spread
 from proxyq.engine.divergence import kl_divergence, rescaled_divergence
 from proxyq.engine.gram import Gram
 from proxyq.progress import Progress, silent
-from proxyq.proxies import Scores, output_error, sqnr
+from proxyq.proxies import Cache, Scores, output_error, sqnr
 from proxyq.proxies._logit_coupling import coupling_of
 
 TEMPERATURES = (1.0, 2.0)
+
+
+def _at(temperature: float) -> str:
+    return "" if temperature == 1 else f"-temperature-{temperature:g}"
+
+
+MEMBERS = (
+    *(f"{name}{_at(t)}" for t in TEMPERATURES for name in ("kl", "logit-coupling")),
+    "rescaled-coupling",
+)
 
 
 def free_scores(
@@ -80,13 +92,59 @@ def portfolio(
     bits: Sequence[int],
     activation_bits: Sequence[int] = (),
     *,
-    checkpoint: Checkpoint | None = None,
+    cache: Cache | None = None,
     progress: Progress = silent,
 ) -> list[Scores]:
-    """Scores of one sweep over single layers, each corrected as the judge corrects plans."""
+    """Scores of one sweep over single layers, each corrected as the judge corrects plans.
+
+    `cache` keeps them, and how far the sweep is, for another process.
+    """
     key = ("portfolio", judge.correction, tuple(bits), tuple(activation_bits))
-    if key in judge.kept:
-        return judge.kept[key]
+    if key not in judge.kept:
+        judge.kept[key] = _kept(judge, bits, activation_bits, cache or Cache(), progress)
+    return judge.kept[key]
+
+
+def _kept(
+    judge: Judge,
+    bits: Sequence[int],
+    activation_bits: Sequence[int],
+    cache: Cache,
+    progress: Progress,
+) -> list[Scores]:
+    """The portfolio from the cache, or else measured and kept there."""
+    model = judge.engine.network.model
+    facts = cache.facts(
+        model,
+        inputs=judge.fit,
+        labels=None,
+        rounding=judge.rounding,
+        bits=list(bits),
+        activation_bits=list(activation_bits),
+        correction=judge.correction,
+        temperatures=TEMPERATURES,
+        portfolio=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    )
+    keys = {name: cache.group_key({**facts, "member": name}) for name in MEMBERS}
+    found = [cache.load(keys[name], model) for name in MEMBERS]
+    whole = [scores for scores in found if scores is not None]
+    if len(whole) == len(MEMBERS):
+        return whole
+    checkpoint = cache.checkpoint(cache.group_key(facts))
+    measured = _measured(judge, bits, activation_bits, checkpoint, progress)
+    for scores in measured:
+        cache.save(keys[scores.proxy], scores)
+    checkpoint.clear()
+    return measured
+
+
+def _measured(
+    judge: Judge,
+    bits: Sequence[int],
+    activation_bits: Sequence[int],
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> list[Scores]:
     engine, layers = judge.engine, judge.engine.network.layers
     alternatives = choices(
         engine,
@@ -134,9 +192,7 @@ def portfolio(
         )
 
     for temperature, k in zip(TEMPERATURES, costs[:-1], strict=True):
-        at = "" if temperature == 1 else f"-temperature-{temperature:g}"
-        add(f"kl{at}", k)
-        add(f"logit-coupling{at}", k, gram.correlation())
+        add(f"kl{_at(temperature)}", k)
+        add(f"logit-coupling{_at(temperature)}", k, gram.correlation())
     add("rescaled-coupling", costs[-1], rescaled.correlation())
-    judge.kept[key] = found
     return found

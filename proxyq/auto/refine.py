@@ -28,7 +28,7 @@ from proxyq.search.allocate import InfeasibleError, Limit, Problem, solve
 from proxyq.search.allocate.assignment import used
 
 CHANGES = (2, 3, 4, 6, 9)
-EXCHANGES = 10
+EXCHANGES = 20
 AT_LEAST = 3
 """Proposals that a round tries even if time is over: its sweep was the larger part."""
 
@@ -83,7 +83,9 @@ def refine(
 
 def round_passes(judge: Judge, bits: Sequence[int], activation_bits: Sequence[int] = ()) -> float:
     """Forward passes of all `fit` images that a round takes, about."""
-    return sweep_passes(judge, bits, activation_bits) + 5 * (len(CHANGES) + EXCHANGES)
+    return sweep_passes(judge, bits, activation_bits) + judge.plan_passes * (
+        len(CHANGES) + EXCHANGES
+    )
 
 
 def anchored(
@@ -163,7 +165,7 @@ def proposals(problem: Problem, choice: Sequence[int], rise: np.ndarray) -> list
     for most in CHANGES:
         near = Limit(name="changes", usage=moved, budget=most)
         try:
-            answer = solve(replace(separable, limits=(*problem.limits, near)), "greedy")
+            answer = solve(replace(separable, limits=(*problem.limits, near)), time_limit=5.0)
         except InfeasibleError:  # pragma: no cover - the plan itself keeps all limits
             continue
         found[answer.choice] = None
@@ -205,7 +207,7 @@ def _exchanges(problem: Problem, choice: Sequence[int], rise: np.ndarray) -> lis
         taken = own[:, None] + own[None]
         np.fill_diagonal(taken, own)
         fits &= taken <= free
-    total = np.where(np.triu(fits) & (total < 0), total, np.inf)
+    total = np.where(np.triu(fits), total, np.inf)
     found = []
     for place in np.argsort(total, axis=None, kind="stable")[:EXCHANGES]:
         a, b = divmod(int(place), len(owner))

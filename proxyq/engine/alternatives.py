@@ -1,6 +1,6 @@
 """The choices of every layer as edits: its weight at each bit-width, its input at each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from proxyq.engine.statistics import (
     float_moments,
 )
 from proxyq.errors import UsageError
+from proxyq.model.network import Network
 from proxyq.progress import Progress, silent
 from proxyq.quantize import Rounding
 
@@ -58,6 +59,20 @@ def choices(
         moments = moments or float_moments(engine, inputs, progress=progress)[0]
         return corrected_alternatives(engine, found, inputs, moments, base=base, progress=progress)
     return found
+
+
+def columns_of(network: Network, alternatives: Mapping[str, Sequence[Edits]]) -> int:
+    """How many alternatives every layer has.
+
+    **Raises** `UsageError` when a layer is missing or has another number of them.
+    """
+    numbers = {len(alternatives.get(name, ())) for name in network.names}
+    if len(numbers) != 1 or set(alternatives) - set(network.names):
+        raise UsageError(
+            "`alternatives` must hold every layer of the network, each with the same number of "
+            "edits."
+        )
+    return numbers.pop()
 
 
 def beside_each_other(bits: int, activation_bits: int) -> list[tuple[int, int]]:

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.checkpoint import Checkpoint
+from proxyq.engine.alternatives import columns_of
 from proxyq.engine.backward import Tape, record
 from proxyq.engine.divergence import log_softmax, two_classes
 from proxyq.engine.engine import Edits, Engine
 from proxyq.engine.gram import Gram
 from proxyq.engine.objectives import Targets, cross_entropy
-from proxyq.errors import UsageError
 from proxyq.progress import Progress, silent
 
 
@@ -48,13 +48,7 @@ def gauss_newton(
     **Raises** `UsageError` when a layer is missing or has another number of alternatives.
     """
     names = engine.network.names
-    numbers = {len(alternatives.get(name, ())) for name in names}
-    if len(numbers) != 1 or set(alternatives) - set(names):
-        raise UsageError(
-            "`alternatives` must hold every layer of the network, each with the same number of "
-            "edits."
-        )
-    columns = numbers.pop()
+    columns = columns_of(engine.network, alternatives)
     checkpoint = checkpoint or Checkpoint()
     kept = checkpoint.load("tangents") or {}
     gram = Gram(len(names) * columns)

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from proxyq.checkpoint import Checkpoint
+from proxyq.engine.alternatives import columns_of
 from proxyq.engine.engine import Edits, Engine
 from proxyq.engine.segments import NO_EDIT, Edit
-from proxyq.errors import UsageError
 from proxyq.model.model import logits_of
 from proxyq.progress import Progress, silent
 
@@ -64,13 +64,7 @@ def pair_sweep(
     **Raises** `UsageError` when a layer is missing or has another number of alternatives.
     """
     network = engine.network
-    numbers = {len(alternatives.get(name, ())) for name in network.names}
-    if len(numbers) != 1 or set(alternatives) - set(network.names):
-        raise UsageError(
-            "`alternatives` must hold every layer of the network, each with the same number of "
-            "edits."
-        )
-    columns = numbers.pop()
+    columns = columns_of(network, alternatives)
     choices = columns * len(network.names)
     starting = {network.sites_of(name)[0]: row for row, name in enumerate(network.names)}
     checkpoint = checkpoint or Checkpoint()

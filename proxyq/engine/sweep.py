@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from proxyq.checkpoint import Checkpoint
+from proxyq.engine.alternatives import columns_of
 from proxyq.engine.engine import Edits, Engine
 from proxyq.engine.gram import Gram
 from proxyq.engine.segments import NO_EDIT
-from proxyq.errors import UsageError
 from proxyq.model.model import logits_of
 from proxyq.progress import Progress, silent
 
@@ -54,15 +54,9 @@ def single_layer_sweep(
     """
     network = engine.network
     base = base or {}
-    numbers = {len(alternatives.get(name, ())) for name in network.names}
-    if len(numbers) != 1 or set(alternatives) - set(network.names):
-        raise UsageError(
-            "`alternatives` must hold every layer of the network, each with the same number of "
-            "edits."
-        )
     # A layer used several times is changed at all its places: its run starts at the first.
     starting = {network.sites_of(name)[0]: row for row, name in enumerate(network.names)}
-    columns = numbers.pop()
+    columns = columns_of(network, alternatives)
     checkpoint = checkpoint or Checkpoint()
     kept = checkpoint.load("sweep") or {}
     totals = kept.get("totals")

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from proxyq.engine import Edit, Edits, Engine
-from proxyq.engine.divergence import kl_divergence
+from proxyq.engine.divergence import kl_divergence, rescaled_divergence
 from proxyq.engine.statistics import correct_statistics, correct_weights, float_moments
 from proxyq.errors import UsageError
 from proxyq.progress import Progress, silent
@@ -33,8 +33,8 @@ def correct(
     """Apply a correction; returns the edits, what was used, and what was measured for it.
 
     `auto` fits on three quarters of the images and compares `none`, `weights` and
-    `statistics` by KL to the float network on the last quarter; the winner is fitted again on
-    all of them.
+    `statistics` on the last quarter, by KL to the float network up to the scale of each
+    prediction's logits (`rescaled_divergence`); the winner is fitted again on all of them.
 
     **Raises** `UsageError` for an unknown correction, or when images are needed and missing.
     """
@@ -57,8 +57,7 @@ def correct(
     if correction == "statistics":
         fitted = correct_statistics(engine, edits, inputs, moments, progress=progress)
         return fitted, "statistics", {}
-    # A fixed shuffle: data sets often alternate classes, and every fourth image then misses some.
-    held = np.random.default_rng(0).permutation(images) % 4 == 3
+    held = held_back(images)
     fit, check = (jax.tree.map(lambda x, rows=rows: x[rows], inputs) for rows in (~held, held))
     candidates = {
         "none": dict(edits),
@@ -67,12 +66,30 @@ def correct(
             engine, edits, fit, [m.take(~held) for m in moments], progress=progress
         ),
     }
-    kl = {
-        name: float(kl_divergence(logits[held], engine.logits(check, candidate)).mean())
-        for name, candidate in candidates.items()
+    changed = {name: engine.logits(check, candidate) for name, candidate in candidates.items()}
+    found = {
+        how.__name__: {name: float(how(logits[held], z).mean()) for name, z in changed.items()}
+        for how in (kl_divergence, rescaled_divergence)
     }
-    best = min(kl, key=kl.__getitem__)
+    rescaled = found["rescaled_divergence"]
+    best = min(rescaled, key=rescaled.__getitem__)
     chosen = candidates[best]
     if best == "statistics":
         chosen = correct_statistics(engine, edits, inputs, moments, progress=progress)
-    return chosen, best, {"held_back_kl": kl, "held_back_images": int(held.sum())}
+    return (
+        chosen,
+        best,
+        {
+            "held_back_kl": found["kl_divergence"],
+            "held_back_rescaled": rescaled,
+            "held_back_images": int(held.sum()),
+        },
+    )
+
+
+def held_back(images: int) -> np.ndarray:
+    """Which quarter of the images is not fitted on: `[images]`, true or false.
+
+    By a fixed shuffle: data sets often alternate classes, and every fourth image misses some.
+    """
+    return np.random.default_rng(0).permutation(images) % 4 == 3

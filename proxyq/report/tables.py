@@ -307,8 +307,9 @@ def refinement(report: Mapping[str, Any]) -> str:
 
 def _refined(refined: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     before = refined["before"]
+    start = f" the plan of {refined['from']}" if "from" in refined else ""
     return (
-        f"refined: {refined['changes']} layers changed in {refined['rounds']} "
+        f"refined{start}: {refined['changes']} layers changed in {refined['rounds']} "
         f"round{'s' * (refined['rounds'] != 1)} ({refined['tried']} plans tried), held back "
         f"rescaled {_nats(before['rescaled'])} to {_nats(after['rescaled'])}, "
         f"KL {_nats(before['kl'])} to {_nats(after['kl'])}"
