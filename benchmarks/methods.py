@@ -7,10 +7,10 @@ Three steps, each of which keeps what it finished and goes on from there:
     python benchmarks/methods.py table --weights W --into DIR --out docs/methods_cifar10.md
 
 `plans` measures each method on 256 training images and solves for every budget; `--methods` picks
-some. What a paper publishes is measured and solved without correction. `logit-coupling` and
-`auto` are there twice: for networks that run as rounding leaves them, and with the statistics of
-layers restored in the loop. `accuracy` runs every plan on the test images, as it is and with
-statistics restored on 1,024 training images; plans that several methods agree on are run once.
+some. What a paper publishes is measured and solved without correction. Ours are there for
+networks that run as rounding leaves them, some of them again with the statistics of layers
+restored in the loop. `accuracy` runs every plan on the test images, as it is and with statistics
+restored on 1,024 training images; plans that several methods agree on are run once.
 """
 
 import argparse
@@ -36,6 +36,8 @@ PUBLISHED = {
 OURS = {
     "output-error": ("output-error", {}),
     "logit-coupling": ("logit-coupling", {}),
+    "rescaled-coupling": ("rescaled-coupling", {}),
+    "gauss-newton": ("gauss-newton", {}),
     "logit-coupling, in the loop": ("logit-coupling", {"correction": "statistics"}),
     "single KL, in the loop": ("kl-delta", {"correction": "statistics"}),
 }

@@ -182,6 +182,9 @@ class Told(Judge):
         super().__init__(model, x[:16], x[16:])
         self.worth = worth
 
+    def fitted(self, plan):
+        return self.measure(plan).fitted
+
     def measure(self, plan):
         fitted, held_back = self.worth(plan)
         return Verdict(Loss(fitted, fitted), Loss(held_back, held_back))

@@ -77,7 +77,9 @@ class Judge:
         self._rounded: dict[tuple[str, int], dict[int, Edit]] = {}
         self._samples: dict[int, np.ndarray] = {}
         self.kept: dict[Any, Any] = {}
+        self._fitted: dict[tuple[Any, ...], Loss] = {}
         self._verdicts: dict[tuple[Any, ...], Verdict] = {}
+        self._last: tuple[tuple[Any, ...], Edits] | None = None
         self._ratio = len(jax.tree.leaves(check)[0]) / len(jax.tree.leaves(fit)[0])
 
     @property
@@ -101,9 +103,14 @@ class Judge:
         return self.engine.logits(self.check)
 
     @property
+    def trial_passes(self) -> float:
+        """Forward passes of all `fit` images that `fitted` takes, about."""
+        return 1 + (2 if self.correction == "statistics" else 0)
+
+    @property
     def plan_passes(self) -> float:
-        """Forward passes of all `fit` images that measuring a plan takes, about."""
-        return 1 + self._ratio + (2 if self.correction == "statistics" else 0)
+        """The same of `measure`."""
+        return self.trial_passes + self._ratio
 
     def edits(self, plan: Sequence[Choice]) -> dict[int, Edit]:
         """The network of a plan, rounded and corrected."""
@@ -129,17 +136,29 @@ class Judge:
             return correct_statistics(self.engine, edits, self.fit, self.moments)
         return edits
 
+    def fitted(self, plan: Sequence[Choice]) -> Loss:
+        """A plan's loss on the images that its correction is fitted on, which is the cheaper."""
+        key = (self.correction, *plan)
+        if key not in self._fitted:
+            self.passes += 1
+            self._fitted[key] = self._loss(self._float[1], self.fit, self._edits_of(key, plan))
+        return self._fitted[key]
+
     def measure(self, plan: Sequence[Choice]) -> Verdict:
         """How far a plan's network is from the float one; a plan is run once."""
         key = (self.correction, *plan)
         if key not in self._verdicts:
-            edits = self.edits(plan)
-            self.passes += 1 + self._ratio
-            self._verdicts[key] = Verdict(
-                self._loss(self._float[1], self.fit, edits),
-                self._loss(self._reference, self.check, edits),
-            )
+            fitted = self.fitted(plan)
+            self.passes += self._ratio
+            held_back = self._loss(self._reference, self.check, self._edits_of(key, plan))
+            self._verdicts[key] = Verdict(fitted, held_back)
         return self._verdicts[key]
+
+    def _edits_of(self, key: tuple[Any, ...], plan: Sequence[Choice]) -> Edits:
+        """The edits of the plan that was asked for last are kept."""
+        if self._last is None or self._last[0] != key:
+            self._last = key, self.edits(plan)
+        return self._last[1]
 
     def best_correction(self, plan: Sequence[Choice], among: Sequence[str]) -> dict[str, Loss]:
         """Held-back loss of a plan under each correction; the best is set from now on.

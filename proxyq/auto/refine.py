@@ -73,8 +73,10 @@ def refine(
             if number >= AT_LEAST and time.perf_counter() >= deadline:
                 break
             tried += 1
+            if not judge.fitted(spell(candidate)) < verdict.fitted:
+                continue
             found = judge.measure(spell(candidate))
-            if found.fitted < verdict.fitted and found.held_back < verdict.held_back:
+            if found.held_back < verdict.held_back:
                 best, verdict = candidate, found
         if best == start:
             break
@@ -83,7 +85,7 @@ def refine(
 
 def round_passes(judge: Judge, bits: Sequence[int], activation_bits: Sequence[int] = ()) -> float:
     """Forward passes of all `fit` images that a round takes, about."""
-    return sweep_passes(judge, bits, activation_bits) + judge.plan_passes * (
+    return sweep_passes(judge, bits, activation_bits) + judge.trial_passes * (
         len(CHANGES) + EXCHANGES
     )
 
