@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1] / "proxyq"
 STAGES = [
     (
         "errors",
+        "executor",
         "files",
         "checkpoint",
         "progress",

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from proxyq.api.model_spec import ModelSpec
 from proxyq.data import (
     Data,
     check_fits,
@@ -54,13 +55,17 @@ class Prepared:
 
 
 def as_model(model: Any = None, **load_options: Any) -> Model:
-    """A `Model` from what people have: a `Model`, a specification such as
+    """A `Model` from what people have: a `Model` or `ModelSpec`, a specification such as
     `torchvision:resnet18`, or `None` for the embedded network.
 
     **Raises** `UsageError` for anything else, telling how to import a module.
     """
     if isinstance(model, Model):
         return model
+    if isinstance(model, ModelSpec):
+        loaded = model.load()
+        loaded.check_finite()
+        return loaded
     if model is None or isinstance(model, str):
         loaded = load_model(model, **load_options)
         loaded.check_finite()

@@ -8,22 +8,24 @@ from typing import Any, Literal
 
 import jax
 
-from proxyq.auto.judge import Choice, Judge, Loss, Verdict
+from proxyq.auto.judge import Judge, Loss, Verdict
 from proxyq.auto.portfolio import free_scores, portfolio, sweep_passes
 from proxyq.auto.refine import Refined, Spell, refine, round_passes
 from proxyq.errors import UsageError
 from proxyq.progress import Progress, silent
 from proxyq.proxies import Cache, Scores
 from proxyq.ptq.correct import CORRECTIONS
+from proxyq.ptq.plan_edits import Choice
 from proxyq.search.allocate import Assignment, Problem, finish, solve
 
 Effort = Literal["low", "medium", "high"]
 HELD_BACK = {"low": 1, "medium": 2, "high": 4}
 """Images held back at most, as a multiple of those that are fitted on."""
-ROUNDS = {"low": 0, "medium": 0, "high": 3}
+ROUNDS = {"low": 0, "medium": 0, "high": 4}
 TIGHT = 0.5
-"""Nats of rescaled divergence from which on a plan is worth a round of refinement at effort
-`medium`: what is measured from the float network on tells little of such a plan."""
+"""Nats of rescaled divergence from which on a plan is worth refinement at effort `medium` too:
+what is measured from the float network on tells little of such a plan."""
+TIGHT_ROUNDS = {"low": 0, "medium": 2, "high": 4}
 STARTS = 3
 """So many plans are refined where the best one is that far off: which of them leads furthest is
 not the one that measures best."""
@@ -151,7 +153,7 @@ def choose(
     }
     best = ranked[0]
     tight = best.verdict.held_back.rescaled > TIGHT
-    rounds = ENDLESS if refine_seconds else ROUNDS[effort] or int(tight and effort == "medium")
+    rounds = ENDLESS if refine_seconds else (TIGHT_ROUNDS if tight else ROUNDS)[effort]
     starts = _distinct(ranked, fixed)[: STARTS if tight else 1] if rounds else []
     now = time.perf_counter()
     if starts and not refine_seconds:

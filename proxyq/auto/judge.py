@@ -15,19 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from proxyq.engine import Edit, Edits, Engine
+from proxyq.engine import Edits, Engine
 from proxyq.engine.divergence import kl_divergence, rescaled_divergence
-from proxyq.engine.ranges import fit_input_grid, input_samples
-from proxyq.engine.rounded import rounded_layer
-from proxyq.engine.statistics import Moments, correct_statistics, correct_weights, float_moments
+from proxyq.engine.statistics import Moments
 from proxyq.errors import ProxyqError
 from proxyq.model.model import Model
 from proxyq.ptq.correct import held_back
-from proxyq.ptq.quantized import with_input_grids
+from proxyq.ptq.plan_edits import Choice, PlanEdits
 from proxyq.quantize import Rounding
-
-Choice = tuple[int | None, int | None]
-"""Weight and activation bits of a layer; `None` is float."""
 
 
 class Loss(NamedTuple):
@@ -74,8 +69,7 @@ class Judge:
         self.rounding, self.correction = rounding or Rounding(), correction
         self.engine = Engine.build(model, len(jax.tree.leaves(fit)[0]), memory=memory)
         self.passes = 0.0
-        self._rounded: dict[tuple[str, int], dict[int, Edit]] = {}
-        self._samples: dict[int, np.ndarray] = {}
+        self._plan_edits = PlanEdits(self.engine, fit, self.rounding)
         self.kept: dict[Any, Any] = {}
         self._fitted: dict[tuple[Any, ...], Loss] = {}
         self._verdicts: dict[tuple[Any, ...], Verdict] = {}
@@ -90,7 +84,7 @@ class Judge:
     @cached_property
     def _float(self) -> tuple[list[Moments], np.ndarray]:
         self.passes += 1
-        return float_moments(self.engine, self.fit)
+        return self._plan_edits.float_run
 
     @property
     def moments(self) -> list[Moments]:
@@ -112,29 +106,10 @@ class Judge:
         """The same of `measure`."""
         return self.trial_passes + self._ratio
 
-    def edits(self, plan: Sequence[Choice]) -> dict[int, Edit]:
+    def edits(self, plan: Sequence[Choice]) -> Edits:
         """The network of a plan, rounded and corrected."""
-        edits: dict[int, Edit] = {}
-        grids = {}
-        for name, (bits, activation_bits) in zip(self.names, plan, strict=True):
-            if bits is not None:
-                if (name, bits) not in self._rounded:
-                    found = rounded_layer(self.engine, name, bits, self.rounding)
-                    self._rounded[name, bits] = found
-                edits |= self._rounded[name, bits]
-            if activation_bits is not None:
-                if not self._samples:
-                    self._samples = input_samples(self.engine, self.fit, self.names)
-                for site in self.engine.network.sites_of(name):
-                    grids[site] = fit_input_grid(self._samples[site], activation_bits)
-        if grids:
-            edits = with_input_grids(edits, grids)
-        if self.correction == "weights":
-            return correct_weights(self.engine, edits)
-        if self.correction == "statistics":
-            self.passes += 2
-            return correct_statistics(self.engine, edits, self.fit, self.moments)
-        return edits
+        self.passes += 2 * (self.correction == "statistics")
+        return self._plan_edits(plan, self.correction)
 
     def fitted(self, plan: Sequence[Choice]) -> Loss:
         """A plan's loss on the images that its correction is fitted on, which is the cheaper."""

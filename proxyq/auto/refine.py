@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from proxyq.auto.judge import Choice, Judge, Verdict
+from proxyq.auto.judge import Judge, Verdict
 from proxyq.auto.portfolio import sweep_passes
 from proxyq.engine import single_layer_sweep
 from proxyq.engine.alternatives import choices
 from proxyq.engine.divergence import rescaled_divergence
 from proxyq.progress import Progress, silent
+from proxyq.ptq.plan_edits import Choice
 from proxyq.search.allocate import InfeasibleError, Limit, Problem, solve
 from proxyq.search.allocate.assignment import used
 

@@ -1,6 +1,5 @@
 """`proxyq models`, and how a model comes from what was typed."""
 
-from dataclasses import replace
 from typing import Any
 
 from proxyq.cli import options as o
@@ -10,7 +9,12 @@ from proxyq.cli.runtime import working
 from proxyq.errors import ProxyqError, UsageError
 
 
-def load(
+def load(spec: str | None, **options: Any) -> Any:
+    """The `Model` of a command, its preprocessing as the options say (see `named`)."""
+    return named(spec, **options).load()
+
+
+def named(
     spec: str | None,
     *,
     weights: str | None = None,
@@ -20,8 +24,8 @@ def load(
     size: str | None = None,
     resize: int | None = None,
 ) -> Any:
-    """The `Model` of a command, its preprocessing as the options say."""
-    from proxyq.model.load import load_model
+    """The `ModelSpec` of a command."""
+    from proxyq.api.model_spec import ModelSpec
 
     shape = None if input_shape is None else positive_numbers(input_shape, "--input-shape")
     changes: dict[str, Any] = {}
@@ -37,24 +41,7 @@ def load(
         changes["resize"] = max(sides)
     if resize is not None:
         changes["resize"] = resize
-    model = load_model(spec, weights=weights, input_shape=shape)
-    if not changes:
-        return model
-    _check_channels(model, changes)
-    return model.replace(preprocessing=replace(model.preprocessing, **changes))
-
-
-def _check_channels(model: Any, changes: dict[str, Any]) -> None:
-    from proxyq.data import image_shape
-
-    channels = image_shape(model)[2]
-    for name in ("mean", "std"):
-        count = len(changes.get(name, (0,)))
-        if count not in (1, channels):
-            raise UsageError(
-                f"--{name} has {count} values, but the network takes images of {channels} "
-                f"channel{'s' if channels > 1 else ''}: give one value, or one for each channel."
-            )
+    return ModelSpec(name=spec, weights=weights, input_shape=shape, preprocessing=changes)
 
 
 def models(

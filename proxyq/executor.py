@@ -1,0 +1,265 @@
+"""Run many independent tasks: here, in several processes, or on several machines with Ray.
+
+What works on the tasks is named and not sent: `proxyq.api.table:worker` is a function of a setup
+that gives a function of a task. Setup, tasks and results are JSON, so that nothing is pickled
+and what runs elsewhere can be read. Results come as they are finished; what they are does not
+depend on who computed them.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from proxyq.errors import ProxyqError, UsageError
+
+Worker = Callable[[Any], Any]
+FORMS = "'serial', 'process:N' or 'ray:N'"
+
+
+class Executor(Protocol):
+    """Runs tasks with a worker; yields `(number of the task, result)` in any order.
+
+    `remote`: whether the worker runs in another process, so that only what JSON can say gets
+    there.
+    """
+
+    remote: bool
+
+    def run(self, worker: str, setup: Any, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """**Raises** what the worker raises."""
+        ...
+
+
+def executor(text: "str | Executor | None") -> Executor:
+    """An executor from `serial`, `process:N` (N processes) or `ray:N` (N Ray workers)."""
+    if text is None or text == "serial":
+        return Serial()
+    if not isinstance(text, str):
+        return text
+    kind, colon, number = text.partition(":")
+    if kind not in ("process", "ray") or (colon and not number.isascii()):
+        raise UsageError(f"`executor` must be {FORMS}, got {text!r}.")
+    if colon and not (number.isdigit() and 1 <= int(number) <= 4096):
+        raise UsageError(f"`executor` must have at least 1 worker, got {text!r}: write {kind}:2.")
+    count = int(number) if colon else len(_cores())
+    return Processes(count) if kind == "process" else Ray(count)
+
+
+def resolve(worker: str, setup: Any) -> Worker:
+    """The function that works on tasks, from its name within proxyq."""
+    module, _, name = worker.partition(":")
+    if not module.startswith("proxyq.") or not name.isidentifier():
+        raise UsageError(f"a worker is named 'proxyq.module:function', got {worker!r}.")
+    return getattr(importlib.import_module(module), name)(setup)
+
+
+class Serial:
+    """One task after the other, in this process."""
+
+    remote = False
+
+    def run(self, worker: str, setup: Any, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """See `Executor`."""
+        if not tasks:
+            return
+        work = resolve(worker, setup)
+        for index, task in enumerate(tasks):
+            yield index, work(task)
+
+
+class Processes:
+    """Several processes on this machine, each with its share of the cores."""
+
+    remote = True
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def run(self, worker: str, setup: Any, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """See `Executor`."""
+        left: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index in range(len(tasks)):
+            left.put(index)
+        done: queue.SimpleQueue[tuple[int, Any] | BaseException | None] = queue.SimpleQueue()
+        count, cores = min(self.count, len(tasks)), _cores()
+        processes: list[subprocess.Popen[str]] = []
+
+        def serve(number: int) -> None:
+            try:
+                process = _start()
+                processes.append(process)
+                own = cores[number::count] or [cores[number % len(cores)]]
+                _ask(process, {"worker": worker, "setup": setup, "cores": own})
+                while True:
+                    try:
+                        index = left.get_nowait()
+                    except queue.Empty:
+                        break
+                    done.put((index, _ask(process, tasks[index])))
+            except BaseException as error:  # handed over to the caller
+                done.put(error)
+            else:
+                done.put(None)
+
+        threads = [threading.Thread(target=serve, args=(i,), daemon=True) for i in range(count)]
+        for thread in threads:
+            thread.start()
+        finished = 0
+        try:
+            while finished < count:
+                result = done.get()
+                if result is None:
+                    finished += 1
+                elif isinstance(result, BaseException):
+                    raise result
+                else:
+                    yield result
+        finally:
+            for process in processes:
+                with contextlib.suppress(OSError):
+                    process.kill()
+            for process in processes:
+                process.wait()
+                for pipe in (process.stdin, process.stdout):
+                    with contextlib.suppress(OSError, ValueError):
+                        pipe.close()  # type: ignore[union-attr]
+
+
+def _start() -> "subprocess.Popen[str]":
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return subprocess.Popen(
+        [sys.executable, "-m", "proxyq.executor"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+        text=True,
+        encoding="utf-8",
+        # Ctrl-C goes to the process that was started, which ends the others.
+        start_new_session=True,
+    )
+
+
+def _ask(process: "subprocess.Popen[str]", message: Any) -> Any:
+    """Send a line, wait for the answer."""
+    assert process.stdin is not None and process.stdout is not None
+    line = ""
+    with contextlib.suppress(OSError, ValueError):
+        process.stdin.write(json.dumps(message) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    if not line.endswith("\n"):
+        code = process.wait()
+        raise ProxyqError(
+            f"a worker process ended before its work was done (exit code {code}): it may have run "
+            "out of memory; what is finished is kept, so try again with fewer processes."
+        )
+    return _result(json.loads(line))
+
+
+def _result(answer: dict[str, Any]) -> Any:
+    if "error" in answer:
+        kind = UsageError if answer["usage"] else ProxyqError
+        raise kind(answer["error"])
+    return answer["result"]
+
+
+def _answer(function: Callable[[], Any]) -> dict[str, Any]:
+    """A result, or the sentence of an error, to be sent."""
+    try:
+        return {"result": function()}
+    except ProxyqError as error:
+        return {"error": str(error), "usage": isinstance(error, UsageError)}
+
+
+class Ray:
+    """Ray workers: on the cluster that `RAY_ADDRESS` names, else started here."""
+
+    remote = True
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def run(self, worker: str, setup: Any, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """See `Executor`."""
+        try:
+            import ray
+        except ImportError:
+            raise ProxyqError(
+                "Ray is not installed: run `pip install 'proxyq[ray]'`, or use process:N."
+            ) from None
+        ours = not ray.is_initialized()
+        if ours:
+            ray.init(log_to_driver=False, include_dashboard=False)
+
+        @ray.remote
+        class Actor:
+            def __init__(self, worker: str, setup: str):
+                self.made = _answer(lambda: resolve(worker, json.loads(setup)))
+
+            def work(self, task: str) -> str:
+                if "error" in self.made:
+                    return json.dumps(self.made)
+                return json.dumps(_answer(lambda: self.made["result"](json.loads(task))))
+
+        count = min(self.count, len(tasks))
+        actors: list[Any] = [
+            Actor.remote(worker, json.dumps(setup))  # type: ignore[attr-defined]
+            for _ in range(count)
+        ]
+        try:
+            idle, left, running = list(actors), list(range(len(tasks)))[::-1], {}
+            while left or running:
+                while idle and left:
+                    actor, index = idle.pop(), left.pop()
+                    running[actor.work.remote(json.dumps(tasks[index]))] = (actor, index)
+                (reference,), _ = ray.wait(list(running), num_returns=1)
+                actor, index = running.pop(reference)
+                yield index, _result(json.loads(ray.get(reference)))
+                idle.append(actor)
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+            if ours:
+                ray.shutdown()
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def main() -> None:
+    """A worker process: a line of JSON in, a line of JSON out, until the input ends."""
+    # What libraries print must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def answer(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    work: Worker | None = None
+    for line in sys.stdin:
+        task = json.loads(line)
+        if work is not None:
+            known = work
+            answer(_answer(lambda: known(task)))  # noqa: B023 - called at once
+            continue
+        if hasattr(os, "sched_setaffinity"):  # before JAX counts the cores
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, task["cores"])
+        made = _answer(lambda: resolve(task["worker"], task["setup"]))  # noqa: B023
+        work = made.pop("result", None)
+        answer(made if work is None else {"result": None})
+
+
+if __name__ == "__main__":
+    main()
