@@ -14,12 +14,14 @@ from proxyq.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from proxyq.api import Evaluation as Evaluation
+    from proxyq.api import ModelSpec as ModelSpec
     from proxyq.api import allocate as allocate
     from proxyq.api import evaluate as evaluate
     from proxyq.api import inspect as inspect
     from proxyq.api import pareto as pareto
     from proxyq.api import quantize_model as quantize_model
     from proxyq.api import score as score
+    from proxyq.api import table as table
     from proxyq.data import Data as Data
     from proxyq.data import load_data as load_data
     from proxyq.engine import Engine as Engine
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from proxyq.search.allocate.plan import Plan as Plan
     from proxyq.search.front_file import Front as Front
     from proxyq.search.scores_file import ScoreFile as ScoreFile
+    from proxyq.search.table_file import MeasuredTable as MeasuredTable
 
 # Public names by the module that defines them, in the order of the walk.
 _PUBLIC = {
@@ -67,12 +70,15 @@ _PUBLIC = {
     "proxyq.search.allocate.plan": ("Plan",),
     "proxyq.search.scores_file": ("ScoreFile",),
     "proxyq.search.front_file": ("Front",),
+    "proxyq.search.table_file": ("MeasuredTable",),
     "proxyq.api": (
         "inspect",
         "score",
         "allocate",
         "pareto",
         "evaluate",
+        "table",
+        "ModelSpec",
         "quantize_model",
         "Evaluation",
     ),

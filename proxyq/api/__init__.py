@@ -2,7 +2,8 @@
 
 `search` walks the whole road (model, data, proxy, allocation, plan, accuracy); `score` and
 `allocate` are its two halves, with a file between them; `pareto` answers for a range of budgets;
-`evaluate` measures plans; `quantize_model` applies one; `inspect` shows what a model is made of.
+`evaluate` measures plans, `table` many random ones; `quantize_model` applies one; `inspect` shows
+what a model is made of.
 """
 
 from proxyq.api.allocate import allocate as allocate
@@ -18,6 +19,7 @@ from proxyq.api.method import DEFAULT_BITS as DEFAULT_BITS
 from proxyq.api.method import DEFAULT_SAMPLES as DEFAULT_SAMPLES
 from proxyq.api.method import Method as Method
 from proxyq.api.method import method_of as method_of
+from proxyq.api.model_spec import ModelSpec as ModelSpec
 from proxyq.api.pareto import DEFAULT_POINTS as DEFAULT_POINTS
 from proxyq.api.pareto import pareto as pareto
 from proxyq.api.quantize import check_plan_fits as check_plan_fits
@@ -25,3 +27,5 @@ from proxyq.api.quantize import quantize_model as quantize_model
 from proxyq.api.score import score as score
 from proxyq.api.search import DEFAULT_BUDGET as DEFAULT_BUDGET
 from proxyq.api.search import search as search
+from proxyq.api.table import DEFAULT_TABLE_BITS as DEFAULT_TABLE_BITS
+from proxyq.api.table import table as table

@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from proxyq.cli import allocate, evaluate, inspect, models, pareto, proxies, recipes, score, search
+from proxyq.cli import (
+    allocate,
+    evaluate,
+    inspect,
+    models,
+    pareto,
+    proxies,
+    recipes,
+    score,
+    search,
+    table,
+)
 from proxyq.cli.errors import INTERRUPTED, explain
 from proxyq.cli.output import print_text
 from proxyq.version import __version__
@@ -30,6 +41,7 @@ app.command()(score.score)
 app.command()(allocate.allocate)
 app.command()(pareto.pareto)
 app.command()(evaluate.evaluate)
+app.command()(table.table)
 app.command()(inspect.inspect)
 app.command()(proxies.proxies)
 app.command()(models.models)

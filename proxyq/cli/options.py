@@ -445,6 +445,76 @@ OutScores = Annotated[
     str | None,
     _option("--out", metavar="SCORES.json", panel=RESULT, help="Write the scores to this file."),
 ]
+PlanCount = Annotated[
+    int,
+    _option("--plans", metavar="N", panel=METHOD, help="How many random plans to measure."),
+]
+Draw = Annotated[
+    str,
+    _option(
+        "--draw",
+        metavar="uniform|size",
+        panel=METHOD,
+        help="uniform: each layer's bits alike likely; size: from the smallest plans to the "
+        "largest.",
+    ),
+]
+TableBits = Annotated[
+    str | None,
+    _option(
+        "--bits",
+        metavar="2,3,4",
+        panel=LAYERS,
+        help="Weight bit-widths to draw from. Default: 2,3,4.",
+    ),
+]
+OneActivation = Annotated[
+    str | None,
+    _option(
+        "--activation-bits",
+        metavar="8|float",
+        panel=LAYERS,
+        help="Bits of every layer's input. Default: float.",
+    ),
+]
+TableCorrection = Annotated[
+    str,
+    _option(
+        "--correction",
+        metavar="HOW",
+        panel=METHOD,
+        help="statistics, weights or none, of every plan.",
+    ),
+]
+EvalSamples = Annotated[
+    int | None,
+    _option(
+        "--eval-samples",
+        metavar="N",
+        panel=IMAGES,
+        help="Measure on the first so many images. Default: all.",
+    ),
+]
+DrawSeed = Annotated[
+    int,
+    _option(
+        "--seed", metavar="N", panel=RUN, callback=_check_seed, help="Draw the plans by this seed."
+    ),
+]
+ExecutorName = Annotated[
+    str,
+    _option(
+        "--executor",
+        metavar="serial|process:N|ray:N",
+        panel=RUN,
+        help="Who does the work: this process, N processes that share the cores, or N workers of "
+        "a Ray cluster.",
+    ),
+]
+OutTable = Annotated[
+    str | None,
+    _option("--out", metavar="TABLE.json", panel=RESULT, help="Write the table to this file."),
+]
 OutFront = Annotated[
     str | None,
     _option("--out", metavar="FRONT.json", panel=RESULT, help="Write the front to this file."),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from proxyq.search.front_file import Front, FrontPoint
     from proxyq.search.recipes import Recipe
     from proxyq.search.scores_file import ScoreFile
+    from proxyq.search.table_file import MeasuredTable
 
 WIDTH = 88
 BAR = 8
@@ -274,6 +275,32 @@ def accuracy_table(measured: Mapping[str, Any], names: Sequence[str] | None = No
 def _divergence(record: Mapping[str, Any]) -> str:
     kl = record.get("kl")
     return "" if kl is None else f"{kl:.4g}"
+
+
+def measured_table(table: "MeasuredTable") -> Table:
+    """How the plans of a table are spread."""
+    method, average = table.method, table.average_bits
+    rows = {
+        "top-1 %": table.column("top1"),
+        "loss, nats": table.column("loss"),
+        "KL, nats": table.column("kl"),
+        "KL rescaled": table.column("rescaled"),
+        "average bits": average,
+    }
+    shares = (0, 25, 50, 75, 100)
+    heads = ("least", "25 %", "median", "75 %", "most")
+    spread = [np.nanpercentile(values, shares) for values in rows.values()]
+    columns = [
+        Column(head=head, cells=[f"{values[i]:.4g}" for values in spread])
+        for i, head in enumerate(heads)
+    ]
+    beside = method.get("activation_bits")
+    caption = (
+        f"{len(table.plans):,} plans of {table.name} on {table.float_.images:,} images; float "
+        f"{table.float_.top1:.2f} %; correction {method.get('correction')}, activations "
+        f"{'float' if beside is None else f'{beside} bit'}"
+    )
+    return _named(Column(head="measured", cells=list(rows)), columns, caption)
 
 
 def candidates_table(report: Mapping[str, Any]) -> Table:

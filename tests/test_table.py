@@ -1,0 +1,240 @@
+"""Measured tables: what is measured is what `evaluate` measures, whoever does the work."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import proxyq
+from proxyq import api
+from proxyq.cli import main
+from proxyq.errors import ProxyqError, UsageError
+from proxyq.executor import Processes, Ray, Serial, executor
+from proxyq.proxies import Cache
+from proxyq.search.draw import DRAWS, draw_plans
+from proxyq.search.table_file import MeasuredTable
+
+SMALL = {"plans": 6, "samples": 64, "eval_samples": 100}
+
+
+@pytest.fixture(scope="module")
+def small():
+    return api.table(**SMALL)
+
+
+# -- drawing --------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(3, 60), st.sampled_from(DRAWS), st.integers(0, 99))
+def test_plans_are_different_and_come_again(layers, how, seed):
+    plans = draw_plans(layers, (2, 3, 4), 20, how=how, seed=seed)
+    assert len(set(plans)) == 20 and {len(plan) for plan in plans} == {layers}
+    assert {b for plan in plans for b in plan} <= {2, 3, 4}
+    assert plans == draw_plans(layers, (4, 3, 2), 20, how=how, seed=seed)
+    # A longer table begins with the shorter one.
+    assert draw_plans(layers, (2, 3, 4), 25, how=how, seed=seed)[:20] == plans
+
+
+def test_sizes_are_spread_evenly():
+    sizes = np.mean(draw_plans(40, (2, 3, 4, 8), 2000, how="size"), axis=1)
+    shares = np.histogram(sizes, bins=6, range=(2, 8))[0] / len(sizes)
+    assert np.abs(shares - 1 / 6).max() < 0.04
+    close = np.mean(draw_plans(40, (2, 3, 4, 8), 2000, how="uniform"), axis=1)
+    assert close.std() < sizes.std() / 3
+    # No layer is told from another.
+    by_layer = np.mean(draw_plans(40, (2, 3, 4, 8), 2000, how="size"), axis=0)
+    assert np.ptp(by_layer) < 0.6
+
+
+def test_all_plans_of_a_small_network_are_found():
+    for how in DRAWS:
+        assert len(draw_plans(3, (2, 4), 8, how=how)) == 8
+    with pytest.raises(UsageError, match="at most 8"):
+        draw_plans(3, (2, 4), 9)
+    with pytest.raises(UsageError, match="must be one of uniform, size"):
+        draw_plans(3, (2, 4), 2, how="other")
+
+
+# -- measuring ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("correction", ["none", "statistics"])
+def test_a_row_is_what_evaluate_measures(correction):
+    table = api.table(plans=3, correction=correction, samples=64, activation_bits=6)
+    model = api.as_model()
+    plan = proxyq.search(proxy="sqnr", budget="size=4bit", activation_bits=6, samples=64)
+    for row in table.plans:
+        layers = {
+            layer.name: plan.layers[layer.name].model_copy(update={"weight_bits": bits})
+            for layer, bits in zip(table.layers, row.bits, strict=True)
+        }
+        same = plan.model_copy(update={"layers": layers})
+        (found,) = api.evaluate(model, [same], correction=correction, samples=64).plans
+        assert row.top1 == pytest.approx(found.top1, abs=1e-3)
+        assert row.kl == pytest.approx(found.kl, rel=1e-4)
+        assert row.size_bits == same.size_bits
+        macs = {layer.name: layer.macs for layer in table.layers}
+        assert row.bops == sum(macs[n] * one.weight_bits * 6 for n, one in layers.items())
+        assert 0 <= row.rescaled <= row.kl and row.loss > 0
+    assert table.method["correction"] == correction and table.method["samples"] == 64
+
+
+def test_the_file_comes_back(small, tmp_path):
+    small.save(tmp_path / "table.json")
+    again = MeasuredTable.load(tmp_path / "table.json")
+    assert again == small and again.to_json() == small.to_json()
+    assert again.bits.shape == (6, len(again.layers))
+    assert (again.average_bits >= 2).all() and (again.average_bits <= 4).all()
+    record = json.loads(small.to_json())
+    record["plans"][0]["bits"] = [2]
+    with pytest.raises(ProxyqError, match="plan 1 has bits for 1 layers"):
+        MeasuredTable.from_json(record)
+    with pytest.raises(ProxyqError, match="holds no table"):
+        MeasuredTable.from_json({"schema": "proxyq/plan/1"})
+
+
+def test_processes_measure_the_same(small):
+    assert api.table(**SMALL, how="process:2").to_json() == small.to_json()
+
+
+def test_a_killed_run_goes_on(small, tmp_path):
+    class Killed(Exception):
+        pass
+
+    cache = Cache(tmp_path, every=0)
+    table = api.table(**{**SMALL, "plans": 9}, cache_dir=cache)
+    assert not list(tmp_path.rglob("table.safetensors"))
+    seen = []
+
+    def killed(stage, done, total):
+        seen.append(done)
+        if done == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        api.table(**{**SMALL, "plans": 9}, cache_dir=cache, progress=killed)
+    assert seen == [4, 8] and list(tmp_path.rglob("table.safetensors"))
+    seen.clear()
+    again = api.table(
+        **{**SMALL, "plans": 9},
+        cache_dir=cache,
+        progress=lambda stage, done, total: seen.append(done),
+    )
+    assert seen == [8, 9] and again.to_json() == table.to_json()
+    assert again.plans[:6] == small.plans
+
+
+def test_given_plans_and_wrong_arguments():
+    given = api.table(plans=[[3] * 12, [8] * 12], samples=64, eval_samples=50)
+    assert [plan.bits for plan in given.plans] == [[3] * 12, [8] * 12]
+    assert given.method["draw"] == "given" and given.method["bits"] == [3, 8]
+    with pytest.raises(UsageError, match="the network's 12 layers, got 2"):
+        api.table(plans=[[3, 3]])
+    with pytest.raises(UsageError, match="bits of a plan"):
+        api.table(plans=[[99] * 12])
+    with pytest.raises(UsageError, match="the same for all"):
+        api.table(correction="auto")
+    with pytest.raises(UsageError, match="must be text for an executor"):
+        api.table(api.as_model(), how="process:2")
+    with pytest.raises(UsageError, match="`eval_samples`"):
+        api.table(plans=2, eval_samples=0)
+
+
+# -- executors ------------------------------------------------------------------------
+
+
+def doubling(setup):
+    """A worker for the tests."""
+
+    def work(task):
+        print("libraries print")
+        if task == setup.get("bad"):
+            raise UsageError("this task is bad.")
+        if task == setup.get("deadly"):
+            import os
+
+            os._exit(9)
+        return 2 * task
+
+    return work
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """The worker above under a name within proxyq, here and in new processes."""
+    import proxyq.testing as home
+
+    monkeypatch.setattr(home, "doubling", doubling, raising=False)
+    return "proxyq.testing:doubling"
+
+
+def test_serial_runs_here(worker):
+    assert dict(Serial().run(worker, {}, [1, 2, 3])) == {0: 2, 1: 4, 2: 6}
+    with pytest.raises(UsageError, match="this task is bad"):
+        list(Serial().run(worker, {"bad": 2}, [1, 2]))
+
+
+def test_executors_are_named():
+    assert isinstance(executor(None), Serial) and isinstance(executor("serial"), Serial)
+    found = executor("process:3")
+    assert isinstance(found, Processes) and found.count == 3 and executor(found) is found
+    assert isinstance(executor("ray:2"), Ray)
+    for wrong in ("process:0", "process:x", "threads", "process:", "ray:-1"):
+        with pytest.raises(UsageError, match="`executor`"):
+            executor(wrong)
+
+
+def test_only_workers_of_proxyq_are_run():
+    for name in ("os:system", "proxyq.executor:__import__('os')", "proxyq.executor"):
+        with pytest.raises(UsageError, match="a worker is named"):
+            list(Serial().run(name, None, [1]))
+
+
+def test_errors_of_processes_are_told():
+    with pytest.raises(UsageError, match="no-such"):
+        list(Processes(1).run("proxyq.api.table:worker", bad_setup(), [[2]]))
+
+
+def bad_setup():
+    model = {"name": "no-such:model", "weights": None, "input_shape": None, "preprocessing": {}}
+    return {"model": model, "data": None, "eval_data": None, "setting": {}}
+
+
+def test_a_process_that_dies_is_told(monkeypatch):
+    import proxyq.executor as module
+
+    def dead():
+        import subprocess
+
+        return subprocess.Popen(
+            [sys.executable, "-c", "import sys; sys.exit(3)"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    monkeypatch.setattr(module, "_start", dead)
+    with pytest.raises(ProxyqError, match="exit code 3"):
+        list(Processes(1).run("proxyq.api.table:worker", {}, [1]))
+
+
+# -- the command ----------------------------------------------------------------------
+
+
+def test_the_command(tmp_path, capsys):
+    out = tmp_path / "table.json"
+    arguments = ["table", "--plans", "3", "--samples", "64", "--eval-samples", "50"]
+    assert main([*arguments, "--out", str(out), "--no-cache"]) == 0
+    shown = capsys.readouterr()
+    assert "3 plans of digits on 50 images" in shown.out
+    table = MeasuredTable.load(out)
+    assert main([*arguments, "--json", "--no-cache"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(table.to_json())
+    assert main(["table", "--activation-bits", "4,8"]) == 2
+    assert "one number or float" in capsys.readouterr().err
+    assert main(["table", "--executor", "threads"]) == 2
+    assert "`executor` must be" in capsys.readouterr().err
