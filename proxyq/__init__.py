@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from proxyq.api import inspect as inspect
     from proxyq.api import pareto as pareto
     from proxyq.api import quantize_model as quantize_model
+    from proxyq.api import rank as rank
     from proxyq.api import score as score
     from proxyq.api import table as table
     from proxyq.data import Data as Data
@@ -78,6 +79,7 @@ _PUBLIC = {
         "pareto",
         "evaluate",
         "table",
+        "rank",
         "ModelSpec",
         "quantize_model",
         "Evaluation",

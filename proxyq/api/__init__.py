@@ -2,8 +2,8 @@
 
 `search` walks the whole road (model, data, proxy, allocation, plan, accuracy); `score` and
 `allocate` are its two halves, with a file between them; `pareto` answers for a range of budgets;
-`evaluate` measures plans, `table` many random ones; `quantize_model` applies one; `inspect` shows
-what a model is made of.
+`evaluate` measures plans, `table` many random ones, against which `rank` holds proxies;
+`quantize_model` applies a plan; `inspect` shows what a model is made of.
 """
 
 from proxyq.api.allocate import allocate as allocate
@@ -24,6 +24,8 @@ from proxyq.api.pareto import DEFAULT_POINTS as DEFAULT_POINTS
 from proxyq.api.pareto import pareto as pareto
 from proxyq.api.quantize import check_plan_fits as check_plan_fits
 from proxyq.api.quantize import quantize_model as quantize_model
+from proxyq.api.rank import RankResult as RankResult
+from proxyq.api.rank import rank as rank
 from proxyq.api.score import score as score
 from proxyq.api.search import DEFAULT_BUDGET as DEFAULT_BUDGET
 from proxyq.api.search import search as search

@@ -17,6 +17,7 @@ from proxyq.cli import (
     models,
     pareto,
     proxies,
+    rank,
     recipes,
     score,
     search,
@@ -42,6 +43,7 @@ app.command()(allocate.allocate)
 app.command()(pareto.pareto)
 app.command()(evaluate.evaluate)
 app.command()(table.table)
+app.command()(rank.rank)
 app.command()(inspect.inspect)
 app.command()(proxies.proxies)
 app.command()(models.models)

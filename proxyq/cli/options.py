@@ -511,6 +511,46 @@ ExecutorName = Annotated[
         "a Ray cluster.",
     ),
 ]
+TableFile = Annotated[
+    str | None,
+    _option(
+        "--table",
+        metavar="TABLE.json",
+        panel=METHOD,
+        help="The measured plans, as `proxyq table` writes them; digits: those of the embedded "
+        "network.",
+    ),
+]
+RankedProxies = Annotated[
+    list[str] | None,
+    _option(
+        "--proxy",
+        metavar="NAME|all",
+        panel=METHOD,
+        help="What to rank; repeatable. Default: all that neither train nor run pairs of layers.",
+    ),
+]
+InTheLoop = Annotated[
+    bool,
+    _option(
+        "--in-the-loop/--no-in-the-loop",
+        panel=METHOD,
+        help="Rank proxies that measure the network again, corrected as the table's plans are.",
+    ),
+]
+OutRank = Annotated[
+    str | None,
+    _option("--out", metavar="RANK.json", panel=RESULT, help="Write the ranking to this file."),
+]
+PlotRank = Annotated[
+    str | None,
+    _option(
+        "--plot",
+        metavar="FILE.png|svg|pdf",
+        panel=RESULT,
+        help="Draw predicted cost against accuracy, a panel for each proxy.",
+    ),
+]
 OutTable = Annotated[
     str | None,
     _option("--out", metavar="TABLE.json", panel=RESULT, help="Write the table to this file."),

@@ -1,4 +1,4 @@
-"""Pictures of plans and fronts, drawn with matplotlib without a display.
+"""Pictures of plans, fronts and rankings, drawn with matplotlib without a display.
 
 ax = plot_plan(plan)
 ax.figure.savefig("plan.png")
@@ -6,14 +6,17 @@ ax.figure.savefig("plan.png")
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from proxyq.errors import UsageError
 from proxyq.report.tables import layer_scores, short_names
 from proxyq.search.allocate.plan import FLOAT_BITS, Plan
 from proxyq.search.front_file import Front
+from proxyq.search.table_file import MeasuredTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -294,6 +297,53 @@ def plot_front(front: Front, ax: "Axes | None" = None) -> "Axes":
     facts += [f"{b.name} at most {b.asked:.4g} {b.unit}".rstrip() for b in others]
     _headline(figure, " · ".join(filter(None, how)), " · ".join(facts))
     return axes[0]
+
+
+# -- rankings --------------------------------------------------------------------------
+
+MOST_PANELS = 24
+
+
+def draw_ranking(
+    costs: Mapping[str, np.ndarray], table: MeasuredTable, path: str | os.PathLike[str]
+) -> bytes:
+    """Predicted cost of every plan against its accuracy, a panel for each of the first costs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kind = check_format(path)
+    shown = list(costs.items())[:MOST_PANELS]
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(0.9 + 2.6 * columns, 1.5 + 2.2 * rows))
+    FigureCanvasAgg(figure)
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(
+        left=0.7 / width,
+        right=1 - 0.2 / width,
+        bottom=0.5 / height,
+        top=1 - 1.1 / height,
+        hspace=0.55,
+        wspace=0.25,
+    )
+    axes = figure.subplots(rows, columns, squeeze=False)
+    accuracy = table.column("top1")
+    for ax in axes.ravel()[len(shown) :]:
+        ax.set_visible(False)
+    for ax, (name, cost) in zip(axes.ravel(), shown, strict=False):
+        ax.set_title(name, fontsize=9, color=INK, loc="left", pad=4)
+        if cost.min() > 0 and cost.max() > 30 * cost.min():
+            ax.set_xscale("log")
+        ax.scatter(cost, accuracy, s=12, c=COLOURS[3], alpha=0.7, linewidths=0)
+        ax.tick_params(labelsize=7, colors=INK, length=3)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    left_out = len(costs) - len(shown)
+    facts = [f"{len(accuracy)} plans", "top-1 in percent against predicted cost"]
+    if left_out:
+        facts.append(f"{left_out} further costs not shown")
+    _headline(figure, table.name, " · ".join(facts))
+    return _rendered(figure, kind)
 
 
 def _costs(ax: "Axes", front: Front) -> None:

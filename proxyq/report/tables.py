@@ -303,6 +303,41 @@ def measured_table(table: "MeasuredTable") -> Table:
     return _named(Column(head="measured", cells=list(rows)), columns, caption)
 
 
+def ranking_table(result: Mapping[str, Any]) -> Table:
+    """Proxies, the best first: rank correlation with accuracy, and what their choice loses."""
+    rows = result["rows"]
+
+    def cells(name: str) -> list[str]:
+        return [_coefficient(row["correlations"][name]["value"]) for row in rows]
+
+    spearman = [row["correlations"]["spearman"] for row in rows]
+    intervals = [
+        "" if one["low"] is None else f"{one['low']:.2f} {one['high']:.2f}" for one in spearman
+    ]
+    columns = [
+        Column(head="Spearman", cells=cells("spearman")),
+        Column(head="95 %", cells=intervals),
+        Column(head="Kendall", cells=cells("kendall")),
+        Column(head="@20 %", cells=cells("spearman@20")),
+        Column(head="@50 %", cells=cells("spearman@50")),
+        Column(head="| size", cells=cells("spearman given size")),
+        Column(head="regret", cells=[f"{row['mean_regret']:.2f}" for row in rows]),
+    ]
+    table = result["table"]
+    lines = [
+        f"{table['plans']:,} plans of {table['model'].get('name', 'network')}, correction "
+        f"{table['method'].get('correction')}; @: among the plans that it likes best; | size: "
+        "given the size; regret: top-1 lost by its choice within a size; * trivial"
+    ]
+    lines += [f"left out {name}: {why}" for name, why in result["left_out"].items()]
+    names = [row["name"] + (" *" if row["trivial"] else "") for row in rows]
+    return _named(Column(head="cost", cells=names), columns, "\n".join(lines))
+
+
+def _coefficient(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def candidates_table(report: Mapping[str, Any]) -> Table:
     """The plans that `auto` measured, predicted next to measured; the best first."""
     records = report["candidates"]
