@@ -116,7 +116,7 @@ def test_costs_are_those_of_the_plans(table):
         resamples=100,
     )
     names = [row.name for row in result.rows]
-    looped = {"logit-coupling, in the loop", "kl-delta, in the loop"}
+    looped = {"logit-coupling, in loop", "kl-delta, in loop"}
     trivial = {"size", "bops", "sum of bits"}
     assert set(names) == {"sqnr", "orthogonality", "logit-coupling", "kl-delta"} | looped | trivial
     file = api.score(
@@ -125,7 +125,7 @@ def test_costs_are_those_of_the_plans(table):
         samples=64,
     )
     bits = np.array([2, 3, 4])
-    for name, label in (("sqnr", "sqnr"), ("kl-delta", "kl-delta, in the loop")):
+    for name, label in (("sqnr", "sqnr"), ("kl-delta", "kl-delta, in loop")):
         values = file.of(name).values
         wanted = [
             sum(values[layer, b - 2] for layer, b in enumerate(plan.bits)) for plan in table.plans

@@ -22,7 +22,7 @@ from proxyq.search.table_file import MeasuredTable
 from proxyq.shelf import shelf
 
 SCHEMA = "proxyq/rank/1"
-IN_THE_LOOP = ", in the loop"
+IN_THE_LOOP = ", in loop"
 TRIVIAL = ("size", "bops", "sum of bits")
 
 

@@ -323,7 +323,7 @@ def draw_ranking(
         right=1 - 0.2 / width,
         bottom=0.5 / height,
         top=1 - 1.1 / height,
-        hspace=0.55,
+        hspace=0.45,
         wspace=0.25,
     )
     axes = figure.subplots(rows, columns, squeeze=False)
