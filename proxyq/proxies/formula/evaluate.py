@@ -222,7 +222,9 @@ class _Plan:
         if step is None:
             step = self.index[key] = len(self.steps)
             # An operation goes over the entries of the type that it reads.
-            over = next((self.types[arg] for arg in args if self.types[arg] != "layer"), "layer")
+            over: Type = "layer"
+            for arg in args:
+                over = over if self.types[arg] == "layer" else self.types[arg]
             self.steps.append((name, value, args, over))
             self.types.append(type)
             self.uses.append(0)

@@ -29,6 +29,14 @@ def _formula(text: str) -> str:
     return text
 
 
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be text that UTF-8 can write") from None
+    return text
+
+
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
     """Free-form JSON, not nested deeply: finite numbers, text keys, keys sorted at every level."""
     level: list[Any] = [value]
@@ -62,7 +70,7 @@ class Formula(BaseModel):
     total: Literal["sum", "mean"] = "sum"
     direction: Literal["cost", "importance"]
     origin: Annotated[dict[str, Any], AfterValidator(_plain)] = {}
-    note: str = ""
+    note: Annotated[str, AfterValidator(_text)] = ""
 
     @cached_property
     def node(self) -> Node:
@@ -156,7 +164,11 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{path!r}: no such field is known"
     got = problem.get("input")
-    if isinstance(got, (str, int, float, bool)) and "got" not in message and path != "formula":
+    if (
+        isinstance(got, (str, int, float, bool))
+        and "got" not in message
+        and path not in ("formula", "note")
+    ):
         message += f", got {_shown(got)}"
     return f"{path!r}: {message[:1].lower()}{message[1:]}"
 

@@ -97,7 +97,8 @@ def plain_latex(node: Node) -> str:
         return number_text(node.value)
     if not node.args:
         return SYMBOLS[node.name]
-    x, y = plain_latex(node.args[0]), plain_latex(node.args[-1])
+    parts = [plain_latex(arg) for arg in node.args]
+    x, y = parts[0], parts[-1]
     bracketed = rf"\left({x}\right)"
     match node.name:
         case "add":

@@ -64,7 +64,8 @@ def grow(
         kind: tuple(name for name in STATISTICS if name in leaves and STATISTICS[name].type == kind)
         for kind in ("weight", "activation", "layer")
     }
-    elements = tuple(kind for kind in ("weight", "activation") if pools[kind])
+    both: tuple[Type, ...] = ("weight", "activation")
+    elements = tuple(kind for kind in both if pools[kind])
     if not elements or (type != "layer" and type not in elements) or nodes < 2:
         raise UsageError(
             f"a {type} formula of at most {nodes} nodes cannot be grown from the leaves "
