@@ -23,7 +23,7 @@ A `Node` checks itself when it is made: whatever tree there is has correct types
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from proxyq.errors import UsageError, near
 
@@ -120,6 +120,10 @@ class Node:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> Any:
+        # Made anew in another process, whose hashes of text are others.
+        return Node, (self.name, self.args, self.value)
+
     def walk(self) -> "Iterator[Node]":
         """All nodes of the tree, this one first, then those of each argument in turn."""
         yield self
@@ -197,6 +201,6 @@ def _type_of(name: str, args: tuple[Node, ...]) -> Type:
     if first == "layer":
         return last
     raise UsageError(
-        f"{name!r} must have arguments that go together, got a {first} and a {last}: reduce one "
-        "of them first, for example by mean(...)."
+        f"{name!r} must have arguments that go together, got entries of {first} and of {last}: "
+        "reduce one of them first, for example by mean(...)."
     )

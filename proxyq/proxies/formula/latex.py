@@ -14,9 +14,9 @@ SYMBOLS = {
     "F": "F",
     "V": "V",
     "H": "H",
-    "D": r"\Delta W",
+    "D": r"\Delta_{W}",
     "A": "A",
-    "E": r"\Delta A",
+    "E": r"\Delta_{A}",
     "bits": "b",
     "weights": "n",
     "macs": "m",
@@ -41,7 +41,7 @@ def to_latex(node: Node, *, seconds: float = SECONDS) -> str:
 
     def work() -> None:
         try:
-            found.append(sympy.latex(_expression(node, sympy), order="none", symbol_names={}))
+            found.append(sympy.latex(_expression(node, sympy), order="none", mul_symbol="dot"))
         except Exception:  # also of recursion: the answer below does without sympy
             return
 
@@ -94,7 +94,9 @@ def _expression(node: Node, sympy: Any) -> Any:
 def plain_latex(node: Node) -> str:
     """LaTeX by ourselves, with a parenthesis wherever one could be needed."""
     if is_constant(node):
-        return number_text(node.value)
+        digits, _, power = number_text(node.value).partition("e")
+        text = rf"{digits} \cdot 10^{{{int(power)}}}" if power else digits
+        return rf"\left({text}\right)" if power or node.value < 0 else text
     if not node.args:
         return SYMBOLS[node.name]
     parts = [plain_latex(arg) for arg in node.args]

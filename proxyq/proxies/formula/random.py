@@ -21,6 +21,7 @@ from proxyq.proxies.formula.grammar import (
     constant,
 )
 
+OF_ENTRIES: tuple[Type, ...] = ("weight", "activation")
 DEEPEST = 12
 LEAF_SHARE = 0.2
 """Of the nodes of a grown tree that may have arguments: those that have none."""
@@ -64,8 +65,7 @@ def grow(
         kind: tuple(name for name in STATISTICS if name in leaves and STATISTICS[name].type == kind)
         for kind in ("weight", "activation", "layer")
     }
-    both: tuple[Type, ...] = ("weight", "activation")
-    elements = tuple(kind for kind in both if pools[kind])
+    elements = tuple(kind for kind in OF_ENTRIES if pools[kind])
     if not elements or (type != "layer" and type not in elements) or nodes < 2:
         raise UsageError(
             f"a {type} formula of at most {nodes} nodes cannot be grown from the leaves "
