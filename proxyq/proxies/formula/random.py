@@ -65,7 +65,7 @@ def grow(
         kind: tuple(name for name in STATISTICS if name in leaves and STATISTICS[name].type == kind)
         for kind in ("weight", "activation", "layer")
     }
-    elements = tuple(kind for kind in OF_ENTRIES if pools[kind])
+    elements: Sequence[Type] = [kind for kind in OF_ENTRIES if pools[kind]]
     if not elements or (type != "layer" and type not in elements) or nodes < 2:
         raise UsageError(
             f"a {type} formula of at most {nodes} nodes cannot be grown from the leaves "
@@ -86,7 +86,7 @@ def _tree(
     levels: int,
     full: bool,
     pools: dict[str, tuple[str, ...]],
-    elements: tuple[Type, ...],
+    elements: Sequence[Type],
     constants: bool,
 ) -> Node | None:
     """A tree of at most `levels` levels, exactly that many along each path where it is `full`.
