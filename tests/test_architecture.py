@@ -37,7 +37,9 @@ STAGES = [
     ("__init__", "__main__"),
 ]
 RANK = {name: rank for rank, names in enumerate(STAGES) for name in names}
-OPTIONAL = {"torch", "torchvision", "timm", "datasets", "sklearn", "ray", "pyscipopt", "deap"}
+OPTIONAL = {
+    *("torch", "torchvision", "timm", "datasets", "sklearn", "ray", "pyscipopt", "deap", "sympy"),
+}
 
 
 def modules():

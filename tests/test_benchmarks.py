@@ -19,6 +19,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
         ("curvature.py", 11),
         ("clado.py", 5),
         ("iqp.py", 3),
+        ("formulas.py", 3),
     ],
 )
 def test_a_quick_run_prints_ratios(script: str, ratios: int) -> None:
