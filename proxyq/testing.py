@@ -241,7 +241,8 @@ class Subject:
 def record(subject: Subject) -> None:
     """the record is complete: name, summary, passes, reference, known needs, shape and cost."""
     proxy = subject.proxy
-    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", proxy.name), (
+    # Formulas have the names of their files.
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*|formula:[\w.-]+", proxy.name), (
         f"the name {proxy.name!r} must be lower-case words joined with dashes"
     )
     for field in ("summary", "passes", "reference"):

@@ -108,6 +108,7 @@ def with_options(names: Sequence[str], settings: dict[str, Any]) -> list[Any]:
         if name != ALL:
             PROXIES.get(name)
         asked[name] = {}
+    known |= {name: PROXIES.get(name) for name in asked if name != ALL}
     for key, value in settings.items():
         # Names of proxies have dashes, which keys of options have lost.
         prefix, dot, own = key.rpartition(".")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.engine import Engine, Taps
-from proxyq.engine.backward import record
+from proxyq.engine.backward import Tape, record
 from proxyq.engine.objectives import logit_sum, targets
 from proxyq.errors import ProxyqError
 from proxyq.model.graph import Graph, Var
@@ -36,12 +36,8 @@ from proxyq.proxies.proxy import Result, register
 def synflow(taps: Taps, *, key: Any) -> Result:
     """Flow through the layer when all weights are positive, relative to the largest."""
     del key
-    model = taps.engine.network.model
-    engine = magnitudes(Engine.build(model, 1, batch_size=1))
-    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), model.example(1))
-    ((batch, count),) = engine.chunks(ones)
-    tape = record(engine, batch, count, logit_sum, targets("predicted"), rescale=True)
-    tape.backward()
+    tape = _flow(taps.engine)
+    engine, model = tape.engine, taps.engine.network.model
     logs = np.full(len(taps), -np.inf)
     names = engine.network.names
     for index, site in enumerate(engine.network.sites):
@@ -57,6 +53,46 @@ def synflow(taps: Taps, *, key: Any) -> Result:
         )
     notes = {"log_score": [float(log) if np.isfinite(log) else None for log in logs]}
     return Result(np.exp(logs - logs.max()), notes=notes)
+
+
+def _flow(engine: Engine) -> Tape:
+    """The network of magnitudes on ones, run forwards and backwards, rescaled at every layer."""
+    model = engine.network.model
+    positive = magnitudes(Engine.build(model, 1, batch_size=1))
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), model.example(1))
+    ((batch, count),) = positive.chunks(ones)
+    tape = record(positive, batch, count, logit_sum, targets("predicted"), rescale=True)
+    tape.backward()
+    return tape
+
+
+def virtual_gradients(engine: Engine) -> list[np.ndarray]:
+    """`dR/d|W|` of every layer, `[fan_in, channels]`, all over the largest of them.
+
+    Of a weight that is used several times the parts are added.
+    """
+    tape = _flow(engine)
+    logs: dict[int, list[float]] = {}
+    parts: dict[int, list[np.ndarray]] = {}
+    names = tape.engine.network.names
+    for index, site in enumerate(tape.engine.network.sites):
+        row = names.index(site.layer)
+        own = np.asarray(site.columns(tape.pull_weight(index, tape.deltas[index])), np.float64)
+        # The state before the site was divided by the exponential of its part of the scale.
+        parts.setdefault(row, []).append(own)
+        logs.setdefault(row, []).append(tape.log_scales[index])
+    largest = max(
+        np.log(np.abs(part).max()) + log
+        for row, own in parts.items()
+        for part, log in zip(own, logs[row], strict=True)
+        if np.abs(part).max() > 0
+    )
+    return [
+        np.sum(
+            [p * np.exp(log - largest) for p, log in zip(parts[r], logs[r], strict=True)], axis=0
+        )
+        for r in range(len(names))
+    ]
 
 
 def magnitudes(engine: Engine) -> Engine:

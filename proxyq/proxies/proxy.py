@@ -328,7 +328,17 @@ def _kinds_like(default: Any) -> tuple[tuple[type, ...], str]:
     return (object, bool), "a value"
 
 
-PROXIES: Registry[Proxy] = Registry("proxy", group="proxyq.proxies")
+class Proxies(Registry[Proxy]):
+    """The registered proxies; formulas are found too, as `formula:NAME` and by their files."""
+
+    def get(self, name: str) -> Proxy:
+        """The proxy called `name`, or that a formula's name or file stands for."""
+        from proxyq.proxies.formula.binding import is_formula, named_formula
+
+        return named_formula(name) if is_formula(name) else super().get(name)
+
+
+PROXIES = Proxies("proxy", group="proxyq.proxies")
 
 
 def make_proxy(
