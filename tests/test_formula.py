@@ -444,6 +444,9 @@ def test_missing_statistics_are_named():
         ({"a": {"W": np.zeros((0, 3))}}, "at least one"),
         ({"a": {"X": np.ones((2, 2))}}, "got 'X'"),
         ({"a": {"bits": 2}}, "got 'bits'"),
+        ({"a": {"macs": [1, 2]}}, "'macs' of layer 'a' must be one number"),
+        ({"a": {"macs": "many"}}, "'macs' of layer 'a' must be numbers, got str"),
+        ({"a": {"A": np.ones(9), "activations": 3}}, "at least the 9 values"),
     ],
 )
 def test_wrong_statistics_get_one_sentence(layers, says):

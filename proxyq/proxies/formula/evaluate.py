@@ -138,12 +138,18 @@ class Statistics:
                     parts[name].append(picks.reshape(*lead, -1))
                 whole = rows
                 if kind == "activation" and "activations" in given:
-                    whole = float(_array(given["activations"], f"'activations' of {layer!r}"))
+                    whole = _number(given["activations"], f"'activations' of layer {layer!r}")
+                    if whole < rows:
+                        raise UsageError(
+                            f"'activations' of layer {layer!r} must be at least the {rows} values "
+                            f"that are given, got {whole:g}."
+                        )
                 row_counts = [columns] * len(picked) if kind == "weight" else [len(picked)]
                 kept[kind].append((len(picked) * columns, whole / len(picked), row_counts))
             for name in names:
                 if STATISTICS[name].type == "layer":
-                    parts[name].append(arrays[name].reshape(1))
+                    number = _number(given[name], f"{name!r} of layer {layer!r}")
+                    parts[name].append(np.asarray([number]))
         leaves = {name: np.concatenate(found, axis=-1) for name, found in parts.items()}
         if "weights" not in leaves and kept["weight"]:
             whole = [count * scale for count, scale, _ in kept["weight"]]
@@ -429,10 +435,20 @@ def _given(layers: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def _array(value: Any, what: str) -> np.ndarray:
-    array = np.asarray(value, np.float64)
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise UsageError(f"{what} must be numbers, got {type(value).__name__}.") from None
     if not array.size or not np.isfinite(array).all():
         raise UsageError(f"{what} must be finite numbers, at least one: check the model.")
     return array
+
+
+def _number(value: Any, what: str) -> float:
+    array = _array(value, what)
+    if array.size != 1:
+        raise UsageError(f"{what} must be one number, got the shape {array.shape}.")
+    return float(array.item())
 
 
 def _shape(
