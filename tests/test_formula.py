@@ -31,6 +31,7 @@ from proxyq.proxies.formula import (
     print_formula,
     rooted,
     to_latex,
+    totals,
 )
 from proxyq.proxies.formula.file import MAX_BYTES
 from proxyq.proxies.formula.grammar import MAX_DEPTH
@@ -403,6 +404,18 @@ def test_emq_with_no_operation_on_twice_the_same_leaf():
     np.testing.assert_allclose(one(parse_formula("W + W"), WHOLE), 2 * w, rtol=1e-12)
     squares, products = evaluate([parse_formula("square(W)"), parse_formula("W * W")], WHOLE)
     assert np.array_equal(squares, products)
+
+
+def test_plans_are_sums_or_means_of_their_layers():
+    values = one(parse_formula("bits * mean(abs(W))"), WHOLE)
+    choices = np.array([[0, 1, 2, 1, 0], [2, 2, 2, 2, 2]])
+    plain = [sum(values[i, c] for i, c in enumerate(plan)) for plan in choices]
+    np.testing.assert_allclose(totals(values, choices, "sum"), plain, rtol=1e-12)
+    np.testing.assert_allclose(totals(values, choices, "mean"), np.divide(plain, 5), rtol=1e-12)
+    assert totals(values[:, 0], choices, "sum").tolist() == [values[:, 0].sum()] * 2
+    for wrong in ((choices, "max"), (choices[0], "sum"), (choices[:, :2], "sum")):
+        with pytest.raises(UsageError):
+            totals(values, *wrong)
 
 
 def test_memory_bounds_what_is_kept_and_changes_nothing():

@@ -3,6 +3,7 @@
 from proxyq.proxies.formula.canonical import canonical as canonical
 from proxyq.proxies.formula.evaluate import Statistics as Statistics
 from proxyq.proxies.formula.evaluate import evaluate as evaluate
+from proxyq.proxies.formula.evaluate import totals as totals
 from proxyq.proxies.formula.file import Formula as Formula
 from proxyq.proxies.formula.file import available_formulas as available_formulas
 from proxyq.proxies.formula.file import load_formula as load_formula

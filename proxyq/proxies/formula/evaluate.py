@@ -30,7 +30,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -121,45 +121,27 @@ class Statistics:
         names = _given(layers)
         rng = np.random.default_rng(seed)
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        kept: dict[str, list[tuple[int, float, list[int]]]] = {"weight": [], "activation": []}
+        kept: dict[str, list[_Kept]] = {"weight": [], "activation": []}
         for layer, given in layers.items():
             phase = float(rng.random())  # drawn for each layer, whatever it holds
-            arrays = {name: _array(given[name], f"{name!r} of layer {layer!r}") for name in names}
-            for kind in kept:
-                own = [n for n in names if STATISTICS[n].type == kind]
-                if not own:
-                    continue
-                shape = _shape(arrays, own, kind, len(bits), layer)
-                rows, columns = shape if kind == "weight" else (shape[0], 1)
-                picked = _rows(rows, columns, entries, phase)
-                for name in own:
-                    lead = (len(bits),) if STATISTICS[name].bits else ()
-                    picks = arrays[name].reshape(*lead, rows, columns)[..., picked, :]
-                    parts[name].append(picks.reshape(*lead, -1))
-                whole = rows
-                if kind == "activation" and "activations" in given:
-                    whole = _number(given["activations"], f"'activations' of layer {layer!r}")
-                    if whole < rows:
-                        raise UsageError(
-                            f"'activations' of layer {layer!r} must be at least the {rows} values "
-                            f"that are given, got {whole:g}."
-                        )
-                row_counts = [columns] * len(picked) if kind == "weight" else [len(picked)]
-                kept[kind].append((len(picked) * columns, whole / len(picked), row_counts))
-            for name in names:
-                if STATISTICS[name].type == "layer":
-                    number = _number(given[name], f"{name!r} of layer {layer!r}")
-                    parts[name].append(np.asarray([number]))
+            for name in (name for name in names if STATISTICS[name].type == "layer"):
+                number = _number(given[name], f"{name!r} of layer {layer!r}")
+                parts[name].append(np.asarray([number]))
+            for kind, found in kept.items():
+                own = [name for name in names if STATISTICS[name].type == kind]
+                if own:
+                    found.append(_kept(layer, given, own, kind, len(bits), entries, phase))
+                    for name, values in found[-1].values.items():
+                        parts[name].append(values)
         leaves = {name: np.concatenate(found, axis=-1) for name, found in parts.items()}
         if "weights" not in leaves and kept["weight"]:
-            whole = [count * scale for count, scale, _ in kept["weight"]]
-            leaves["weights"] = np.asarray(np.round(whole), np.float64)
+            leaves["weights"] = np.asarray([one.whole for one in kept["weight"]])
         leaves["bits"] = np.asarray(bits, np.float64)[:, None]
         segments = {
             kind: Segments(
-                counts=np.asarray([count for count, _, _ in found]),
-                scale=np.asarray([scale for _, scale, _ in found]),
-                row_counts=np.asarray([count for _, _, counts in found for count in counts]),
+                counts=np.asarray([sum(one.rows) for one in found]),
+                scale=np.asarray([one.whole / sum(one.rows) for one in found]),
+                row_counts=np.asarray([count for one in found for count in one.rows]),
             )
             for kind, found in kept.items()
             if found
@@ -191,6 +173,28 @@ def evaluate(
             values = np.broadcast_to(values, shape)
             found.append(values.T.copy() if np.isfinite(values).all() else None)
     return found
+
+
+def totals(values: np.ndarray, choices: Any, total: str) -> np.ndarray:
+    """The score of each plan, `[plans]`: the `sum` or `mean` of its layers' numbers.
+
+    - `values`: what `evaluate` gives, `[layers]` or `[layers, bits]`.
+    - `choices`: for each plan and layer the place of its bit-width among the bits,
+      `[plans, layers]`.
+    """
+    if total not in ("sum", "mean"):
+        raise UsageError(f"`total` must be 'sum' or 'mean', got {total!r}.")
+    choices = np.asarray(choices)
+    if choices.ndim != 2 or choices.shape[1] != len(values):
+        raise UsageError(
+            f"`choices` must have the shape [plans, {len(values)}], got {choices.shape}."
+        )
+    if values.ndim == 2:
+        chosen = values[np.arange(len(values)), choices]
+    else:
+        chosen = np.broadcast_to(values, choices.shape)
+    # sum_l v[l, b_l], or over the number of layers
+    return chosen.sum(axis=1) if total == "sum" else chosen.mean(axis=1)
 
 
 class _Plan:
@@ -432,6 +436,43 @@ def _given(layers: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
                 lacks = other if name in layers[first] else first
                 raise UsageError(f"layer {lacks!r} has no {name!r}, which another layer has.")
     return tuple(name for name in STATISTICS if name in layers[first])
+
+
+class _Kept(NamedTuple):
+    """What is kept of a layer: flat values by leaf, entries by row, and how many there are."""
+
+    values: dict[str, np.ndarray]
+    rows: list[int]
+    whole: float
+
+
+def _kept(
+    layer: str,
+    given: Mapping[str, Any],
+    own: Sequence[str],
+    kind: str,
+    bits: int,
+    entries: int | None,
+    phase: float,
+) -> _Kept:
+    """The same entries of all a layer's statistics of one type."""
+    arrays = {name: _array(given[name], f"{name!r} of layer {layer!r}") for name in own}
+    shape = _shape(arrays, own, kind, bits, layer)
+    rows, columns = shape if kind == "weight" else (shape[0], 1)
+    picked = _rows(rows, columns, entries, phase)
+    values = {}
+    for name, array in arrays.items():
+        lead = (bits,) if STATISTICS[name].bits else ()
+        values[name] = array.reshape(*lead, rows, columns)[..., picked, :].reshape(*lead, -1)
+    if kind == "weight":
+        return _Kept(values, [columns] * len(picked), float(rows * columns))
+    whole = _number(given.get("activations", rows), f"'activations' of layer {layer!r}")
+    if whole < rows:
+        raise UsageError(
+            f"'activations' of layer {layer!r} must be at least the {rows} values that are given, "
+            f"got {whole:g}."
+        )
+    return _Kept(values, [len(picked)], whole)
 
 
 def _array(value: Any, what: str) -> np.ndarray:
