@@ -31,6 +31,7 @@ from proxyq.proxies.formula import (
     print_formula,
     rooted,
     to_latex,
+    totals,
 )
 from proxyq.proxies.formula.file import MAX_BYTES
 from proxyq.proxies.formula.grammar import MAX_DEPTH
@@ -405,6 +406,18 @@ def test_emq_with_no_operation_on_twice_the_same_leaf():
     assert np.array_equal(squares, products)
 
 
+def test_plans_are_sums_or_means_of_their_layers():
+    values = one(parse_formula("bits * mean(abs(W))"), WHOLE)
+    choices = np.array([[0, 1, 2, 1, 0], [2, 2, 2, 2, 2]])
+    plain = [sum(values[i, c] for i, c in enumerate(plan)) for plan in choices]
+    np.testing.assert_allclose(totals(values, choices, "sum"), plain, rtol=1e-12)
+    np.testing.assert_allclose(totals(values, choices, "mean"), np.divide(plain, 5), rtol=1e-12)
+    assert totals(values[:, 0], choices, "sum").tolist() == [values[:, 0].sum()] * 2
+    for wrong in ((choices, "max"), (choices[0], "sum"), (choices[:, :2], "sum")):
+        with pytest.raises(UsageError):
+            totals(values, *wrong)
+
+
 def test_memory_bounds_what_is_kept_and_changes_nothing():
     rng = Random(3)
     trees = [grow(rng, least=3, most=7) for _ in range(60)]
@@ -444,6 +457,9 @@ def test_missing_statistics_are_named():
         ({"a": {"W": np.zeros((0, 3))}}, "at least one"),
         ({"a": {"X": np.ones((2, 2))}}, "got 'X'"),
         ({"a": {"bits": 2}}, "got 'bits'"),
+        ({"a": {"macs": [1, 2]}}, "'macs' of layer 'a' must be one number"),
+        ({"a": {"macs": "many"}}, "'macs' of layer 'a' must be numbers, got str"),
+        ({"a": {"A": np.ones(9), "activations": 3}}, "at least the 9 values"),
     ],
 )
 def test_wrong_statistics_get_one_sentence(layers, says):
