@@ -16,12 +16,13 @@ from proxyq.cli.evaluate import model_and_plans
 from proxyq.cli.models import load
 from proxyq.errors import UsageError
 from proxyq.proxies import PROXIES
+from proxyq.proxies.formula import available_formulas
 from proxyq.search.allocate.plan import Plan
 from proxyq.search.recipes import available_recipes
 from proxyq.version import __version__
 
 COMMANDS = (
-    *("search", "score", "allocate", "pareto", "evaluate", "inspect"),
+    *("search", "score", "allocate", "pareto", "evaluate", "table", "rank", "inspect"),
     *("proxies", "models", "recipes"),
 )
 
@@ -60,7 +61,7 @@ def test_help_lists_the_commands_that_work_and_no_other():
     done = here("--help")
     found = [line.split()[1] for line in done.out.splitlines() if line.startswith("│ ")]
     assert [word for word in found if word.isalpha()][: len(COMMANDS)] == list(COMMANDS)
-    for later in ("rank", "evolve", "quantize", "export"):
+    for later in ("evolve", "quantize", "export"):
         assert f" {later} " not in done.out
     assert here("search", "--help").out.count("[@WEIGHTS]") == 2
 
@@ -275,7 +276,9 @@ def test_inspect_a_file_that_prints(tmp_path: Path):
 
 def test_proxies():
     records = json.loads(here("proxies", "--json").out)
-    assert sorted(record["name"] for record in records) == sorted(p.name for p in PROXIES)
+    formulas = [f"formula:{name}" for name in available_formulas()]
+    names = [*(p.name for p in PROXIES), *formulas]
+    assert sorted(record["name"] for record in records) == sorted(names)
     classes = [record["cost_class"] for record in records]
     assert classes[0] == "weights" and classes[-1] == "training"
     assert {"name", "direction", "needs", "passes", "shape", "reference", "summary"} <= set(

@@ -20,9 +20,11 @@ def proxies(
     """List the proxies, or tell all about one."""
     with working(no_cache=True, quiet=True):
         from proxyq.proxies import COST_CLASSES, PROXIES
+        from proxyq.proxies.formula.binding import shelf_formulas
 
         place = {name: place for place, name in enumerate(COST_CLASSES)}  # from cheap to dear
-        every = sorted(PROXIES, key=lambda one: (place.get(one.cost_class, len(place)), one.name))
+        listed = [*PROXIES, *shelf_formulas()]
+        every = sorted(listed, key=lambda one: (place.get(one.cost_class, len(place)), one.name))
         found = every if name is None else [PROXIES.get(name)]
     from proxyq.report.tables import proxies_table, proxy_docs, proxy_text
 

@@ -26,9 +26,10 @@ from proxyq.engine.objectives import cross_entropy
 from proxyq.engine.ranges import fit_input_grid
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.proxies._synflow import virtual_gradients
-from proxyq.proxies.formula.evaluate import Statistics, evaluate
-from proxyq.proxies.formula.file import Formula, load_formula
+from proxyq.proxies.formula.evaluate import evaluate
+from proxyq.proxies.formula.file import Formula, available_formulas, load_formula
 from proxyq.proxies.formula.grammar import STATISTICS, Node
+from proxyq.proxies.formula.statistics import Statistics
 from proxyq.proxies.proxy import Proxy, Shape, least_cost_class, make_proxy
 from proxyq.quantize import fake_quantize
 
@@ -45,6 +46,11 @@ def is_formula(name: str) -> bool:
 def named_formula(name: str | os.PathLike[str]) -> Proxy:
     """The proxy of `formula:NAME` or of a formula's file."""
     return formula_proxy(load_formula(os.fspath(name).removeprefix(PREFIX)))
+
+
+def shelf_formulas() -> list[Proxy]:
+    """The proxies of all formulas on the shelf."""
+    return [named_formula(PREFIX + name) for name in available_formulas()]
 
 
 def formula_proxy(formula: Formula) -> Proxy:
