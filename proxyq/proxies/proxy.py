@@ -405,7 +405,12 @@ def least_cost_class(needs: tuple[str, ...]) -> str:
     """The class of the dearest need; a kernel that runs the network itself may be of a dearer."""
     if "pairs" in needs:
         return "pairs"
-    for name, group in (("sweep", {*SWEEP_NEEDS, *PAIR_NEEDS}), ("backward", GRADIENT_NEEDS)):
+    swept = {*SWEEP_NEEDS, *PAIR_NEEDS} - {"tangents"}
+    for name, group in (
+        ("sweep", swept),
+        ("curvature", {"tangents"}),
+        ("backward", GRADIENT_NEEDS),
+    ):
         if set(needs) & set(group):
             return name
     return "forward" if set(needs) - {"weight"} else "weights"
