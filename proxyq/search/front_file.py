@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from proxyq.errors import ProxyqError, UsageError
+from proxyq.errors import UsageError
 from proxyq.files import read_json, write_atomic
 from proxyq.search.allocate.budget import Budget
 from proxyq.search.allocate.pareto import dominated
@@ -27,9 +27,9 @@ from proxyq.search.allocate.plan import (
     PlannedBudget,
     PlannedLayer,
     SolverRecord,
-    first_problem,
     number,
 )
+from proxyq.search.record_file import record_from
 
 SCHEMA = "proxyq/front/1"
 
@@ -231,25 +231,7 @@ class Front(_Record):
     @classmethod
     def from_json(cls, data: Any, what: str = "file") -> "Front":
         """A front from parsed JSON; raises `ProxyqError` naming the first wrong field."""
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if isinstance(schema, str) and schema.startswith("proxyq/front/") and schema != SCHEMA:
-            raise ProxyqError(
-                f"the {what} has the schema {schema!r}, which this version does not read; it "
-                f"reads {SCHEMA!r}: use the version of proxyq that wrote it."
-            )
-        if schema != SCHEMA:
-            raise ProxyqError(
-                f"the {what} holds no front: it must be a JSON object whose field 'schema' is "
-                f"{SCHEMA!r}, got {schema!r}; `proxyq pareto` writes such files."
-            )
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            if problem["loc"]:
-                raise ProxyqError(f"the {what} has a bad field {first_problem(error)}.") from None
-            message = problem["msg"].removeprefix("Value error, ")
-            raise ProxyqError(f"the {what} is wrong: {message}.") from None
+        return record_from(cls, data, what, schema=SCHEMA, holds="front", command="pareto")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Front":

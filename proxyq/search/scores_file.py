@@ -27,6 +27,7 @@ from proxyq.proxies.proxy import MOST
 from proxyq.quantize import Rounding
 from proxyq.search.allocate.plan import Count, Json, first_problem
 from proxyq.search.allocate.problem import check_bits
+from proxyq.search.record_file import record_from
 
 SCHEMA = "proxyq/scores/1"
 WIDTH = 240
@@ -293,25 +294,7 @@ class ScoreFile(_Record):
     @classmethod
     def from_json(cls, data: Any, what: str = "file") -> "ScoreFile":
         """Scores from parsed JSON; raises `ProxyqError` naming the first wrong field."""
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if isinstance(schema, str) and schema.startswith("proxyq/scores/") and schema != SCHEMA:
-            raise ProxyqError(
-                f"the {what} has the schema {schema!r}, which this version does not read; it "
-                f"reads {SCHEMA!r}: use the version of proxyq that wrote it."
-            )
-        if schema != SCHEMA:
-            raise ProxyqError(
-                f"the {what} holds no scores: it must be a JSON object whose field 'schema' is "
-                f"{SCHEMA!r}, got {schema!r}; `proxyq score` writes such files."
-            )
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            if problem["loc"]:
-                raise ProxyqError(f"the {what} has a bad field {first_problem(error)}.") from None
-            message = problem["msg"].removeprefix("Value error, ")
-            raise ProxyqError(f"the {what} is wrong: {message}.") from None
+        return record_from(cls, data, what, schema=SCHEMA, holds="scores", command="score")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ScoreFile":

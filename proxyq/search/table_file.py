@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from proxyq.errors import ProxyqError
 from proxyq.files import read_json, write_atomic
-from proxyq.search.allocate.plan import Count, Json, Number, first_problem
+from proxyq.search.allocate.plan import Count, Json, Number
+from proxyq.search.record_file import record_from
 
 SCHEMA = "proxyq/table/1"
 FLOAT_BITS = 32
@@ -119,25 +119,7 @@ class MeasuredTable(_Record):
     @classmethod
     def from_json(cls, data: Any, what: str = "file") -> "MeasuredTable":
         """A table from parsed JSON; raises `ProxyqError` naming the first wrong field."""
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if isinstance(schema, str) and schema.startswith("proxyq/table/") and schema != SCHEMA:
-            raise ProxyqError(
-                f"the {what} has the schema {schema!r}, which this version does not read; it "
-                f"reads {SCHEMA!r}: use the version of proxyq that wrote it."
-            )
-        if schema != SCHEMA:
-            raise ProxyqError(
-                f"the {what} holds no table: it must be a JSON object whose field 'schema' is "
-                f"{SCHEMA!r}, got {schema!r}; `proxyq table` writes such files."
-            )
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            if problem["loc"]:
-                raise ProxyqError(f"the {what} has a bad field {first_problem(error)}.") from None
-            message = problem["msg"].removeprefix("Value error, ")
-            raise ProxyqError(f"the {what} is wrong: {message}.") from None
+        return record_from(cls, data, what, schema=SCHEMA, holds="table", command="table")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MeasuredTable":
