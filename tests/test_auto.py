@@ -1,6 +1,7 @@
 """`auto`: the judge measures what runs, the portfolio's best is kept, refinement never harms."""
 
 import json
+from importlib import import_module
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from networks import mixer, small_net
 import proxyq
 from proxyq.api.program import program
 from proxyq.auto import Judge, choose, halves, improve, refine
-from proxyq.auto.choose import STARTS, TIGHT, spelled
+from proxyq.auto.choose import TIGHT, TIGHT_ROUNDS, spelled
 from proxyq.auto.judge import BROKEN, Loss, Verdict
 from proxyq.auto.portfolio import MEMBERS, portfolio
 from proxyq.auto.refine import anchored, proposals
@@ -161,7 +162,7 @@ def test_refinement_keeps_budgets_pins_and_ties_and_never_harms():
     answer = solve(problem, "greedy")
     spell = spelled(problem, [None] * len(judge.names))
     before = judge.measure(spell(answer.choice))
-    found = refine(judge, problem, answer.choice, spell, BITS, rounds=3)
+    found = refine(judge, problem, [answer.choice], spell, BITS, rounds=3)
     assert found.verdict == judge.measure(spell(found.choice))
     assert found.verdict.held_back <= before.held_back and found.verdict.fitted <= before.fitted
     assert problem.bits[found.choice[0]] == 6 and found.choice[1] == found.choice[2]
@@ -203,14 +204,40 @@ def test_refinement_finds_what_is_better_and_not_what_only_seems_so(overfits):
     problem = program(scores.layers, scores, "size=6bit")
     start = tuple(0 for _ in judge.names)
     spell = spelled(problem, [None] * len(judge.names))
-    found = refine(judge, problem, start, spell, BITS, rounds=3)
+    found = refine(judge, problem, [start], spell, BITS, rounds=3)
     assert found.tried > 0
     if overfits:
         assert found.choice == start
     else:
         assert problem.bits[found.choice[-1]] == max(BITS)
     # A deadline that has passed stops new rounds; one that passes in a round, after a few tries.
-    assert refine(judge, problem, start, spell, BITS, deadline=0.0).rounds == 0
+    assert refine(judge, problem, [start], spell, BITS, deadline=0.0).rounds == 0
+
+
+def test_a_round_that_finds_nothing_is_not_the_end(monkeypatch):
+    """Nothing near the best start is better; from the second, a path of two rounds leads further.
+    More rounds are never worse."""
+    monkeypatch.setattr(import_module("proxyq.auto.refine"), "CHANGES", (2,))
+
+    def worth(plan):
+        bits = [width for width, _ in plan]
+        if bits[0] == 6:
+            return (3.0, 3.0) if set(bits[1:]) == {2} else (4.0, 4.0)
+        loss = 3.5 - 0.2 * sum(width > 2 for width in bits[1:])
+        return loss, loss
+
+    judge = Told(worth)
+    scores = portfolio(judge, BITS)[0]
+    problem = program(scores.layers, scores, "size=6bit")
+    spell = spelled(problem, [None] * len(judge.names))
+    least = (0,) * (len(judge.names) - 1)
+    starts = [(2, *least), (0, *least)]
+    found = [refine(judge, problem, starts, spell, BITS, rounds=r) for r in range(1, 6)]
+    losses = [one.verdict.held_back for one in found]
+    assert losses == sorted(losses, reverse=True)
+    assert [one.origin for one in found[:2]] == [0, 0] and found[0].choice == starts[0]
+    assert found[2].origin == 1 and found[2].verdict == judge.measure(spell(found[2].choice))
+    assert losses[2].rescaled < 3.0
 
 
 def test_the_sweep_is_kept_and_a_killed_one_goes_on(tmp_path):
@@ -262,7 +289,7 @@ def test_wrecked_networks_are_ranked_by_their_answers_and_refined():
     report = choose(judge, problem_of("size=1bit"), (1, 2), fixed=fixed, correction="none").report
     losses = [one["rescaled"] for one in report["candidates"]]
     assert losses == sorted(losses) and losses[0] > TIGHT
-    assert 1 <= report["refined"]["rounds"] <= STARTS + 1
+    assert 1 <= report["refined"]["rounds"] <= TIGHT_ROUNDS["medium"]
     assert report["refined"]["from"] == report["chosen"]
     assert report["rescaled"] <= losses[0]
     calm = choose(judge, problem_of("size=8bit"), (7, 8), fixed=fixed, correction="none").report

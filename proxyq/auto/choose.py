@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -25,7 +25,7 @@ ROUNDS = {"low": 0, "medium": 0, "high": 4}
 TIGHT = 0.5
 """Nats of rescaled divergence from which on a plan is worth refinement at effort `medium` too:
 what is measured from the float network on tells little of such a plan."""
-TIGHT_ROUNDS = {"low": 0, "medium": 2, "high": 4}
+TIGHT_ROUNDS = {"low": 0, "medium": 5, "high": 10}
 STARTS = 3
 """So many plans are refined where the best one is that far off: which of them leads furthest is
 not the one that measures best."""
@@ -154,23 +154,33 @@ def choose(
     best = ranked[0]
     tight = best.verdict.held_back.rescaled > TIGHT
     rounds = ENDLESS if refine_seconds else (TIGHT_ROUNDS if tight else ROUNDS)[effort]
-    starts = _distinct(ranked, fixed)[: STARTS if tight else 1] if rounds else []
+    starts = _distinct(ranked, fixed)[: STARTS if tight else 1]
     now = time.perf_counter()
-    if starts and not refine_seconds:
+    if rounds and not refine_seconds and left < float("inf"):
         needed = round_passes(judge, bits, activation_bits) * per_pass
-        within = int(max(started + left - now, 0.0) / needed) if left < float("inf") else STARTS
-        if within < len(starts):
+        within = int(max(started + left - now, 0.0) / needed)
+        if within < rounds:
             notes.append(
                 f"a round of refinement would take about {needed:.0f} s; the time budget leaves "
-                f"{within} of {len(starts)}"
+                f"{within} of {rounds}"
             )
-            starts, rounds = starts[:within], 1
+            rounds = within
     answer, verdict = best.answer, best.verdict
-    if starts:
-        deadline = min(started + left, now + (refine_seconds or float("inf")))
-        best, answer, verdict, report["refined"] = _refine_best(
-            judge, starts, fixed, bits, activation_bits, rounds, deadline, progress
+    if rounds:
+        found = refine(
+            judge,
+            best.problem,
+            [one.answer.choice for one in starts],
+            spelled(best.problem, fixed),
+            bits,
+            activation_bits,
+            rounds=rounds,
+            deadline=min(started + left, now + (refine_seconds or float("inf"))),
+            progress=progress,
         )
+        best, verdict = starts[found.origin], found.verdict
+        answer, report["refined"] = _refined(best.answer, found, best.verdict)
+        report["refined"] = {"from": best.scores.proxy, **report["refined"]}
     report |= {
         "chosen": best.scores.proxy,
         **_loss(verdict.held_back),
@@ -187,43 +197,6 @@ def _distinct(candidates: Sequence[Candidate], fixed: Sequence[int | None]) -> l
     for one in candidates:
         found.setdefault(tuple(spelled(one.problem, fixed)(one.answer.choice)), one)
     return list(found.values())
-
-
-def _refine_best(
-    judge: Judge,
-    starts: Sequence[Candidate],
-    fixed: Sequence[int | None],
-    bits: Sequence[int],
-    activation_bits: Sequence[int],
-    rounds: int,
-    deadline: float,
-    progress: Progress,
-) -> tuple[Candidate, Assignment, Verdict, dict[str, Any]]:
-    """A round of refinement from every start, the others from the best: which start, and all."""
-    tried = done = 0
-
-    def refined(start: Candidate, choice: Sequence[int], rounds: int) -> Refined:
-        nonlocal tried, done
-        found = refine(
-            judge,
-            start.problem,
-            choice,
-            spelled(start.problem, fixed),
-            bits,
-            activation_bits,
-            rounds=rounds,
-            deadline=deadline,
-            progress=progress,
-        )
-        tried, done = tried + found.tried, done + found.rounds
-        return found
-
-    found = [(start, refined(start, start.answer.choice, 1)) for start in starts]
-    best, first = min(found, key=lambda one: one[1].verdict.held_back)
-    last = refined(best, first.choice, rounds - 1) if rounds > 1 else first
-    whole = replace(last, rounds=done, tried=tried)
-    answer, report = _refined(best.answer, whole, best.verdict)
-    return best, answer, whole.verdict, {"from": best.scores.proxy, **report}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +225,7 @@ def improve(
     found = refine(
         judge,
         answer.problem,
-        answer.choice,
+        [answer.choice],
         spell,
         bits,
         activation_bits,

@@ -8,8 +8,12 @@ by,
 
 Solving that within all budgets, with at most 2, 3, 4, 6, 9 changes since it is local, gives
 candidates; so do the best predicted exchanges of two layers. Each is run, corrected as it will
-be used. A candidate is accepted where it lowers the divergence on the images that it was found
-on and on images held back, against over-fitting.
+be used. Those that lower the divergence most on the images that they were found on are run on
+images held back, against over-fitting, and are plans to go on from where they are better there
+too.
+
+The next round begins at the best plan from which none began yet: best first, so that a round
+which finds nothing is not the end.
 """
 
 import time
@@ -18,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from proxyq.auto.judge import Judge, Verdict
+from proxyq.auto.judge import Judge, Loss, Verdict
 from proxyq.auto.portfolio import sweep_passes
 from proxyq.engine import single_layer_sweep
 from proxyq.engine.alternatives import choices
@@ -32,6 +36,10 @@ CHANGES = (2, 3, 4, 6, 9)
 EXCHANGES = 20
 AT_LEAST = 3
 """Proposals that a round tries even if time is over: its sweep was the larger part."""
+CHECKED = 6
+"""So many of a round's proposals, the best on the fitted images, are run on those held back."""
+PATIENCE = 3
+"""Rounds in a row that find no better plan, after which there is none to be found."""
 
 Spell = Callable[[Sequence[int]], list[Choice]]
 """Columns of a problem as bits, layer by layer."""
@@ -39,10 +47,12 @@ Spell = Callable[[Sequence[int]], list[Choice]]
 
 @dataclass(frozen=True, kw_only=True)
 class Refined:
-    """Columns of the best plan, its verdict, and how it came about."""
+    """Columns of the best plan, its verdict, and how it came about: `origin` is the start that it
+    was reached from."""
 
     choice: tuple[int, ...]
     verdict: Verdict
+    origin: int
     rounds: int
     tried: int
 
@@ -50,7 +60,7 @@ class Refined:
 def refine(
     judge: Judge,
     problem: Problem,
-    choice: Sequence[int],
+    starts: Sequence[Sequence[int]],
     spell: Spell,
     bits: Sequence[int],
     activation_bits: Sequence[int] = (),
@@ -59,29 +69,48 @@ def refine(
     deadline: float = float("inf"),
     progress: Progress = silent,
 ) -> Refined:
-    """The best plan found from `choice` on, within all limits of `problem`.
+    """The best plan found from any of `starts` on, within all limits of `problem`.
 
+    - `starts`: a round begins at each, as far as `rounds` go; then from the best plan on.
     - `spell`: what columns stand for; `bits`, `activation_bits`: what is re-measured.
     - `deadline`: of `time.perf_counter()`; a round that has begun tries its first few proposals.
     """
-    best, verdict = tuple(choice), judge.measure(spell(choice))
-    tried, done = 0, 0
-    while done < rounds and time.perf_counter() < deadline:
+    origin = {}
+    for number, start in enumerate(starts):
+        origin.setdefault(tuple(start), number)
+    verdicts = {plan: judge.measure(spell(plan)) for plan in origin}
+
+    def worth(plan: tuple[int, ...]) -> tuple[Loss, int]:
+        return verdicts[plan].held_back, origin[plan]
+
+    waiting, begun = list(origin), set[tuple[int, ...]]()
+    tried = done = idle = 0
+    while done < rounds and idle < PATIENCE and time.perf_counter() < deadline:
+        unseen = [plan for plan in verdicts if plan not in begun]
+        if not unseen:
+            break
+        plan = waiting.pop(0) if waiting else min(unseen, key=worth)
+        begun.add(plan)
+        best = min(verdicts, key=worth)
         done += 1
-        change = anchored(judge, problem, best, spell, bits, activation_bits, progress=progress)
-        start = best
-        for number, candidate in enumerate(proposals(problem, best, change)):
+        change = anchored(judge, problem, plan, spell, bits, activation_bits, progress=progress)
+        fitted: dict[tuple[int, ...], Loss] = {}
+        for number, candidate in enumerate(proposals(problem, plan, change)):
             if number >= AT_LEAST and time.perf_counter() >= deadline:
                 break
             tried += 1
-            if not judge.fitted(spell(candidate)) < verdict.fitted:
-                continue
+            if candidate not in verdicts:
+                fitted[candidate] = judge.fitted(spell(candidate))
+        better = [one for one in fitted if fitted[one] < verdicts[plan].fitted]
+        for candidate in sorted(better, key=fitted.__getitem__)[:CHECKED]:
             found = judge.measure(spell(candidate))
-            if found.held_back < verdict.held_back:
-                best, verdict = candidate, found
-        if best == start:
-            break
-    return Refined(choice=best, verdict=verdict, rounds=done, tried=tried)
+            if found.held_back < verdicts[plan].held_back:
+                verdicts[candidate], origin[candidate] = found, origin[plan]
+        idle = 0 if waiting or min(verdicts, key=worth) != best else idle + 1
+    best = min(verdicts, key=worth)
+    return Refined(
+        choice=best, verdict=verdicts[best], origin=origin[best], rounds=done, tried=tried
+    )
 
 
 def round_passes(judge: Judge, bits: Sequence[int], activation_bits: Sequence[int] = ()) -> float:
