@@ -35,6 +35,7 @@ PUBLISHED = {
 }
 OURS = {
     "output-error": ("output-error", {}),
+    "restored-error": ("restored-error", {}),
     "logit-coupling": ("logit-coupling", {}),
     "rescaled-coupling": ("rescaled-coupling", {}),
     "gauss-newton": ("gauss-newton", {}),

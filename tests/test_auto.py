@@ -80,7 +80,7 @@ def test_the_best_of_all_plans_is_kept(correction):
     fixed = [None] * len(judge.names)
     outcome = choose(judge, problem_of(), BITS, fixed=fixed, correction=correction)
     report = outcome.report
-    assert len(report["candidates"]) == 7 and json.dumps(report)
+    assert len(report["candidates"]) == 8 and json.dumps(report)
     wanted = {"none"} if correction == "none" else {"none", "weights", "statistics"}
     assert set(report["corrections"]) == wanted
     loss = {name: one["rescaled"] for name, one in report["corrections"].items()}
@@ -100,14 +100,15 @@ def test_effort_and_time_decide_how_far_it_goes():
     judge = judge_of(small_net())
     fixed = [None] * len(judge.names)
     low = choose(judge, problem_of(), BITS, fixed=fixed, correction="none", effort="low")
-    assert [one["proxy"] for one in low.report["candidates"]] == ["output-error", "sqnr"]
+    proposed = sorted(one["proxy"] for one in low.report["candidates"])
+    assert proposed == ["output-error", "restored-error", "sqnr"]
     high = choose(judge, problem_of(), BITS, fixed=fixed, correction="none", effort="high")
     assert high.report["refined"]["rounds"] >= 1
     assert high.report["rescaled"] <= high.report["refined"]["before"]["rescaled"]
     late = choose(
         judge, problem_of(), BITS, fixed=fixed, correction="none", effort="high", time_budget=1e-9
     )
-    assert len(late.report["candidates"]) == 2 and "refined" not in late.report
+    assert len(late.report["candidates"]) == 3 and "refined" not in late.report
     assert [("sweep" in note, "refinement" in note) for note in late.report["notes"]] == [
         (True, False),
         (False, True),
@@ -235,9 +236,30 @@ def test_a_round_that_finds_nothing_is_not_the_end(monkeypatch):
     found = [refine(judge, problem, starts, spell, BITS, rounds=r) for r in range(1, 6)]
     losses = [one.verdict.held_back for one in found]
     assert losses == sorted(losses, reverse=True)
-    assert [one.origin for one in found[:2]] == [0, 0] and found[0].choice == starts[0]
-    assert found[2].origin == 1 and found[2].verdict == judge.measure(spell(found[2].choice))
+    assert [one.reached[0].origin for one in found[:2]] == [0, 0] and found[0].choice == starts[0]
+    assert found[2].reached[0].origin == 1 and found[2].verdict == judge.measure(
+        spell(found[2].choice)
+    )
     assert losses[2].rescaled < 3.0
+
+
+def test_the_last_few_plans_are_verified_on_images_that_none_was_found_on():
+    """Three parts of images: to fit, to look at, and in reserve; what is verified is the mean."""
+    model = small_net()
+    x = images(model, 60)
+    judge, whole = Judge(model, x[:10], x[10:]), Judge(model, x[:25], x[10:])
+    assert len(judge.reserve) == 30 and whole.reserve is None
+    plan = [(3, None)] * len(judge.names)
+    assert judge.verify(plan) == pytest.approx(whole.measure(plan).held_back, rel=1e-5)
+    assert whole.verify(plan) == whole.measure(plan).held_back
+    fixed = [None] * len(judge.names)
+    efforts = [
+        choose(judge, problem_of(), BITS, fixed=fixed, correction="none", effort=effort).report
+        for effort in ("medium", "high")
+    ]
+    assert efforts[0]["verified"]["plans"] > 1 and efforts[1]["verified"]["plans"] <= 4
+    # High begins as medium does and goes on from there; the last word is the reserve's.
+    assert efforts[1]["verified"]["rescaled"] <= efforts[0]["verified"]["rescaled"] * 1.05
 
 
 def test_the_sweep_is_kept_and_a_killed_one_goes_on(tmp_path):

@@ -10,6 +10,7 @@ from proxyq.engine import Edit, Engine, collect, compiled_count, single_layer_sw
 from proxyq.engine.divergence import kl_divergence
 from proxyq.engine.memory import bytes_per_image, images_at_once
 from proxyq.engine.taps import TapOptions
+from proxyq.engine.walk import _channel_sums, _restored
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.function_import import from_function
 from proxyq.model.graph import evaluate
@@ -180,26 +181,44 @@ def test_output_error_equals_the_definition(build):
     model = build()
     x = images(model, 5)
     engine = Engine.build(model, 5, batch_size=2)
-    taps = collect(engine, x, ("output-error",), (2, 3))
+    taps = collect(engine, x, ("output-error", "restored-error"), (2, 3))
     whole = Engine.build(model, 5, batch_size=5)
     env = dict(whole.frontier)
     env.update(zip(whole.network.graph.inputs, [jnp.asarray(x)], strict=True))
     evaluate(whole.network.graph.main, env)
     for tap in taps:
-        ratios = []
+        ratios, restored = [], []
         for index in whole.network.sites_of(tap.name):
             site = whole.network.sites[index]
             eqn = whole.network.graph.main[site.position]
             clean = np.asarray(env[eqn.outvars[0]], np.float64)
-            row = []
+            row, left = [], []
+            y = np.asarray(site.output_columns(clean, 5)).reshape(-1, tap.layer.channels)
             for b in (2, 3):
                 columns = quantize_columns(whole.columns(index), b)
                 values = [env[v] for v in eqn.invars]
                 values[site.operand] = site.from_columns(columns, whole.weight(index).shape)
                 wrong = np.asarray(eqn.primitive.bind(*values, **eqn.params), np.float64)
                 row.append(np.mean((wrong - clean) ** 2) / np.var(clean))
+                z = np.asarray(site.output_columns(wrong, 5)).reshape(y.shape)
+                z = (z - z.mean(axis=0)) / z.std(axis=0) * y.std(axis=0) + y.mean(axis=0)
+                left.append(np.mean((z - y) ** 2) / np.var(clean))
             ratios.append(row)
+            restored.append(left)
         np.testing.assert_allclose(tap.output_error, np.mean(ratios, axis=0), rtol=1e-3)
+        np.testing.assert_allclose(tap.restored_error, np.mean(restored, axis=0), rtol=1e-3)
+
+
+def test_restored_error_of_channels_that_rounding_scales_moves_or_silences():
+    """A channel that is only scaled costs nothing, one that is gone costs its variance."""
+    y = np.random.default_rng(0).normal(3.0, 2.0, (4, 50, 3))
+    half, moved, gone = -0.5 * y, np.full_like(y, 7.0), -y
+    sums = _channel_sums(jnp.asarray(y), [jnp.asarray(one) for one in (half, moved, gone)])
+    errors = _restored(sums)
+    share = y.var(axis=(0, 1)).mean() / y.var()
+    np.testing.assert_allclose(errors, [0.0, 0.0, share], atol=1e-5)
+    # Of channels that never vary there is nothing to lose.
+    assert _restored(_channel_sums(jnp.zeros((4, 5, 2)), [jnp.ones((4, 5, 2))])).tolist() == [0.0]
 
 
 def test_batch_statistics_need_all_images_at_once():

@@ -61,6 +61,8 @@ def drawn_layers(seed=0, shapes=SHAPES):
             "D": np.stack([np.round(w / step) * step - w for step in steps]),
             "A": a,
             "E": np.stack([np.round(a * 2**b) / 2**b - a for b in BITS]),
+            "O": rng.random(len(BITS)),
+            "R": rng.random(len(BITS)) * 1e-3,
             "macs": 100.0 * (index + 1),
         }
     return layers
@@ -123,7 +125,7 @@ def naive(node, layer, index, real=np.float64):
         return real(BITS[index])
     if node.name == "weights":
         return real(layer["W"].size)
-    if node.name in ("D", "E"):
+    if node.name in ("D", "E", "O", "R"):
         return np.asarray(layer[node.name][index], real)
     if node.name in STATISTICS:
         return np.asarray(layer[node.name], real)

@@ -94,6 +94,7 @@ def test_the_published_tree_is_what_it_says():
         ("sum(square(D)) / weights", "cost"),
         ("mean(square(E)) * l1(G)", "cost"),
         ("l1(H) * mean(square(D))", "cost"),
+        ("R + sqrt(O) / macs", "cost"),
         ("std(A) + norm(F)", "importance"),
         ("sum(abs(V * W)) / macs", "importance"),
     ],

@@ -212,7 +212,7 @@ def test_what_is_measured_for_each_image_does_not_hang_on_the_batch_size(build):
 
     model = build()
     x = images(model, 5)
-    needs = ("gram", "pooled", "output", "output-error", "input")
+    needs = ("gram", "pooled", "output", "output-error", "restored-error", "input")
     found = []
     for batch in (1, 2, 5):
         engine = Engine.build(model, 5, batch_size=batch)
@@ -224,6 +224,7 @@ def test_what_is_measured_for_each_image_does_not_hang_on_the_batch_size(build):
             np.testing.assert_allclose(one.pooled, other.pooled, atol=1e-5)
             np.testing.assert_allclose(one.output, other.output, atol=3e-5)
             np.testing.assert_allclose(one.output_error, other.output_error, rtol=1e-3)
+            np.testing.assert_allclose(one.restored_error, other.restored_error, rtol=1e-3)
             np.testing.assert_allclose(
                 np.reshape(one.input, (5, -1)), np.reshape(other.input, (5, -1)), atol=3e-5
             )

@@ -20,7 +20,8 @@ from proxyq.search.allocate import Assignment, Problem, finish, solve
 
 Effort = Literal["low", "medium", "high"]
 HELD_BACK = {"low": 1, "medium": 2, "high": 4}
-"""Images held back at most, as a multiple of those that are fitted on."""
+"""Images held back at most, as a multiple of those that are fitted on. Those beyond what the
+judge looks at verify the last few plans."""
 ROUNDS = {"low": 0, "medium": 0, "high": 4}
 TIGHT = 0.5
 """Nats of rescaled divergence from which on a plan is worth refinement at effort `medium` too:
@@ -29,6 +30,8 @@ TIGHT_ROUNDS = {"low": 0, "medium": 5, "high": 10}
 STARTS = 3
 """So many plans are refined where the best one is that far off: which of them leads furthest is
 not the one that measures best."""
+VERIFIED = 4
+"""So many plans, the best, are run on the images in reserve."""
 ENDLESS = 1_000_000
 COUPLED_NODES = 50
 """Of the tree for a coupled candidate: its plan is found before the first; a proof is not needed
@@ -94,12 +97,15 @@ def choose(
 ) -> Outcome:
     """The plan that diverges least from the float network, of those that many costs propose.
 
-    1. `output-error` and `sqnr`, which cost a few forward passes, propose a plan each; the
-       corrections of layer statistics are compared on the first (`correction="auto"`).
+    1. `output-error`, `sqnr` and `restored-error`, which cost a few forward passes, propose a
+       plan each; the corrections of layer statistics are compared on the first
+       (`correction="auto"`).
     2. From effort `medium` on, one sweep over single layers, corrected likewise, gives the costs
        of the `portfolio`, each of which proposes a plan.
     3. The best is refined at effort `high`, or for `refine_seconds`. Where it is far from the
        float network (`TIGHT`), the best few are, at effort `medium` too.
+    4. Where the judge has images in reserve, as at effort `high`, the best few of all plans are
+       verified on them.
 
     Every plan is measured on images held back. `problem_of` turns scores into the problem with
     its budgets; `cache` keeps the sweep. `time_budget` seconds bound steps 2 and 3: what would
@@ -165,7 +171,7 @@ def choose(
                 f"{within} of {rounds}"
             )
             rounds = within
-    answer, verdict = best.answer, best.verdict
+    found = Refined(reached=(), rounds=0, tried=0)
     if rounds:
         found = refine(
             judge,
@@ -178,9 +184,20 @@ def choose(
             deadline=min(started + left, now + (refine_seconds or float("inf"))),
             progress=progress,
         )
-        best, verdict = starts[found.origin], found.verdict
-        answer, report["refined"] = _refined(best.answer, found, best.verdict)
-        report["refined"] = {"from": best.scores.proxy, **report["refined"]}
+    last = [(starts[one.origin], one.choice, one.verdict) for one in found.reached]
+    if not rounds:
+        last = [(one, one.answer.choice, one.verdict) for one in _distinct(ranked, fixed)]
+    if judge.reserve is not None:
+        last = last[:VERIFIED]
+        verified = [judge.verify(spelled(one.problem, fixed)(choice)) for one, choice, _ in last]
+        place = min(range(len(last)), key=verified.__getitem__)
+        last = last[place:]
+        report["verified"] = {"plans": len(verified), **_loss(verified[place])}
+    best, choice, verdict = last[0]
+    answer = best.answer
+    if rounds:
+        answer, refined = _refined(answer, choice, found, best.verdict)
+        report["refined"] = {"from": best.scores.proxy, **refined}
     report |= {
         "chosen": best.scores.proxy,
         **_loss(verdict.held_back),
@@ -233,7 +250,7 @@ def improve(
         deadline=time.perf_counter() + seconds,
         progress=progress,
     )
-    better, report = _refined(answer, found, before)
+    better, report = _refined(answer, found.choice, found, before)
     report |= {
         "corrections": {name: _loss(loss) for name, loss in by_correction.items()},
         "correction": judge.correction,
@@ -243,10 +260,10 @@ def improve(
 
 
 def _refined(
-    answer: Assignment, found: Refined, before: Verdict
+    answer: Assignment, choice: Sequence[int], found: Refined, before: Verdict
 ) -> tuple[Assignment, dict[str, Any]]:
     """The refined plan as an answer: no optimum of the predicted cost any more."""
-    changes = sum(a != b for a, b in zip(found.choice, answer.choice, strict=True))
+    changes = sum(a != b for a, b in zip(choice, answer.choice, strict=True))
     report = {
         "rounds": found.rounds,
         "tried": found.tried,
@@ -262,7 +279,7 @@ def _refined(
     )
     better = finish(
         answer.problem,
-        found.choice,
+        choice,
         bound=answer.bound,
         solver=f"{answer.solver}+refine",
         started=time.perf_counter() - answer.seconds,

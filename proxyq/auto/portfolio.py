@@ -4,7 +4,7 @@ No one cost is best at every budget and on every network; each of these is good 
 solved in seconds, and a plan costs little to measure. So each proposes a plan, and the judge
 decides.
 
-- `output-error`, `sqnr`: what needs no sweep.
+- `output-error`, `restored-error`, `sqnr`: what needs no sweep.
 - `kl`, `kl-temperature-2`: the divergence with one layer rounded.
 - `logit-coupling`, and the same at temperature 2: with the coupling of layers.
 - `rescaled-coupling`: with the coupling of what is not the scale of the logits.
@@ -23,7 +23,7 @@ from proxyq.engine.alternatives import choices, spread
 from proxyq.engine.divergence import kl_divergence, rescaled_divergence
 from proxyq.engine.gram import Gram
 from proxyq.progress import Progress, silent
-from proxyq.proxies import Cache, Scores, output_error, sqnr
+from proxyq.proxies import Cache, Scores, output_error, restored_error, sqnr
 from proxyq.proxies._logit_coupling import coupling_of
 
 TEMPERATURES = (1.0, 2.0)
@@ -42,14 +42,14 @@ MEMBERS = (
 def free_scores(
     judge: Judge, bits: Sequence[int], activation_bits: Sequence[int] = ()
 ) -> list[Scores]:
-    """Scores that a few forward passes give: `output-error` and `sqnr`.
+    """Scores that a few forward passes give: `output-error`, `sqnr` and `restored-error`.
 
     What rounding a layer's input costs is its squared error relative to the input's variance.
     """
     key = ("free", tuple(bits), tuple(activation_bits))
     if key in judge.kept:
         return judge.kept[key]
-    needs = ("output-error", *(("input-error",) if activation_bits else ()))
+    needs = ("output-error", "restored-error", *(("input-error",) if activation_bits else ()))
     taps = collect(
         judge.engine,
         judge.fit,
@@ -74,7 +74,7 @@ def free_scores(
             activations=beside,
             activation_bits=tuple(activation_bits),
         )
-        for one in (output_error.on(taps), sqnr.on(taps))
+        for one in (output_error.on(taps), sqnr.on(taps), restored_error.on(taps))
     ]
     return judge.kept[key]
 

@@ -19,6 +19,7 @@ which finds nothing is not the end.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,16 +46,31 @@ Spell = Callable[[Sequence[int]], list[Choice]]
 """Columns of a problem as bits, layer by layer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Refined:
-    """Columns of the best plan, its verdict, and how it came about: `origin` is the start that it
-    was reached from."""
+class Reached(NamedTuple):
+    """A plan's columns, its verdict, and the number of the start that it was reached from."""
 
     choice: tuple[int, ...]
     verdict: Verdict
     origin: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refined:
+    """All plans that are better than the one they came from, and the starts: the best first."""
+
+    reached: tuple[Reached, ...]
     rounds: int
     tried: int
+
+    @property
+    def choice(self) -> tuple[int, ...]:
+        """Columns of the best plan."""
+        return self.reached[0].choice
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the best plan measured."""
+        return self.reached[0].verdict
 
 
 def refine(
@@ -69,7 +85,7 @@ def refine(
     deadline: float = float("inf"),
     progress: Progress = silent,
 ) -> Refined:
-    """The best plan found from any of `starts` on, within all limits of `problem`.
+    """The best plans found from any of `starts` on, within all limits of `problem`.
 
     - `starts`: a round begins at each, as far as `rounds` go; then from the best plan on.
     - `spell`: what columns stand for; `bits`, `activation_bits`: what is re-measured.
@@ -107,10 +123,8 @@ def refine(
             if found.held_back < verdicts[plan].held_back:
                 verdicts[candidate], origin[candidate] = found, origin[plan]
         idle = 0 if waiting or min(verdicts, key=worth) != best else idle + 1
-    best = min(verdicts, key=worth)
-    return Refined(
-        choice=best, verdict=verdicts[best], origin=origin[best], rounds=done, tried=tried
-    )
+    reached = (Reached(plan, verdicts[plan], origin[plan]) for plan in sorted(verdicts, key=worth))
+    return Refined(reached=tuple(reached), rounds=done, tried=tried)
 
 
 def round_passes(judge: Judge, bits: Sequence[int], activation_bits: Sequence[int] = ()) -> float:

@@ -32,11 +32,12 @@ FORWARD_NEEDS = {
     "codes": "how many units agree, on or off, between images' features, [images, images]",
     "pooled": "the feature after ReLU, averaged over positions, [images, channels]",
     "output-error": "mean squared change of the output at each bit-width over its variance",
+    "restored-error": "the same with each output channel's mean and deviation restored",
     "output-variance": "variance of the output: in float, then at each bit-width, [1 + bits]",
 }
 _WHOLE = frozenset({"gram", "codes", "feature", "input", "output"})
 _OF_FEATURES = frozenset({"feature", "gram", "pooled", "codes", "sample"})
-_OF_ROUNDING = frozenset({"output-error", "output-variance"})
+_OF_ROUNDING = frozenset({"output-error", "output-variance", "restored-error"})
 _SAMPLED = 4096
 
 
@@ -64,6 +65,7 @@ def record_forward(
         1 if set(needs) & _WHOLE else -(-len(jax.tree.leaves(inputs)[0]) // engine.batch_size)
     )
     sums: dict[int, np.ndarray] = {}
+    channel_sums: dict[int, np.ndarray] = {}
     parts: dict[tuple[str, str], list[np.ndarray]] = {}
     done = 0
 
@@ -81,6 +83,7 @@ def record_forward(
             rounding,
             recorded,
             sums,
+            channel_sums,
             parts,
             tick,
             feature=feature,
@@ -97,6 +100,9 @@ def record_forward(
             # A tied weight acts at several places; each place counts alike.
             recorded[name]["output-error"] = np.mean([error for error, _ in found], axis=0)
             recorded[name]["output-variance"] = np.mean([var for _, var in found], axis=0)
+            if "restored-error" in needs:
+                restored = [_restored(channel_sums[i]) for i in engine.network.sites_of(name)]
+                recorded[name]["restored-error"] = np.mean(restored, axis=0)
 
 
 def _errors_and_variances(sums: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -109,6 +115,29 @@ def _errors_and_variances(sums: np.ndarray, bits: int) -> tuple[np.ndarray, np.n
     return error, np.maximum(np.append(variance, after), 0.0)
 
 
+def _restored(sums: np.ndarray) -> np.ndarray:
+    """Relative errors `[bits]` from `[channels, 3 + 3 bits]`: see `_channel_sums`.
+
+    With y a channel's output, d its change, a = std y / std (y + d), all of them centred:
+
+        E (a (y + d) - y)^2 = (a - 1)^2 E yy + 2 a (a - 1) E yd + a^2 E dd
+
+    A channel that rounding leaves constant keeps its mean alone, which costs its variance.
+    """
+    count, y, yy = (sums[:, i, None] for i in range(3))
+    d, dd, yd = np.split(sums[:, 3:], 3, axis=1)
+    var, of_change = yy / count - (y / count) ** 2, dd / count - (d / count) ** 2
+    with_change = yd / count - y * d / count**2
+    after = var + 2 * with_change + of_change
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # a - 1 = (var - after) / (std after (std y + std after)), without the difference of roots
+        less = -(2 * with_change + of_change) / (np.sqrt(after) * (np.sqrt(var) + np.sqrt(after)))
+        error = less**2 * var + 2 * (1 + less) * less * with_change + (1 + less) ** 2 * of_change
+    error = np.where(after > 1e-12 * var, np.maximum(error, 0.0), np.maximum(var, 0.0))
+    total = yy.sum() / count.sum() - (y.sum() / count.sum()) ** 2
+    return error.mean(axis=0) / max(float(total), np.finfo(float).tiny)
+
+
 def _walk(
     engine: Engine,
     chunks: list[tuple[Any, int]],
@@ -117,6 +146,7 @@ def _walk(
     rounding: Rounding,
     recorded: dict[str, dict[str, Any]],
     sums: dict[int, np.ndarray],
+    channel_sums: dict[int, np.ndarray],
     parts: dict[tuple[str, str], list[np.ndarray]],
     tick: Callable[[], None],
     *,
@@ -153,11 +183,17 @@ def _walk(
             if measured:
                 own_rows = site.rows(captured[out][-1], batch)[:count]
                 moments = _moments(own_rows)
+                changes = _changes(engine, index, state, deltas)
                 wrong = [
                     _change_moments(site.rows(change, batch)[:count], own_rows)
-                    for change in _changes(engine, index, state, deltas)
+                    for change in changes
                 ]
                 sums[index] = sums.get(index, 0) + np.append(moments, np.stack(wrong, axis=1))
+                if "restored-error" in needs:
+                    own_columns = site.output_columns(captured[out][-1], batch)[:count]
+                    columns = [site.output_columns(one, batch)[:count] for one in changes]
+                    found = _channel_sums(own_columns, columns)
+                    channel_sums[index] = channel_sums.get(index, 0) + found
         if index in first:
             own = recorded[first[index]]
             if "input" in needs:
@@ -272,6 +308,27 @@ def _change_moments(change: Any, rows: Any) -> np.ndarray:
     """Square of a change, sum and square of what it changes, in float64 over the images."""
     parts = _change_sums(change, rows)
     return np.array([np.sum(np.asarray(part, np.float64)) for part in parts])
+
+
+@jax.jit
+def _image_sums(y: Any, change: Any) -> Any:
+    y, change = y.astype(jnp.float32), change.astype(jnp.float32)
+    parts = (y, y * y, change, change * change, y * change)
+    return [jnp.sum(part, axis=1) for part in parts]
+
+
+def _channel_sums(y: Any, changes: list[Any]) -> np.ndarray:
+    """`[channels, 3 + 3 bits]`: count, y, y^2, then d, d^2 and y d of each change d.
+
+    `y` and the changes are `[images, positions, channels]`; summed in float64 over the images.
+    """
+    found = [
+        [np.sum(np.asarray(part, np.float64), axis=0) for part in _image_sums(y, change)]
+        for change in changes
+    ]
+    count = np.full(y.shape[-1], float(y.shape[0] * y.shape[1]))
+    own = [count, *found[0][:2]]
+    return np.stack([*own, *(one[place] for place in (2, 3, 4) for one in found)], axis=1)
 
 
 def _changes(engine: Engine, index: int, state: State, deltas: list[Any]) -> list[Any]:

@@ -22,6 +22,7 @@ from proxyq.proxies._orthogonality import orthogonality as orthogonality
 from proxyq.proxies._output_error import output_error as output_error
 from proxyq.proxies._quantization_entropy import quantization_entropy as quantization_entropy
 from proxyq.proxies._rescaled_coupling import rescaled_coupling as rescaled_coupling
+from proxyq.proxies._restored_error import restored_error as restored_error
 from proxyq.proxies._separability import separability as separability
 from proxyq.proxies._snip import snip as snip
 from proxyq.proxies._sqnr import sqnr as sqnr

@@ -164,6 +164,8 @@ _LAYER: dict[str, Callable[[LayerTap, tuple[int, ...]], np.ndarray]] = {
     "D": _rounding_errors,
     "A": lambda tap, bits: _float64(tap.sample),
     "E": _activation_errors,
+    "O": lambda tap, bits: _float64(tap.output_error),
+    "R": lambda tap, bits: _float64(tap.restored_error),
 }
 _NETWORK: dict[str, Callable[[Taps], list[np.ndarray]]] = {
     "V": _virtual,
@@ -173,8 +175,10 @@ _NETWORK: dict[str, Callable[[Taps], list[np.ndarray]]] = {
 
 def _passes(node: Node) -> str:
     parts = []
-    if {"A", "E", "G", "F", "H"} & set(node.leaves):
+    if {"A", "E", "G", "F", "H", "O", "R"} & set(node.leaves):
         parts.append("1 forward")
+    if {"O", "R"} & set(node.leaves):
+        parts.append("1 per bit-width")
     if {"G", "F"} & set(node.leaves):
         parts.append("1 backward")
     if "H" in node.leaves:

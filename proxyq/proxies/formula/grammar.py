@@ -8,8 +8,8 @@ are statistics of a layer, in three types:
 - `layer`: one number for each layer, or each layer and bit-width.
 
 Unary operations keep the type, reductions go from `weight` or `activation` to `layer`, binary
-operations take two equal types, or a `layer` with any. What reads a bit-width (`bits`, `D`, `E`)
-makes all above it depend on bits.
+operations take two equal types, or a `layer` with any. What reads a bit-width (`bits`, and the
+errors `D`, `E`, `O`, `R`) makes all above it depend on bits.
 
 The operations are those published with EMQ (Dong et al., ICCV 2023, arXiv:2307.10554) and with
 proxy searches like it; its matrix product is left out, since the product of two weights has a
@@ -54,6 +54,12 @@ STATISTICS = {
     "D": Statistic("weight", True, ("weight",), "rounding error of the weight, Q_b(W) - W"),
     "A": Statistic("activation", False, ("sample",), "sampled activations"),
     "E": Statistic("activation", True, ("sample",), "rounding error of them, Q_b(A) - A"),
+    "O": Statistic(
+        "layer", True, ("output-error",), "relative error of the layer's output, weight rounded"
+    ),
+    "R": Statistic(
+        "layer", True, ("restored-error",), "the same with its channels' statistics restored"
+    ),
     "bits": Statistic("layer", True, (), "the bit-width b"),
     "weights": Statistic("layer", False, ("weight",), "how many weights the layer has"),
     "macs": Statistic("layer", False, (), "multiplications for one image"),

@@ -17,6 +17,8 @@ SYMBOLS = {
     "D": r"\Delta_{W}",
     "A": "A",
     "E": r"\Delta_{A}",
+    "O": r"\epsilon",
+    "R": r"\rho",
     "bits": "b",
     "weights": "n",
     "macs": "m",

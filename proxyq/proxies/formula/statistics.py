@@ -54,7 +54,7 @@ class Statistics:
     """What formulas read, of all layers of a network; make one with `build`.
 
     - `leaves`: `[entries]` by name, and `[bits, entries]` for those that depend on bits; of type
-      `layer`, `[layers]`, and `[bits, 1]` for `bits`.
+      `layer`, `[layers]` and `[bits, layers]`, and `[bits, 1]` for `bits`.
     - `segments`: how entries lie, of the types `weight` and `activation`.
     """
 
@@ -77,6 +77,7 @@ class Statistics:
         - `W`, `G`, `F`, `V`, `H`: `[fan_in, channels]`; `D`: `[bits, fan_in, channels]`.
         - `A`: `[values]`; `E`: `[bits, values]`; `activations`: of how many values `A` is a
           sample (all, unless told).
+        - `O`, `R`: `[bits]`.
         - `weights`, `macs`: numbers; `weights` is counted where a weight is given.
         - `entries`: how many of a layer are kept at most, though always one row of channels;
           `None` keeps all. `seed` draws where the kept ones begin.
@@ -95,8 +96,7 @@ class Statistics:
         for layer, given in layers.items():
             phase = float(rng.random())  # drawn for each layer, whatever it holds
             for name in (name for name in names if STATISTICS[name].type == "layer"):
-                number = _number(given[name], f"{name!r} of layer {layer!r}")
-                parts[name].append(np.asarray([number]))
+                parts[name].append(_of_layer(given[name], name, layer, len(bits)))
             for kind, found in kept.items():
                 own = [name for name in names if STATISTICS[name].type == kind]
                 if own:
@@ -188,6 +188,19 @@ def _number(value: Any, what: str) -> float:
     if array.size != 1:
         raise UsageError(f"{what} must be one number, got the shape {array.shape}.")
     return float(array.item())
+
+
+def _of_layer(value: Any, name: str, layer: str, bits: int) -> np.ndarray:
+    """A statistic of type `layer`: `[1]`, or `[bits, 1]` where it depends on bits."""
+    what = f"{name!r} of layer {layer!r}"
+    if not STATISTICS[name].bits:
+        return np.asarray([_number(value, what)])
+    array = _array(value, what)
+    if array.shape != (bits,):
+        raise UsageError(
+            f"{what} must be one number for each of {bits} bit-widths, got the shape {array.shape}."
+        )
+    return array[:, None]
 
 
 def _shape(
