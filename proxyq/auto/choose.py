@@ -187,13 +187,13 @@ def choose(
     last = [(starts[one.origin], one.choice, one.verdict) for one in found.reached]
     if not rounds:
         last = [(one, one.answer.choice, one.verdict) for one in _distinct(ranked, fixed)]
+    place = 0
     if judge.reserve is not None:
-        last = last[:VERIFIED]
-        verified = [judge.verify(spelled(one.problem, fixed)(choice)) for one, choice, _ in last]
-        place = min(range(len(last)), key=verified.__getitem__)
-        last = last[place:]
-        report["verified"] = {"plans": len(verified), **_loss(verified[place])}
-    best, choice, verdict = last[0]
+        plans = [spelled(one.problem, fixed)(choice) for one, choice, _ in last[:VERIFIED]]
+        verified = [judge.verify(plan) for plan in plans]
+        place = min(range(len(plans)), key=verified.__getitem__)
+        report["verified"] = {"plans": len(plans), **_loss(verified[place])}
+    best, choice, verdict = last[place]
     answer = best.answer
     if rounds:
         answer, refined = _refined(answer, choice, found, best.verdict)
