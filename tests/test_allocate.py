@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import plans, rounding, values
 
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.search.allocate import (
@@ -692,3 +693,47 @@ def test_limits_that_hold_alone_but_not_together_are_named() -> None:
     )
     with pytest.raises(InfeasibleError, match="without the pin 'a=2,4' they can"):
         solve(problem)
+
+
+# -- mutants ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_mutants_of_a_plan(seed):
+    """With changes everywhere and many mutants: the optimum. With few: near the start, no worse."""
+    problem = random_problem(seed, limits=1)
+    every = plans(problem)
+    if not len(every):
+        return
+    best, units = values(problem, every).min(), len(problem.decisions)
+    answer = solve(problem, "mutation", mutants=20_000, changes=units, seed=seed)
+    assert answer.objective == pytest.approx(best, abs=rounding(problem) + 1e-9 * abs(best))
+    start = tuple(every[seed % len(every)].tolist())
+    near = solve(problem, "mutation", start=start, mutants=300, changes=1, seed=seed)
+    assert sum(near.choice[unit[0]] != start[unit[0]] for unit in problem.decisions) <= 1
+    assert near.objective <= values(problem, every)[seed % len(every)] + 1e-9 * abs(best)
+    assert (
+        near.choice
+        == solve(problem, "mutation", start=start, mutants=300, changes=1, seed=seed).choice
+    )
+
+
+def test_chances_of_mutants():
+    """What has no chance is never drawn; what is drawn follows the chances."""
+    layers, bits = 6, (2, 3, 4)
+    problem = Problem(
+        layers=tuple(f"l{i}" for i in range(layers)),
+        bits=bits,
+        cost=np.tile([2.0, 0.0, 1.0], (layers, 1)),
+        limits=(),
+    )
+    found = solve(problem, "mutation", start=(0,) * layers, chances=(0.5, 0.0, 0.5), changes=6)
+    assert found.bits == (4,) * layers
+    for wrong, words in (
+        ({"mutants": 0}, "`mutants` must be at least 1"),
+        ({"chances": (1.0,)}, "`chances` must be 3 numbers"),
+        ({"chances": (1.0, -1.0, 0.0)}, "`chances` must be 3 numbers"),
+        ({"start": (0, 1)}, "`start` must be a column from 0 to 2"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            solve(problem, "mutation", **wrong)

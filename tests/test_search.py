@@ -36,18 +36,34 @@ def test_search_and_evaluate_a_flax_model(proxy):
     assert 0 <= plan.measured["plans"][0]["top1"] <= 100
 
 
-@pytest.mark.parametrize("recipe", ["ompq", "csmpq"])
+@pytest.mark.parametrize("recipe", ["ompq", "csmpq", "emq"])
 def test_recipes_run_as_published(recipe):
     model = small_net()
     data = images(model)
     plan = proxyq.search(model, data, recipe=recipe, budget="size=3bit", eval_data=data)
-    assert plan.method["options"]["batch_norm"] == "batch"
+    if recipe != "emq":
+        assert plan.method["options"]["batch_norm"] == "batch"
     assert plan.method["samples"] == 32 and plan.method["correction"] == "none"
     bits = plan.bits()
     assert set(bits.values()) <= {2, 3, 4}
     # The shortcut meets the last convolution of its block in one sum: one bit-width.
     assert bits["blocks.1.conv2"] == bits["blocks.1.shortcut"]
     assert all(layer.activation_bits == 8 for layer in plan.layers.values())
+
+
+def test_emq_takes_mutants_of_the_plan_of_ompq():
+    """At most three variables differ from the start, and none costs more than the start does."""
+    model = small_net()
+    data = images(model)
+    start = proxyq.search(model, data, recipe="ompq", budget="size=3bit").bits()
+    plans = [proxyq.search(model, data, recipe="emq", budget="size=3bit", seed=s) for s in (3, 3)]
+    assert plans[0].bits() == plans[1].bits() and plans[0].solver.name == "mutation"
+    # A tie of two layers is one variable.
+    assert 0 < sum(start[name] != b for name, b in plans[0].bits().items()) <= 4
+    exact = proxyq.search(model, data, recipe="emq", solver="ilp", budget="size=3bit")
+    assert exact.solver.objective <= plans[0].solver.objective
+    other = proxyq.search(model, data, recipe="emq", bits=(2, 6), budget="size=3bit")
+    assert set(other.bits().values()) <= {2, 6}
 
 
 def test_plan_file_round_trip_and_evaluation(tmp_path):

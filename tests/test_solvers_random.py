@@ -50,6 +50,8 @@ def check(problem: Problem, seed: int) -> None:
         if len(problem.limits) > 1 and not solver.several_limits:
             continue
         options = {"indefinite": "exact"} if solver.name == "iqp" and coupled else {}
+        if solver.name == "mutation":
+            options = {"mutants": 200, "seed": seed}
         name = f"{solver.name}, seed {seed}"
         if solver.name == "exhaustive" and len(every) > 200:
             continue

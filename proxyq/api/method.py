@@ -23,7 +23,8 @@ FLOAT = "float"
 class Method:
     """What a search does, from `--proxy` or `--recipe` with its options.
 
-    Without a `proxy` it is `auto`: a portfolio of them, every plan measured.
+    Without a `proxy` it is `auto`: a portfolio of them, every plan measured. `start` is the
+    method whose plan the solver begins with.
     """
 
     proxy: Proxy | None
@@ -42,6 +43,7 @@ class Method:
     tie_inputs: bool
     outliers: str
     recipe: str | None
+    start: "Method | None" = None
 
     @property
     def name(self) -> str:
@@ -51,6 +53,8 @@ class Method:
     @property
     def needs_images(self) -> bool:
         """Whether calibration images are read for the plan."""
+        if self.start is not None and self.start.needs_images:
+            return True
         return self.proxy is None or self.proxy.needs_images
 
     @property
@@ -127,6 +131,12 @@ def method_of(
     found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = PROXIES.get(found.proxy)
     same_solver = solver is None or solver == found.solver
+    solving = found.solver_options()
+    if bits is not None and sorted(set(bits)) != found.bits:
+        solving.pop("chances", None)  # they are of the recipe's own bits
+    start = None
+    if found.start is not None and same_solver:
+        start = method_of(recipe=found.start, bits=bits or found.bits, extra_code=extra_code)
     return Method(
         proxy=chosen,
         options=chosen.check_options({**found.options, **(options or {})}),
@@ -137,15 +147,16 @@ def method_of(
         ),
         rounding=rounding,
         correction=correction or found.correction,
-        samples=samples or found.samples,
+        samples=samples or max(found.samples, start.samples if start else 0),
         solver=solver or found.solver,
-        solver_options=found.solver_options() if same_solver else {},
+        solver_options=solving if same_solver else {},
         pins=(*found.pins, *pins),
         ties=(*found.tie_patterns, *ties),
         tie_features=found.ties_features,
         tie_inputs=found.ties_inputs,
         outliers=found.outliers,
         recipe=found.name,
+        start=start,
     )
 
 

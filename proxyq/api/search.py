@@ -158,9 +158,11 @@ def search(
     )
     solving = {"time_limit": time_limit, **method.solver_options}
     couples = method.proxy is not None and method.proxy.couples
-    first = "greedy" if method.solver == "auto" or couples else method.solver
     trial = program(layers, blank, budget, **binding)
-    solve(trial, first, **({} if couples else solving))
+    if couples or method.solver in ("auto", "mutation"):
+        solve(trial, "greedy", time_limit=time_limit)
+    else:
+        solve(trial, method.solver, **solving)
     if couples and method.solver != "auto" and not SOLVERS.get(method.solver).couples:
         raise UsageError(
             f"the proxy {method.name!r} couples layers, which the solver {method.solver!r} does "
@@ -171,19 +173,30 @@ def search(
     images = Images.of(calibration, model, method, seed, effort, refine)
     kept = Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir
 
-    def problem_of(scores: Scores) -> Problem:
+    def problem_of(scores: Scores, of: Method = method) -> Problem:
         errors = None
-        if cost_name(scores, method.cost) in NEED_ERRORS:
-            errors = weight_errors(model, method.bits, method.rounding)
+        if cost_name(scores, of.cost) in NEED_ERRORS:
+            errors = weight_errors(model, of.bits, of.rounding)
         return program(
-            layers,
-            scores,
-            budget,
-            cost=method.cost,
-            errors=errors,
-            outliers=method.outliers,
-            **binding,
+            layers, scores, budget, cost=of.cost, errors=errors, outliers=of.outliers, **binding
         )
+
+    def scores_of(of: Method) -> Scores:
+        assert of.proxy is not None
+        (scores,) = score(
+            model,
+            [(of.proxy, of.options)],
+            images.first(of.samples) if of.proxy.needs_images else None,
+            labels=None if images.labels is None else images.labels[: of.samples],
+            bits=of.bits,
+            activation_bits=beside,
+            seed=seed or 0,
+            memory=memory,
+            rounding=of.rounding,
+            cache=kept,
+            progress=progress,
+        )
+        return scores
 
     correction = method.correction
     predicted: dict[str, Any] = {}
@@ -206,19 +219,11 @@ def search(
         scores, answer, correction = outcome.scores, outcome.answer, outcome.correction
         predicted["auto"] = outcome.report
     else:
-        (scores,) = score(
-            model,
-            [(method.proxy, method.options)],
-            images.inputs if method.proxy.needs_images else None,
-            labels=images.labels,
-            bits=method.bits,
-            activation_bits=beside,
-            seed=seed or 0,
-            memory=memory,
-            rounding=method.rounding,
-            cache=kept,
-            progress=progress,
-        )
+        if method.start is not None:
+            began = method.start
+            first = solve(problem_of(scores_of(began), began), began.solver, **began.solver_options)
+            solving |= {"start": first.choice, "seed": seed or 0}
+        scores = scores_of(method)
         answer = solve(problem_of(scores), method.solver, **solving)
         if refine > 0:
             judge = images.judge(model, method, memory)
@@ -317,6 +322,10 @@ class Images:
     def samples(self) -> int:
         """How many images there are to fit on."""
         return 0 if self.inputs is None else len(jax.tree.leaves(self.inputs)[0])
+
+    def first(self, number: int) -> Any:
+        """So many of the images to fit on."""
+        return jax.tree.map(lambda x: x[:number], self.inputs)
 
     def all(self) -> Any:
         """All images, for the final network's correction and ranges: the more, the better."""

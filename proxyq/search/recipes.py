@@ -41,6 +41,7 @@ def _activation_bits(value: int | list[int] | str | None) -> int | list[int] | s
 
 
 Option = bool | int | float | str
+Setting = int | float | list[int] | list[float]
 
 
 class Recipe(BaseModel):
@@ -50,6 +51,8 @@ class Recipe(BaseModel):
     - `cost`: how scores become costs; `linear-bits` is cost = -score × bits.
     - `activation_bits`: of all layers; a list: chosen beside the weights', from scores that hold
       a cost of them; `weights`: those of the layer's weights; left out: float.
+    - `start`: a recipe on the shelf whose plan the solver starts from; `solving`: further
+      arguments of the solver.
     - `outliers`: `erase` removes bit-widths whose cost is below that of the next higher one.
     - `ties`: `same-feature` (layers whose measured feature is one tensor share bits),
       `same-input` (layers that read one tensor do), or patterns as for `--tie`; `pins` as for
@@ -74,6 +77,8 @@ class Recipe(BaseModel):
     outliers: Literal["keep", "erase"] = "keep"
     solver: str = "auto"
     rounding: Annotated[str | None, AfterValidator(_one_of_roundings)] = None
+    start: str | None = None
+    solving: dict[str, Setting] = {}
     ties: list[str] = []
     pins: list[str] = []
     correction: Literal["auto", "none", "weights", "statistics"] = "none"
@@ -96,7 +101,7 @@ class Recipe(BaseModel):
 
     def solver_options(self) -> dict[str, Any]:
         """Keyword arguments for `solve` beside the method."""
-        return {} if self.rounding is None else {"rounding": self.rounding}
+        return {**self.solving, **({} if self.rounding is None else {"rounding": self.rounding})}
 
 
 def available_recipes() -> list[str]:

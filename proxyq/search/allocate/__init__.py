@@ -22,6 +22,7 @@ from proxyq.search.allocate.feasible import reachable as reachable
 from proxyq.search.allocate.greedy import greedy as greedy
 from proxyq.search.allocate.ilp import ilp as ilp
 from proxyq.search.allocate.lp import lp as lp
+from proxyq.search.allocate.mutation import mutation as mutation
 from proxyq.search.allocate.outliers import without_outliers as without_outliers
 from proxyq.search.allocate.problem import InfeasibleError as InfeasibleError
 from proxyq.search.allocate.problem import Limit as Limit

@@ -13,6 +13,7 @@ from proxyq.search.allocate.greedy import greedy
 from proxyq.search.allocate.ilp import ilp
 from proxyq.search.allocate.iqp import iqp
 from proxyq.search.allocate.lp import lp
+from proxyq.search.allocate.mutation import mutation
 from proxyq.search.allocate.problem import Problem
 
 
@@ -54,6 +55,9 @@ SOLVERS.add(
 )
 SOLVERS.add(Solver(name="lp", function=lp, summary="linear relaxation, rounded as the papers do"))
 SOLVERS.add(Solver(name="greedy", function=greedy, summary="marginal gains and exchanges"))
+SOLVERS.add(
+    Solver(name="mutation", function=mutation, summary="the best mutant of a plan, as EMQ does")
+)
 SOLVERS.add(
     Solver(
         name="exhaustive",
