@@ -167,7 +167,8 @@ def table(args):
         f"images. Bits from {', '.join(map(str, BITS))}, weights only, one grid an output channel "
         "(two's complement), batch norm folded, every layer searched, average bits as given; one "
         "standard error is 0.3 at 90 %, 0.5 at 50 %. CPU seconds are for all budgets together, on "
-        "a shared machine. `hawq-v3` chooses from 2 and 6 bits alone.",
+        "a shared machine. `hawq-v3` chooses from 2 and 6 bits alone. The last rows: points above "
+        "the best of uniform bits and of the methods as their papers have them (the first eight).",
     ]
     for path in sorted(one for one in Path(args.into).iterdir() if one.is_dir()):
         args.network = path.name
@@ -218,6 +219,23 @@ def section(args, path):
                 for b, c in zip(args.budgets, cells, strict=True)
             ]
             text.append("| " + " | ".join([name, seconds, *shown]) + " |")
+        text += beside_the_papers(args, rows)
+    return text
+
+
+def beside_the_papers(args, rows):
+    """Rows of `auto`: points above the best of the published methods, at each budget."""
+    found = {name: cells for name, _, cells in rows}
+    text = []
+    for name in (*AUTO, *(f"{one}{LOOPED}" for one in AUTO)):
+        if name not in found:
+            continue
+        shown = []
+        for place in range(len(args.budgets)):
+            others = [found[one][place] for one in ("uniform", *PUBLISHED) if one in found]
+            others, own = [c for c in others if c is not None], found[name][place]
+            shown.append("" if own is None or not others else f"{own - max(others):+.1f}")
+        text.append("| " + " | ".join([f"{name}, less the best published", "", *shown]) + " |")
     return text
 
 

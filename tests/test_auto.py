@@ -12,10 +12,11 @@ import proxyq
 from proxyq.api.program import program
 from proxyq.auto import Judge, choose, halves, improve, refine
 from proxyq.auto.choose import TIGHT, TIGHT_ROUNDS, spelled
-from proxyq.auto.judge import BROKEN, Loss, Verdict
+from proxyq.auto.judge import Verdict
 from proxyq.auto.portfolio import MEMBERS, portfolio
 from proxyq.auto.refine import anchored, proposals
 from proxyq.engine.divergence import kl_divergence, rescaled_divergence
+from proxyq.engine.loss import BROKEN, WRECKED, Loss
 from proxyq.engine.ranges import input_grids
 from proxyq.engine.statistics import correct_statistics, correct_weights, float_moments
 from proxyq.errors import UsageError
@@ -30,6 +31,11 @@ BITS = (2, 3, 6)
 
 def images(model, count=32, seed=1):
     return np.random.default_rng(seed).normal(size=(count, *model.input_shape)).astype(np.float32)
+
+
+def loss(record):
+    """The loss that a report tells."""
+    return Loss(record["rescaled"], record["kl"])
 
 
 def judge_of(model, correction="none", fit=24, check=16):
@@ -83,12 +89,12 @@ def test_the_best_of_all_plans_is_kept(correction):
     assert len(report["candidates"]) == 8 and json.dumps(report)
     wanted = {"none"} if correction == "none" else {"none", "weights", "statistics"}
     assert set(report["corrections"]) == wanted
-    loss = {name: one["rescaled"] for name, one in report["corrections"].items()}
-    assert outcome.correction == min(loss, key=loss.__getitem__) == report["correction"]
+    found = {name: loss(one) for name, one in report["corrections"].items()}
+    assert outcome.correction == min(found, key=found.__getitem__) == report["correction"]
     assert judge.correction == outcome.correction
     verdict = judge.measure(spelled(outcome.answer.problem, fixed)(outcome.answer.choice))
     assert verdict.held_back.kl == report["kl"]
-    assert report["rescaled"] == min(one["rescaled"] for one in report["candidates"])
+    assert loss(report) == min(loss(one) for one in report["candidates"])
     assert report["candidates"][0]["proxy"] == report["chosen"]
     (limit,) = outcome.answer.problem.limits
     assert used(limit, outcome.answer.choice) <= limit.budget
@@ -104,7 +110,7 @@ def test_effort_and_time_decide_how_far_it_goes():
     assert proposed == ["output-error", "restored-error", "sqnr"]
     high = choose(judge, problem_of(), BITS, fixed=fixed, correction="none", effort="high")
     assert high.report["refined"]["rounds"] >= 1
-    assert high.report["rescaled"] <= high.report["refined"]["before"]["rescaled"]
+    assert loss(high.report) <= loss(high.report["refined"]["before"])
     late = choose(
         judge, problem_of(), BITS, fixed=fixed, correction="none", effort="high", time_budget=1e-9
     )
@@ -129,9 +135,10 @@ def test_the_sweep_is_that_of_the_proxy():
         np.testing.assert_allclose(np.diag(own.coupling), own.values.ravel())
 
 
-@pytest.mark.parametrize("build", [small_net, mixer])
-def test_anchored_changes_are_those_of_the_plan(build):
-    """Every entry is what one full run says."""
+@pytest.mark.parametrize(("build", "wrecked"), [(small_net, 0.25), (small_net, 0.0), (mixer, 0.25)])
+def test_anchored_changes_are_those_of_the_plan(build, wrecked, monkeypatch):
+    """Every entry is what one full run says, by the divergence that orders such plans."""
+    monkeypatch.setattr("proxyq.engine.loss.WRECKED", wrecked)
     model = build()
     judge = judge_of(model)
     scores = portfolio(judge, BITS)[0]
@@ -139,14 +146,16 @@ def test_anchored_changes_are_those_of_the_plan(build):
     spell = spelled(answer.problem, [None] * len(judge.names))
     rise = anchored(judge, answer.problem, answer.choice, spell, BITS)
     assert (rise[np.arange(len(rise)), list(answer.choice)] == 0).all()
-    now = judge.measure(spell(answer.choice)).fitted.rescaled
+    now = judge.measure(spell(answer.choice)).fitted
+    name = "rescaled" if now.wrecked else "kl"
+    assert now.wrecked == (wrecked == 0.0)
     for layer in range(len(rise)):
         for column in range(len(BITS)):
             if column == answer.choice[layer]:
                 continue
             changed = list(answer.choice)
             changed[layer] = column
-            exact = judge.measure(spell(changed)).fitted.rescaled - now
+            exact = getattr(judge.measure(spell(changed)).fitted, name) - getattr(now, name)
             assert rise[layer, column] == pytest.approx(exact, rel=1e-3, abs=1e-6)
     for candidate in proposals(answer.problem, answer.choice, rise):
         assert candidate != answer.choice
@@ -169,7 +178,7 @@ def test_refinement_keeps_budgets_pins_and_ties_and_never_harms():
     assert problem.bits[found.choice[0]] == 6 and found.choice[1] == found.choice[2]
     assert all(used(limit, found.choice) <= limit.budget for limit in problem.limits)
     better = improve(judge, answer, BITS, fixed=[None] * len(judge.names), seconds=30.0)
-    assert better.report["rescaled"] <= better.report["before"]["rescaled"]
+    assert loss(better.report) <= loss(better.report["before"])
     if better.report["changes"]:
         assert better.answer.solver == "greedy+refine"
         assert better.answer.bound <= better.answer.objective
@@ -247,8 +256,8 @@ def test_the_last_few_plans_are_verified_on_images_that_none_was_found_on():
     """Three parts of images: to fit, to look at, and in reserve; what is verified is the mean."""
     model = small_net()
     x = images(model, 60)
-    judge, whole = Judge(model, x[:10], x[10:]), Judge(model, x[:25], x[10:])
-    assert len(judge.reserve) == 30 and whole.reserve is None
+    judge, whole = Judge(model, x[:8], x[8:]), Judge(model, x[:25], x[8:])
+    assert len(judge.reserve) == 20 and whole.reserve is None
     plan = [(3, None)] * len(judge.names)
     assert judge.verify(plan) == pytest.approx(whole.measure(plan).held_back, rel=1e-5)
     assert whole.verify(plan) == whole.measure(plan).held_back
@@ -301,6 +310,8 @@ def test_the_sweep_is_kept_and_a_killed_one_goes_on(tmp_path):
 def test_wrecked_networks_are_ranked_by_their_answers_and_refined():
     """At one bit a plan gets a round of refinement at effort `medium`; broken ones come last."""
     assert Loss(0.4, 9.0) < Loss(0.5, 1.0) < BROKEN
+    assert Loss(0.9 * WRECKED, 0.4) < Loss(0.5 * WRECKED, 0.5) < Loss(1.1 * WRECKED, 0.3)
+    assert max(Loss(0.01, 0.2), Loss(0.02, 0.1)) == Loss(0.01, 0.2)
     rng = np.random.default_rng(0)
     params = {f"w{i}": rng.normal(size=(12, 12)).astype(np.float32) ** 3 for i in range(3)}
     model = from_function(
@@ -369,7 +380,7 @@ def test_any_plan_can_be_refined():
         proxy="weight-mse", budget="size=2.5bit", bits=(2, 3, 4), samples=64, refine=5.0
     )
     report = plan.predicted["refined"]
-    assert report["rescaled"] <= report["before"]["rescaled"] and plan.average_bits <= 2.5
+    assert loss(report) <= loss(report["before"]) and plan.average_bits <= 2.5
     assert plan.method["proxy"] == "weight-mse"
 
 

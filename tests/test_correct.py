@@ -7,6 +7,7 @@ from networks import mixer, small_net
 
 from proxyq.engine import Engine
 from proxyq.engine.divergence import kl_divergence, log_softmax
+from proxyq.engine.loss import Loss
 from proxyq.engine.ranges import input_grids
 from proxyq.engine.statistics import (
     CLAMP,
@@ -115,9 +116,9 @@ def test_auto_keeps_what_is_closest_on_held_back_images():
     engine = Engine.build(model, len(x))
     edits = round_weights(engine, dict.fromkeys(engine.network.names, 3))
     chosen, used, notes = correct(engine, edits, x, "auto")
-    kl = notes["held_back_rescaled"]
-    assert set(kl) == {"none", "weights", "statistics"}
-    assert used == min(kl, key=kl.get)
+    rescaled, kl = notes["held_back_rescaled"], notes["held_back_kl"]
+    found = {name: Loss(rescaled[name], kl[name]) for name in ("none", "weights", "statistics")}
+    assert set(kl) == set(found) and used == min(found, key=found.get)
     assert notes["held_back_images"] == 16
     assert set(chosen) == set(edits)
     untouched, used, notes = correct(engine, edits, x, "none")

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import jax
 
-from proxyq.auto.judge import Judge, Loss, Verdict
+from proxyq.auto.judge import Judge, Verdict
 from proxyq.auto.portfolio import free_scores, portfolio, sweep_passes
 from proxyq.auto.refine import Refined, Spell, refine, round_passes
+from proxyq.engine.loss import Loss
 from proxyq.errors import UsageError
 from proxyq.progress import Progress, silent
 from proxyq.proxies import Cache, Scores
@@ -19,7 +20,7 @@ from proxyq.ptq.plan_edits import Choice
 from proxyq.search.allocate import Assignment, Problem, finish, solve
 
 Effort = Literal["low", "medium", "high"]
-HELD_BACK = {"low": 1, "medium": 2, "high": 4}
+HELD_BACK = {"low": 2, "medium": 4, "high": 8}
 """Images held back at most, as a multiple of those that are fitted on. Those beyond what the
 judge looks at verify the last few plans."""
 ROUNDS = {"low": 0, "medium": 0, "high": 4}

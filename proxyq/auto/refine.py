@@ -1,8 +1,8 @@
 """Refinement: re-measure single changes around a plan, propose exchanges, keep what is better.
 
 A round measures every other choice of every layer in the network of the plan (anchored, so that
-what saturates or couples there is seen), and predicts, of the divergence D that the judge ranks
-by,
+what saturates or couples there is seen), and predicts, of the divergence D that the judge goes by
+(KL, and of a wrecked plan KL up to the scale of the logits),
 
     D(plan with changes S)  ~  D(plan) + sum_{a in S} (D(plan with a alone) - D(plan))
 
@@ -23,11 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from proxyq.auto.judge import Judge, Loss, Verdict
+from proxyq.auto.judge import Judge, Verdict
 from proxyq.auto.portfolio import sweep_passes
 from proxyq.engine import single_layer_sweep
 from proxyq.engine.alternatives import choices
-from proxyq.engine.divergence import rescaled_divergence
+from proxyq.engine.divergence import kl_divergence, rescaled_divergence
+from proxyq.engine.loss import Loss
 from proxyq.progress import Progress, silent
 from proxyq.ptq.plan_edits import Choice
 from proxyq.search.allocate import InfeasibleError, Limit, Problem, solve
@@ -174,15 +175,18 @@ def anchored(
                 else:
                     edits[site] = kept._replace(input_grid=edit.input_grid)
 
+    base_loss = judge.measure(plan).fitted
+    divergence = rescaled_divergence if base_loss.wrecked else kl_divergence
+
     def measure(reference: np.ndarray, logits: np.ndarray, start: int) -> np.ndarray:
         del start
-        return rescaled_divergence(reference, logits)
+        return divergence(reference, logits)
 
     table = single_layer_sweep(
         engine, judge.fit, alternatives, measure, base=base, progress=progress
     )
     judge.passes += sweep_passes(judge, bits, activation_bits)
-    now = judge.measure(plan).fitted.rescaled
+    now = base_loss.rescaled if base_loss.wrecked else base_loss.kl
     rise = np.zeros(problem.cost.shape)
     at: dict[int | None, int] = {b: k for k, b in enumerate(bits)}
     at_beside: dict[int | None, int] = {a: len(bits) + k for k, a in enumerate(activation_bits)}

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from proxyq.engine import Edit, Edits, Engine
-from proxyq.engine.divergence import kl_divergence, rescaled_divergence
+from proxyq.engine.loss import loss_of
 from proxyq.engine.statistics import correct_statistics, correct_weights, float_moments
 from proxyq.errors import UsageError
 from proxyq.progress import Progress, silent
@@ -33,8 +33,8 @@ def correct(
     """Apply a correction; returns the edits, what was used, and what was measured for it.
 
     `auto` fits on three quarters of the images and compares `none`, `weights` and
-    `statistics` on the last quarter, by KL to the float network up to the scale of each
-    prediction's logits (`rescaled_divergence`); the winner is fitted again on all of them.
+    `statistics` on the last quarter, by their `Loss` against the float network; the winner is
+    fitted again on all of them.
 
     **Raises** `UsageError` for an unknown correction, or when images are needed and missing.
     """
@@ -66,13 +66,11 @@ def correct(
             engine, edits, fit, [m.take(~held) for m in moments], progress=progress
         ),
     }
-    changed = {name: engine.logits(check, candidate) for name, candidate in candidates.items()}
     found = {
-        how.__name__: {name: float(how(logits[held], z).mean()) for name, z in changed.items()}
-        for how in (kl_divergence, rescaled_divergence)
+        name: loss_of(logits[held], engine.logits(check, candidate))
+        for name, candidate in candidates.items()
     }
-    rescaled = found["rescaled_divergence"]
-    best = min(rescaled, key=rescaled.__getitem__)
+    best = min(found, key=found.__getitem__)
     chosen = candidates[best]
     if best == "statistics":
         chosen = correct_statistics(engine, edits, inputs, moments, progress=progress)
@@ -80,8 +78,8 @@ def correct(
         chosen,
         best,
         {
-            "held_back_kl": found["kl_divergence"],
-            "held_back_rescaled": rescaled,
+            "held_back_kl": {name: loss.kl for name, loss in found.items()},
+            "held_back_rescaled": {name: loss.rescaled for name, loss in found.items()},
             "held_back_images": int(held.sum()),
         },
     )
