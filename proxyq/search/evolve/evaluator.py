@@ -94,21 +94,28 @@ def arrays_of(folds: Sequence[Fold]) -> dict[str, np.ndarray]:
 
 def folds_of(arrays: Mapping[str, np.ndarray]) -> list[Fold]:
     """The same tables again."""
-    return [
-        Fold(
+    found = []
+    for i, (name, layers) in enumerate(json.loads(bytes(arrays["names"]))):
+        first = _statistics(arrays, f"{i}/first/", layers)
+        assert first is not None
+        fold = Fold(
             name=name,
-            statistics=_statistics(arrays, f"{i}/first/", layers),
+            statistics=first,
             choices=arrays[f"{i}/choices"],
             accuracy=arrays[f"{i}/accuracy"],
             again=_statistics(arrays, f"{i}/again/", layers)
             if f"{i}/again/bits" in arrays
             else None,
         )
-        for i, (name, layers) in enumerate(json.loads(bytes(arrays["names"])))
-    ]
+        found.append(fold)
+    return found
 
 
-def _statistics(arrays: Mapping[str, np.ndarray], start: str, layers: list[str]) -> Statistics:
+def _statistics(
+    arrays: Mapping[str, np.ndarray], start: str, layers: list[str]
+) -> Statistics | None:
+    if start + "bits" not in arrays:
+        return None
     leaves = start + "leaves/"
     kinds = [k for k in ("weight", "activation") if f"{start}segments/{k}/counts" in arrays]
     return Statistics(

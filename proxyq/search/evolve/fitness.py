@@ -103,6 +103,6 @@ OBJECTIVES: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def direction(predicted: Sequence[np.ndarray], accuracy: Sequence[np.ndarray]) -> int:
-    """1 where scores rise with accuracy on average over tables (an importance), else -1 (a cost)."""
+    """1 of an importance, whose scores rise with accuracy on average over tables, else -1."""
     pairs = zip(predicted, accuracy, strict=True)
     return 1 if math.fsum(correlation(p, a) for p, a in pairs) >= 0 else -1

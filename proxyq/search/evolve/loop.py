@@ -37,6 +37,7 @@ from proxyq.search.evolve.structures import Genes, Structure
 TRIES = 30
 """Draws for each child that is wanted, before the structure counts as used up."""
 DIGEST = 16
+KNOWN = "known behaviour"
 
 
 @dataclass
@@ -140,7 +141,7 @@ def step(state: State, settings: Settings, evaluate: Evaluate) -> None:
     left = settings.evaluations - state.evaluations
     wanted = settings.children if state.population else settings.population
     genes, nodes = _offspring(state, settings, structure, min(wanted, left))
-    rejected = dict.fromkeys((*REASONS, "known behaviour"), 0)
+    rejected: dict[str, int] = dict.fromkeys((*REASONS, KNOWN), 0)
     children = []
     for own, node, found in zip(genes, nodes, evaluate(nodes), strict=True):
         if isinstance(found, str):
@@ -149,7 +150,7 @@ def step(state: State, settings: Settings, evaluate: Evaluate) -> None:
         one = Individual(genes=own, formula=str(node), size=node.size, measured=found)
         known = state.sizes.get(found.behaviour)
         if known is not None and known <= one.size:
-            rejected["known behaviour"] += 1
+            rejected[KNOWN] += 1
             continue
         if known is not None:  # a shorter way to say the same
             state.population = [
