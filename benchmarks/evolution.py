@@ -58,7 +58,7 @@ def mean(values):
 
 def main():
     args = parsed()
-    points = np.unique(np.geomspace(200, args.evaluations, POINTS).round(-1).astype(int))
+    points = np.unique(np.geomspace(100, args.evaluations, POINTS).round(-1).astype(int))
     print(
         f"{', '.join(args.table)}; held out: {', '.join(args.holdout) or 'none'}; "
         f"{args.evaluations} formulas, {args.seeds} seeds; fitness: mean, least and most\n"
@@ -68,9 +68,6 @@ def main():
     results = {}
     for name, method in METHODS.items():
         given = dict(method)
-        if given["method"] != "emq":
-            given["population"] = min(200, args.evaluations // 5)
-            given["children"] = given["population"]
         started = time.process_time()
         results[name] = [
             api.evolve(

@@ -59,7 +59,7 @@ def drawn_fold(seed, planted="norm(G) * sum(square(D)) / macs", *, plans=40, aga
             "A": rng.normal(size=20) * rng.lognormal(),
             "macs": float(rng.integers(100, 10_000)),
         }
-    statistics = Statistics.build(layers, BITS, entries=8 if again else None)
+    statistics = Statistics.build(layers, BITS, entries=40 if again else None)
     choices = rng.integers(0, len(BITS), (plans, len(layers)))
     (values,) = evaluate([parse_formula(planted)], statistics)
     return Fold(
@@ -67,7 +67,7 @@ def drawn_fold(seed, planted="norm(G) * sum(square(D)) / macs", *, plans=40, aga
         statistics=statistics,
         choices=choices,
         accuracy=-totals(values, choices, "sum"),
-        again=Statistics.build(layers, BITS, entries=8, seed=1) if again else None,
+        again=Statistics.build(layers, BITS, entries=40, seed=1) if again else None,
     )
 
 

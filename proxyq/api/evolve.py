@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
@@ -23,7 +25,7 @@ from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 from proxyq.provenance import provenance
 from proxyq.proxies import Cache
-from proxyq.proxies.formula import STATISTICS, Formula
+from proxyq.proxies.formula import STATISTICS, Formula, parse_formula
 from proxyq.proxies.formula.binding import statistics
 from proxyq.proxies.formula.file import SCHEMA as FORMULA_SCHEMA
 from proxyq.quantize import Rounding
@@ -31,6 +33,8 @@ from proxyq.search.evolve import Fold, Settings, settings
 from proxyq.search.evolve import evolve as run
 from proxyq.search.evolve.choose import FEWEST_PLANS, Entry, choose, split
 from proxyq.search.evolve.evaluator import arrays_of
+from proxyq.search.evolve.individual import Individual
+from proxyq.search.evolve.screen import measure
 from proxyq.search.table_file import MeasuredTable
 
 SCHEMA = "proxyq/evolution/1"
@@ -46,6 +50,7 @@ class Evolution:
 
     - `entries`: the hall of fame, then the fittest of each length that are not in it.
     - `chosen`: the place of the formula that is written.
+    - `size`: what the plan's size alone would say, for comparison.
     - `logbook`: a row for each generation.
     """
 
@@ -55,6 +60,7 @@ class Evolution:
     validation: float
     entries: tuple[Entry, ...]
     chosen: int
+    size: Entry | None
     logbook: tuple[Mapping[str, Any], ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -96,15 +102,8 @@ class Evolution:
             "holdouts": [_described(table) for table in self.holdouts],
             "validation_share": self.validation,
             "chosen": self.chosen,
-            "entries": [
-                {
-                    "formula": entry.individual.formula,
-                    "direction": _direction(entry.individual.measured.sign),
-                    "size": entry.individual.size,
-                    **_figures(entry),
-                }
-                for entry in self.entries
-            ],
+            "entries": [_record(entry) for entry in self.entries],
+            "comparison": None if self.size is None else _record(self.size),
             "logbook": [dict(row) for row in self.logbook],
             "provenance": dict(self.provenance),
         }
@@ -186,7 +185,7 @@ def evolve(
     seen = [fold.rows(first) for fold, (first, _) in zip(own, rows, strict=True)]
     back = [fold.rows(last) for fold, (_, last) in zip(own, rows, strict=True) if len(last)]
     # Of the arrays themselves, which are all that an evolution knows of tables and networks.
-    facts = {"rules": rules.to_json(), "tables": digest_arrays(arrays_of(seen)), **provenance()}
+    facts = {"rules": rules.to_json(), "tables": digest_arrays(arrays_of(seen)), **_provenance()}
     kept = cache.checkpoint(_digest(facts))
     state = run(seen, rules, how=runner, checkpoint=kept, progress=progress)
     chosen, entries_found = choose(state.hall.everyone, back, others, seed=rules.seed)
@@ -198,8 +197,9 @@ def evolve(
         validation=validation,
         entries=tuple(entries_found),
         chosen=chosen,
+        size=_size(seen, back, others, rules),
         logbook=tuple(state.logbook),
-        provenance=provenance(samples=samples, entries=entries, data=identities),
+        provenance=_provenance(samples=samples, entries=entries, data=identities),
     )
 
 
@@ -342,8 +342,38 @@ def _fold(
 # -- what is written -------------------------------------------------------------------
 
 
+def _size(
+    seen: Sequence[Fold], back: Sequence[Fold], holdouts: Sequence[Fold], rules: Settings
+) -> Entry | None:
+    """The entry that a plan's size would be; `None` where all plans are alike large."""
+    node = parse_formula("bits * weights")
+    (found,) = measure([node], seen, rules.objective)
+    if isinstance(found, str):
+        return None
+    one = Individual(genes=None, formula=str(node), size=node.size, measured=found)
+    return choose([one], back, holdouts, seed=rules.seed)[1][0]
+
+
+def _record(entry: Entry) -> dict[str, Any]:
+    one = entry.individual
+    return {
+        "formula": one.formula,
+        "direction": _direction(one.measured.sign),
+        "size": one.size,
+        **_figures(entry),
+    }
+
+
 def _direction(sign: int) -> Any:
     return "importance" if sign > 0 else "cost"
+
+
+def _provenance(**facts: Any) -> dict[str, Any]:
+    """Versions, DEAP's too, whose NSGA-II decides who lives on."""
+    found = provenance(**facts)
+    with suppress(PackageNotFoundError):
+        found["versions"]["deap"] = version("deap")
+    return found
 
 
 def _described(table: MeasuredTable) -> dict[str, Any]:

@@ -624,7 +624,7 @@ Restarts = Annotated[
 Nodes = Annotated[
     int | None,
     _option(
-        "--nodes", metavar="N", panel=METHOD, help="The longest a free tree may be. Default: 24."
+        "--nodes", metavar="N", panel=METHOD, help="The longest a free tree may be. Default: 32."
     ),
 ]
 Validation = Annotated[

@@ -626,15 +626,18 @@ def evolution_table(result: Mapping[str, Any]) -> list[Table | str]:
     """The hall of fame: each formula's length and rank correlations; the one written has a star."""
     entries, back, held = result["entries"], result["validation_share"], result["holdouts"]
 
+    size = result["comparison"]
+    shown = entries if size is None else [*entries, size]
+
     def column(head: str, key: str) -> Column:
         means = [
-            None if None in entry[key] else sum(entry[key]) / len(entry[key]) for entry in entries
+            None if None in entry[key] else sum(entry[key]) / len(entry[key]) for entry in shown
         ]
         return Column(head=head, cells=[_coefficient(mean) for mean in means])
 
     columns = [
-        Column(head="nodes", cells=[str(entry["size"]) for entry in entries]),
-        Column(head="fitness", cells=[_coefficient(entry["fitness"]) for entry in entries]),
+        Column(head="nodes", cells=[str(entry["size"]) for entry in shown]),
+        Column(head="fitness", cells=[_coefficient(entry["fitness"]) for entry in shown]),
     ]
     if back:
         columns.append(column("held back", "validation_by_table"))
@@ -653,5 +656,7 @@ def evolution_table(result: Mapping[str, Any]) -> list[Table | str]:
         elided(entry["formula"], width - 2) + (" *" if place == result["chosen"] else "")
         for place, entry in enumerate(entries)
     ]
+    if size is not None:
+        names.append("the size alone")
     table = _named(Column(head="formula", cells=names, right=False), columns, "\n".join(lines))
     return [table, entries[result["chosen"]]["formula"]]

@@ -42,10 +42,10 @@ class Settings:
     method: str = "default"
     structure: str = "free"
     leaves: tuple[str, ...] = CHEAP
-    most_nodes: int = 24
+    most_nodes: int = 32
     most_levels: int = 9
-    population: int = 200
-    children: int = 200
+    population: int = 100
+    children: int = 100
     evaluations: int = 10_000
     generations: int | None = None
     parents: str = "diverse"
