@@ -345,6 +345,7 @@ def test_wrong_settings_are_told():
         ({"population": 1}, "`population` must be at least 2"),
         ({"leaves": ("W", "Q")}, "unknown statistic 'Q'"),
         ({"leaves": ("bits",)}, "at least one statistic of weights or activations"),
+        ({"populations": 9}, "did you mean 'population'"),
         ({"crossover": 2.0}, "`crossover` must be from 0 to 1"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -446,6 +447,51 @@ def test_wrong_use_is_one_sentence(options, sentence, capsys):
     assert main(["evolve", "--no-cache", *options]) == 2
     err = capsys.readouterr().err
     assert sentence in err and err.startswith("proxyq: ") and err.count("\n") == 1
+
+
+FACTORY = """
+import jax.numpy as jnp
+import numpy as np
+from proxyq import from_function
+
+def narrow():
+    rng = np.random.default_rng(0)
+    params = {f"layer{i}/w": rng.normal(size=(6, 6)).astype("float32") for i in range(4)}
+
+    def apply(params, x):
+        x = x.mean((1, 3))
+        for i in range(4):
+            x = jnp.tanh(x @ params[f"layer{i}/w"])
+        return x
+
+    return from_function(apply, params, (6, 6, 1), name="narrow")
+"""
+
+
+def test_networks_are_loaded_as_their_tables_say(tmp_path, capsys):
+    from safetensors.numpy import save_file
+
+    code, own = tmp_path / "net.py", tmp_path / "narrow.safetensors"
+    code.write_text(FACTORY)
+    model = proxyq.load_model(f"{code}:narrow")
+    changed = {name: np.asarray(value) * 2 for name, value in model.params.items()}
+    save_file(changed, own)
+    rng = np.random.default_rng(1)
+    images = rng.random((64, 6, 6, 1)).astype("float32")
+    np.savez(tmp_path / "x.npz", images=images, labels=rng.integers(0, 6, 64))
+    spec = api.ModelSpec(name=f"{code}:narrow", weights=str(own))
+    data = str(tmp_path / "x.npz")
+    api.table(spec, data, data, plans=40, bits=(2, 3, 4, 8)).save(tmp_path / "t.json")
+    given = ["--table", str(tmp_path / "t.json"), "--holdout", "digits", "--evaluations", "60"]
+    given += ["--population", "30", "--leaves", "W,D,A", "--no-cache", "--json"]
+    assert main(["evolve", *given, "--data", data, "--data", "digits"]) == 2
+    assert "is of another network" in capsys.readouterr().err  # the factory's own weights
+    given += ["--weights", str(tmp_path / "{}.safetensors")]
+    assert main(["evolve", *given, "--data", data, "--data", "digits"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    (table,), (holdout,) = record["tables"], record["holdouts"]
+    assert (table["model"]["name"], holdout["model"]["name"]) == ("narrow", "digits")
+    assert len(record["entries"][0]["holdout_by_table"]) == 1
 
 
 def test_a_table_of_another_network_is_told(tmp_path, capsys):

@@ -120,6 +120,7 @@ def evolve(
     models: Sequence[Any] | None = None,
     data: Any = None,
     weights: str | Sequence[str] | None = None,
+    loading: ModelSpec | None = None,
     method: str = "default",
     validation: float = DEFAULT_VALIDATION,
     samples: int = DEFAULT_SAMPLES,
@@ -138,7 +139,7 @@ def evolve(
       `holdouts`: tables that are only looked at when all is decided.
     - `models`: the networks of all tables, then of the holdouts. Left out, each is loaded by the
       name in its table, with `weights`: one file for all, in which `{}` stands for what follows
-      the last colon of the name, or one for each.
+      the last colon of the name, or one for each; `loading`: shape and preprocessing of all.
     - `data`: calibration images, one for all or a list with one for each.
     - `method`: `default`, `emq` or `random`; `changes`: fields of
       `proxyq.search.evolve.Settings`, such as `seed`, `structure`, `evaluations`.
@@ -162,7 +163,7 @@ def evolve(
         raise UsageError("`tables` must hold at least one table of measured plans (--table).")
     everyone = [*given, *held]
     _check_tables(given, held, validation)
-    found = _models(everyone, models, weights)
+    found = _models(everyone, models, weights, loading or ModelSpec())
     images = _for_each(data, everyone, "data")
     cache = Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir or Cache()
     folds, identities = [], []
@@ -231,11 +232,12 @@ def _models(
     tables: Sequence[MeasuredTable],
     models: Sequence[Any] | None,
     weights: str | Sequence[str] | None,
+    loading: ModelSpec,
 ) -> list[Model]:
     """The networks of tables, checked against them."""
     if models is None:
         files = _for_each(weights, tables, "weights")
-        models = [_spec(table, file) for table, file in zip(tables, files, strict=True)]
+        models = [_spec(table, file, loading) for table, file in zip(tables, files, strict=True)]
     elif weights is not None:
         raise UsageError("`weights` go with names: leave them out where `models` are given.")
     if len(models) != len(tables):
@@ -260,7 +262,7 @@ def _models(
     return found
 
 
-def _spec(table: MeasuredTable, weights: str | None) -> ModelSpec:
+def _spec(table: MeasuredTable, weights: str | None, loading: ModelSpec) -> ModelSpec:
     name = table.model.get("spec")
     if not isinstance(name, str):
         raise UsageError(
@@ -269,7 +271,7 @@ def _spec(table: MeasuredTable, weights: str | None) -> ModelSpec:
     if weights is not None:
         weights = weights.replace("{}", name.rpartition(":")[2])
     # The embedded network brings its weights along.
-    return ModelSpec(name=name, weights=None if name == "digits" else weights)
+    return replace(loading, name=name, weights=None if name == "digits" else weights)
 
 
 def _for_each(given: Any, tables: Sequence[MeasuredTable], name: str) -> list[Any]:
@@ -335,7 +337,14 @@ def _fold(
     first = statistics(taps, leaves, entries=entries)
     # Entries that begin elsewhere: what a formula says must not hang on which were drawn.
     again = statistics(replace(taps, seed=seed + 1), leaves, entries=entries)
-    fold = Fold(name=table.name, statistics=first, choices=choices, accuracy=accuracy, again=again)
+    whole = digest_arrays(first.leaves) == digest_arrays(again.leaves)
+    fold = Fold(
+        name=table.name,
+        statistics=first,
+        choices=choices,
+        accuracy=accuracy,
+        again=None if whole else again,
+    )
     return fold, identity
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from proxyq.cli import options as o
 from proxyq.cli.arguments import byte_count
+from proxyq.cli.models import named
 from proxyq.cli.output import print_blocks, print_json, say
 from proxyq.cli.plans import check_results
 from proxyq.cli.runtime import score_cache, working
@@ -27,7 +28,12 @@ def evolve(
     entries: o.Entries = 2048,
     data: o.TablesData = None,
     samples: o.Samples = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    size: o.Size = None,
+    resize: o.Resize = None,
     weights: o.TablesWeights = None,
+    input_shape: o.InputShape = None,
     out: o.OutFormula = None,
     logbook: o.Logbook = None,
     plot: o.PlotEvolution = None,
@@ -76,6 +82,9 @@ def evolve(
             holdout or (),
             data=data,
             weights=weights,
+            loading=named(
+                None, input_shape=input_shape, mean=mean, std=std, size=size, resize=resize
+            ),
             method=method,
             validation=validation,
             samples=api.DEFAULT_SAMPLES if samples is None else samples,

@@ -7,7 +7,7 @@ that show it to be useless. Here each step is only taken by what has passed thos
 2. its scores there take at least four values;
 3. on other entries of the same layers it orders the plans nearly alike (one that jumps, such as
    `log` at zero, does not: what it says is about the sample);
-4. the same two on all other tables.
+4. the same on all other tables.
 
 The other half, to keep what behaves alike only once, is done by `Measured.behaviour`, a digest of
 the ranks on all tables up to their sign.

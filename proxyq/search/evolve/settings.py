@@ -8,7 +8,7 @@
 - `random`: random search: every formula is grown anew.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from proxyq.errors import UsageError, near
@@ -124,4 +124,11 @@ def settings(method: str = "default", **changes: Any) -> Settings:
     }
     if method not in named:
         raise UsageError(f"unknown method {method!r}: {near(method, METHODS)}")
-    return replace(named[method], **{k: v for k, v in changes.items() if v is not None})
+    known = [one.name for one in fields(Settings) if one.name != "method"]
+    for name in changes:
+        if name not in known:
+            raise UsageError(f"unknown setting {name!r} of an evolution: {near(name, known)}")
+    given = {k: v for k, v in changes.items() if v is not None}
+    if "leaves" in given:
+        given["leaves"] = tuple(given["leaves"])
+    return replace(named[method], **given)
