@@ -4,9 +4,11 @@ Parents:
 
 - `tournament`: the best of a few drawn at random, twice;
 - `top-half`: both evenly from the better half (as EMQ's sibling project does);
-- `diverse`: diversity-prompting selection. EMQ (Dong et al., ICCV 2023) says of it that it
-  introduces diversity among parents, and not how; here the first wins a tournament, and the
-  second is of a few drawn at random the one whose order of the plans is least like the first's.
+- `top-and-any`: one evenly from the better half, one from all. EMQ (Dong et al., ICCV 2023) says
+  of its diversity-prompting selection that it introduces diversity among parents, and not how:
+  this is the simplest rule that does;
+- `diverse`: the first wins a tournament, the second is of a few drawn at random the one whose
+  order of the plans is least like the first's.
 
 Survivors:
 
@@ -24,7 +26,7 @@ from proxyq.errors import ProxyqError
 from proxyq.search.evolve.individual import Individual
 from proxyq.search.evolve.screen import alike
 
-PARENTS = ("tournament", "top-half", "diverse")
+PARENTS = ("tournament", "top-half", "top-and-any", "diverse")
 SURVIVORS = ("best", "worst-out", "nsga2")
 ENTRANTS = 4
 """Of a tournament, and of a draw for the least alike."""
@@ -34,9 +36,9 @@ Pair = tuple[Individual, Individual]
 
 def parents(rng: Random, population: Sequence[Individual], how: str) -> Pair:
     """Two parents from a population that is sorted, the best first."""
-    if how == "top-half":
+    if how in ("top-half", "top-and-any"):
         half = population[: max(2, (len(population) + 1) // 2)]
-        return rng.choice(half), rng.choice(half)
+        return rng.choice(half), rng.choice(half if how == "top-half" else population)
     first = _tournament(rng, population)
     if how == "tournament":
         return first, _tournament(rng, population)

@@ -2,9 +2,9 @@
 
 - `default`: free trees, NSGA-II of fitness against size, diverse parents, restarts.
 - `emq`: what is known of EMQ's (Dong et al., ICCV 2023; its evolution code is not public, the
-  numbers are of its scripts and of a sibling project): the tree structure, 80 individuals, parents
-  evenly from the better half, crossover and mutation each with the chance of one half, one child
-  at a time in place of the worst, 1000 of them.
+  numbers are of its scripts and of a sibling project): the tree structure, 80 individuals, one
+  parent from the better half and one from all, crossover and mutation each with the chance of one
+  half, one child at a time in place of the worst, 1000 of them.
 - `random`: random search: every formula is grown anew.
 """
 
@@ -113,7 +113,7 @@ def settings(method: str = "default", **changes: Any) -> Settings:
             population=80,
             children=1,
             evaluations=1080,
-            parents="top-half",
+            parents="top-and-any",
             survivors="worst-out",
             crossover=0.5,
             mutation=0.5,
