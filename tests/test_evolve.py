@@ -281,7 +281,7 @@ def test_parents_are_better_than_most(how):
         assert max(firsts) < 20
 
 
-def test_the_hall_keeps_one_of_each_behaviour():
+def test_the_hall_keeps_one_of_those_alike():
     living = people(30)
     hall = Hall(5, living)
     assert hall.best == tuple(living[:5])
@@ -290,8 +290,12 @@ def test_the_hall_keeps_one_of_each_behaviour():
     assert hall.best[0] == shorter and living[0] not in hall.best
     sizes, fitness = zip(*((one.size, one.fitness) for one in hall.front), strict=True)
     assert list(sizes) == sorted(set(sizes)) and list(fitness) == sorted(fitness)
-    again = Hall(5, hall.kept)
-    assert (again.best, again.front) == (hall.best, hall.front)
+    fitter = replace(living[3].measured, fitness=2.0, sign=-1)
+    hall.add(replace(living[3], formula="G", measured=fitter))
+    assert hall.best[0].formula == "G" and living[3] not in hall.best
+    own = structure("chain", ("W",))
+    again = Hall.from_json(json.loads(json.dumps(hall.to_json(own))), 5, own)
+    assert again.to_json(own) == hall.to_json(own)
 
 
 # -- runs -----------------------------------------------------------------------------

@@ -1,14 +1,21 @@
 """The hall of fame: the fittest formulas of a run, and the fittest of each length."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from proxyq.search.evolve.individual import Individual
+from proxyq.search.evolve.screen import alike
+from proxyq.search.evolve.structures import Structure
+
+SAME = 0.98
+"""How alike two formulas may order all plans and both be in the hall."""
 
 
 class Hall:
-    """Keeps the `most` fittest individuals, each behaviour once, and the fittest of each size.
+    """Keeps the `most` fittest individuals that are not alike, and the fittest of each size.
 
-    Of formulas that order all plans alike the shortest is kept.
+    Of formulas that order the plans nearly alike the fittest is kept, of those equally fit the
+    shortest.
     """
 
     def __init__(self, most: int, individuals: Iterable[Individual] = ()):
@@ -23,14 +30,13 @@ class Hall:
         known = self._by_size.get(one.size)
         if known is None or one.order < known.order:
             self._by_size[one.size] = one
-        same = [i for i in self._best if i.measured.behaviour == one.measured.behaviour]
-        if same:
-            if one.order >= same[0].order:
-                return
-            self._best.remove(same[0])
-        self._best.append(one)
-        self._best.sort(key=lambda each: each.order)
-        del self._best[self.most :]
+        if len(self._best) == self.most and one.order > self._best[-1].order:
+            return
+        same = [i for i in self._best if alike(i.measured, one.measured) >= SAME]
+        if any(other.order <= one.order for other in same):
+            return
+        kept = [i for i in self._best if i not in same]
+        self._best = sorted([*kept, one], key=lambda each: each.order)[: self.most]
 
     @property
     def best(self) -> tuple[Individual, ...]:
@@ -53,9 +59,19 @@ class Hall:
         texts = [one.formula for one in self._best]
         return (*self._best, *(one for one in self.front if one.formula not in texts))
 
-    @property
-    def kept(self) -> tuple[Individual, ...]:
-        """All that another hall must be given to be the same."""
-        texts = [one.formula for one in self._best]
-        sizes = (self._by_size[size] for size in sorted(self._by_size))
-        return (*self._best, *(one for one in sizes if one.formula not in texts))
+    def to_json(self, structure: Structure) -> dict[str, Any]:
+        """As plain JSON."""
+        sizes = sorted(self._by_size)
+        return {
+            "best": [one.to_json(structure) for one in self._best],
+            "by_size": [self._by_size[size].to_json(structure) for size in sizes],
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any], most: int, structure: Structure) -> "Hall":
+        """The same again."""
+        hall = cls(most)
+        hall._best = [Individual.from_json(one, structure) for one in record["best"]]
+        found = [Individual.from_json(one, structure) for one in record["by_size"]]
+        hall._by_size = {one.size: one for one in found}
+        return hall

@@ -77,7 +77,7 @@ class State:
         version, numbers, gauss = self.rng.getstate()
         return {
             "rng": [version, list(numbers), gauss],
-            "hall": [one.to_json(structure) for one in self.hall.kept],
+            "hall": self.hall.to_json(structure),
             "population": [one.to_json(structure) for one in self.population],
             "seen": list(self.seen),
             "sizes": self.sizes,
@@ -96,7 +96,7 @@ class State:
         rng.setstate((version, tuple(numbers), gauss))
         return cls(
             rng=rng,
-            hall=Hall(settings.hall, [Individual.from_json(r, structure) for r in record["hall"]]),
+            hall=Hall.from_json(record["hall"], settings.hall, structure),
             population=[Individual.from_json(r, structure) for r in record["population"]],
             seen=dict.fromkeys(record["seen"]),
             **{k: record[k] for k in ("sizes", "era_best", "stale", "restarts")},
