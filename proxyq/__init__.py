@@ -14,9 +14,11 @@ from proxyq.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from proxyq.api import Evaluation as Evaluation
+    from proxyq.api import Evolution as Evolution
     from proxyq.api import ModelSpec as ModelSpec
     from proxyq.api import allocate as allocate
     from proxyq.api import evaluate as evaluate
+    from proxyq.api import evolve as evolve
     from proxyq.api import inspect as inspect
     from proxyq.api import pareto as pareto
     from proxyq.api import quantize_model as quantize_model
@@ -80,6 +82,8 @@ _PUBLIC = {
         "evaluate",
         "table",
         "rank",
+        "evolve",
+        "Evolution",
         "ModelSpec",
         "quantize_model",
         "Evaluation",

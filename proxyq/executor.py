@@ -15,11 +15,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from proxyq.errors import ProxyqError, UsageError
 
 Worker = Callable[[Any], Any]
+Work = Callable[[Sequence[Any]], Iterator[tuple[int, Any]]]
 FORMS = "'serial', 'process:N' or 'ray:N'"
 
 
@@ -34,6 +36,10 @@ class Executor(Protocol):
 
     def run(self, worker: str, setup: Any, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """**Raises** what the worker raises."""
+        ...
+
+    def session(self, worker: str, setup: Any) -> AbstractContextManager[Work]:
+        """Workers that stay for several lots of tasks: `with ... as work: work(tasks)`."""
         ...
 
 
@@ -73,6 +79,12 @@ class Serial:
         for index, task in enumerate(tasks):
             yield index, work(task)
 
+    @contextlib.contextmanager
+    def session(self, worker: str, setup: Any) -> Iterator[Work]:
+        """See `Executor`."""
+        work = resolve(worker, setup)
+        yield lambda tasks: ((index, work(task)) for index, task in enumerate(tasks))
+
 
 class Processes:
     """Several processes on this machine, each with its share of the cores."""
@@ -84,19 +96,37 @@ class Processes:
 
     def run(self, worker: str, setup: Any, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """See `Executor`."""
+        with self.session(worker, setup) as work:
+            yield from work(tasks)
+
+    @contextlib.contextmanager
+    def session(self, worker: str, setup: Any) -> Iterator[Work]:
+        """See `Executor`. Processes are started when there are first tasks for them."""
+        processes: dict[int, subprocess.Popen[str]] = {}
+        try:
+            yield lambda tasks: self._work(processes, {"worker": worker, "setup": setup}, tasks)
+        finally:
+            _end(processes)
+
+    def _work(
+        self,
+        processes: "dict[int, subprocess.Popen[str]]",
+        setup: dict[str, Any],
+        tasks: Sequence[Any],
+    ) -> Iterator[tuple[int, Any]]:
         left: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(tasks)):
             left.put(index)
         done: queue.SimpleQueue[tuple[int, Any] | BaseException | None] = queue.SimpleQueue()
         count, cores = min(self.count, len(tasks)), _cores()
-        processes: list[subprocess.Popen[str]] = []
 
         def serve(number: int) -> None:
             try:
-                process = _start()
-                processes.append(process)
-                own = cores[number::count] or [cores[number % len(cores)]]
-                _ask(process, {"worker": worker, "setup": setup, "cores": own})
+                process = processes.get(number)
+                if process is None:
+                    process = processes[number] = _start()
+                    own = cores[number::count] or [cores[number % len(cores)]]
+                    _ask(process, {**setup, "cores": own})
                 while True:
                     try:
                         index = left.get_nowait()
@@ -122,14 +152,22 @@ class Processes:
                 else:
                     yield result
         finally:
-            for process in processes:
-                with contextlib.suppress(OSError):
-                    process.kill()
-            for process in processes:
-                process.wait()
-                for pipe in (process.stdin, process.stdout):
-                    with contextlib.suppress(OSError, ValueError):
-                        pipe.close()  # type: ignore[union-attr]
+            if finished < count:  # some are in the middle of a task, whose answer nobody awaits
+                _end(processes)
+
+
+def _end(processes: "dict[int, subprocess.Popen[str]]") -> None:
+    """Stop processes, whatever they do."""
+    ended = list(processes.values())
+    processes.clear()
+    for process in ended:
+        with contextlib.suppress(OSError):
+            process.kill()
+    for process in ended:
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError, ValueError):
+                pipe.close()  # type: ignore[union-attr]
 
 
 def _start() -> "subprocess.Popen[str]":
@@ -188,6 +226,12 @@ class Ray:
 
     def run(self, worker: str, setup: Any, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """See `Executor`."""
+        with self.session(worker, setup, min(self.count, len(tasks))) as work:
+            yield from work(tasks)
+
+    @contextlib.contextmanager
+    def session(self, worker: str, setup: Any, count: int | None = None) -> Iterator[Work]:
+        """See `Executor`."""
         try:
             import ray
         except ImportError:
@@ -208,12 +252,12 @@ class Ray:
                     return json.dumps(self.made)
                 return json.dumps(_answer(lambda: self.made["result"](json.loads(task))))
 
-        count = min(self.count, len(tasks))
         actors: list[Any] = [
             Actor.remote(worker, json.dumps(setup))  # type: ignore[attr-defined]
-            for _ in range(count)
+            for _ in range(self.count if count is None else count)
         ]
-        try:
+
+        def work(tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
             idle, left, running = list(actors), list(range(len(tasks)))[::-1], {}
             while left or running:
                 while idle and left:
@@ -223,6 +267,9 @@ class Ray:
                 actor, index = running.pop(reference)
                 yield index, _result(json.loads(ray.get(reference)))
                 idle.append(actor)
+
+        try:
+            yield work
         finally:
             for actor in actors:
                 ray.kill(actor)

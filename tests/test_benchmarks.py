@@ -36,3 +36,15 @@ def test_a_quick_run_prints_ratios(script: str, ratios: int) -> None:
     assert len(lines) == ratios
     for line in lines:
         assert re.fullmatch(r"ratio .+: \d+\.\d{3} wall, \d+\.\d{3} cpu", line), line
+
+
+@pytest.mark.slow
+def test_a_quick_evolution_prints_curves() -> None:
+    run = subprocess.run(
+        [sys.executable, FOLDER / "evolution.py", "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "random search" in run.stdout and "EMQ's settings" in run.stdout

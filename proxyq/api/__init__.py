@@ -2,7 +2,8 @@
 
 `search` walks the whole road (model, data, proxy, allocation, plan, accuracy); `score` and
 `allocate` are its two halves, with a file between them; `pareto` answers for a range of budgets;
-`evaluate` measures plans, `table` many random ones, against which `rank` holds proxies;
+`evaluate` measures plans, `table` many random ones, against which `rank` holds proxies and from
+which `evolve` makes new ones;
 `quantize_model` applies a plan; `inspect` shows what a model is made of.
 """
 
@@ -10,6 +11,8 @@ from proxyq.api.allocate import allocate as allocate
 from proxyq.api.evaluate import Evaluation as Evaluation
 from proxyq.api.evaluate import Measured as Measured
 from proxyq.api.evaluate import evaluate as evaluate
+from proxyq.api.evolve import Evolution as Evolution
+from proxyq.api.evolve import evolve as evolve
 from proxyq.api.inputs import as_data as as_data
 from proxyq.api.inputs import as_model as as_model
 from proxyq.api.inputs import inputs_of as inputs_of

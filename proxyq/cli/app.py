@@ -13,6 +13,7 @@ import typer
 from proxyq.cli import (
     allocate,
     evaluate,
+    evolve,
     inspect,
     models,
     pareto,
@@ -44,6 +45,7 @@ app.command()(pareto.pareto)
 app.command()(evaluate.evaluate)
 app.command()(table.table)
 app.command()(rank.rank)
+app.command()(evolve.evolve)
 app.command()(inspect.inspect)
 app.command()(proxies.proxies)
 app.command()(models.models)

@@ -538,6 +538,170 @@ InTheLoop = Annotated[
         help="Rank proxies that measure the network again, corrected as the table's plans are.",
     ),
 ]
+EvolveTables = Annotated[
+    list[str] | None,
+    _option(
+        "--table",
+        metavar="TABLE.json",
+        panel=METHOD,
+        help="Measured plans that the fitness is taken from, as `proxyq table` writes them; "
+        "digits: those of the embedded network. Repeatable: the mean over all counts.",
+    ),
+]
+Holdouts = Annotated[
+    list[str] | None,
+    _option(
+        "--holdout",
+        metavar="TABLE.json",
+        panel=METHOD,
+        help="Measured plans that are only looked at when all is decided; repeatable.",
+    ),
+]
+EvolveMethod = Annotated[
+    str,
+    _option(
+        "--method",
+        metavar="default|emq|random",
+        panel=METHOD,
+        help="Settings as a whole: ours, EMQ's as far as known, or random search.",
+    ),
+]
+StructureName = Annotated[
+    str | None,
+    _option(
+        "--structure",
+        metavar="free|tree|chain|graph",
+        panel=METHOD,
+        help="What formulas look like: any tree, or one of EMQ's three forms. Default: the "
+        "method's.",
+    ),
+]
+Leaves = Annotated[
+    str | None,
+    _option(
+        "--leaves",
+        metavar="W,G,D,bits",
+        panel=METHOD,
+        help="What formulas may read: W, G, F, V, H, D, A, E, bits, weights, macs. Default: all "
+        "but H, or EMQ's.",
+    ),
+]
+Objective = Annotated[
+    str | None,
+    _option(
+        "--objective",
+        metavar="spearman|top-k",
+        panel=METHOD,
+        help="The fitness on a table: rank correlation over all plans, or its mean over the "
+        "first 20, 50 and 100 %. Default: spearman.",
+    ),
+]
+Population = Annotated[
+    int | None, _option("--population", metavar="N", panel=METHOD, help="How many formulas live.")
+]
+Evaluations = Annotated[
+    int | None,
+    _option(
+        "--evaluations",
+        metavar="N",
+        panel=METHOD,
+        help="How many different formulas are measured. Default: 10000, or EMQ's 1080.",
+    ),
+]
+Generations = Annotated[
+    int | None,
+    _option("--generations", metavar="N", panel=METHOD, help="End after so many generations."),
+]
+Restarts = Annotated[
+    int | None,
+    _option(
+        "--restarts",
+        metavar="N",
+        panel=METHOD,
+        help="How often a new population is grown when nothing better comes. Default: 2.",
+    ),
+]
+Nodes = Annotated[
+    int | None,
+    _option(
+        "--nodes", metavar="N", panel=METHOD, help="The longest a free tree may be. Default: 32."
+    ),
+]
+Validation = Annotated[
+    float,
+    _option(
+        "--validation",
+        metavar="SHARE",
+        panel=METHOD,
+        help="Of each table's plans, the share that is held back to choose the formula by.",
+    ),
+]
+Entries = Annotated[
+    int,
+    _option(
+        "--entries",
+        metavar="N",
+        panel=METHOD,
+        help="How many entries of a layer stand for all while formulas are measured.",
+    ),
+]
+SearchSeed = Annotated[
+    int,
+    _option(
+        "--seed",
+        metavar="N",
+        panel=RUN,
+        callback=_check_seed,
+        help="Of all that is drawn. The same seed gives the same formulas.",
+    ),
+]
+TablesWeights = Annotated[
+    list[str] | None,
+    _option(
+        "--weights",
+        metavar="FILE",
+        panel=MODEL,
+        help="Weights of the tables' networks: one for each table, then for each holdout, or one "
+        "for all, in which {} stands for what follows the last colon of the network's name.",
+    ),
+]
+TablesData = Annotated[
+    list[str] | None,
+    _option(
+        "--data",
+        metavar="DATA",
+        panel=IMAGES,
+        help="Calibration images, as for `proxyq search`: one for all, or one for each table, "
+        "then for each holdout.",
+    ),
+]
+OutFormula = Annotated[
+    str | None,
+    _option(
+        "--out",
+        metavar="NAME.json",
+        panel=RESULT,
+        help="Write the formula to this file: a proxy by that name wherever one is asked for.",
+    ),
+]
+Logbook = Annotated[
+    str | None,
+    _option(
+        "--logbook",
+        metavar="FILE.json",
+        panel=RESULT,
+        help="Write all that was found, and a row for each generation, to this file.",
+    ),
+]
+PlotEvolution = Annotated[
+    str | None,
+    _option(
+        "--plot",
+        metavar="FILE.png|svg|pdf",
+        panel=RESULT,
+        help="Draw fitness and length by generation.",
+    ),
+]
 OutRank = Annotated[
     str | None,
     _option("--out", metavar="RANK.json", panel=RESULT, help="Write the ranking to this file."),

@@ -398,3 +398,56 @@ def _prepare_front(ax: "Axes", front: Front, title: str) -> None:
         ax.spines[side].set_color(GREY)
     ax.grid(color="#e6e9ee", linewidth=0.8)
     ax.set_axisbelow(True)
+
+
+# -- evolutions ------------------------------------------------------------------------
+
+
+def draw_evolution(result: Mapping[str, Any], path: str | os.PathLike[str]) -> bytes:
+    """Fitness and length against formulas measured; held-back and held-out means of the formula
+    that was written as dashed lines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kind = check_format(path)
+    rows = [row for row in result["logbook"] if row["population_best"] is not None]
+    figure = Figure(figsize=(WIDTH, 4.4))
+    FigureCanvasAgg(figure)
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(
+        left=0.8 / width, right=1 - 0.35 / width, bottom=0.6 / height, top=1 - 1.2 / height
+    )
+    fitness, size = figure.subplots(1, 2, squeeze=False)[0]
+    measured = [row["evaluations"] for row in rows]
+    for ax, title, lines in (
+        (fitness, "rank correlation", (("best", "best"), ("mean", "mean of those that live"))),
+        (size, "nodes", (("best_size", "best"), ("mean_size", "mean of those that live"))),
+    ):
+        ax.set_title(title, fontsize=10, color=INK, loc="left", pad=6)
+        ax.set_xlabel("formulas measured", fontsize=9, color=INK)
+        ax.tick_params(labelsize=9, colors=INK, length=3)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+        ax.grid(color="#e6e9ee", linewidth=0.8)
+        ax.set_axisbelow(True)
+        for (key, label), colour in zip(lines, (COLOURS[3], GREY), strict=True):
+            ax.plot(measured, [row[key] for row in rows], color=colour, linewidth=1.6, label=label)
+    chosen = result["entries"][result["chosen"]]
+    for key, label, style in (
+        ("validation_by_table", "written, plans held back", (0, (4, 3))),
+        ("holdout_by_table", "written, tables held out", (0, (1, 2))),
+    ):
+        values = chosen[key]
+        if values and None not in values:
+            level = sum(values) / len(values)
+            fitness.axhline(level, color=INK, linewidth=1, linestyle=style, label=label)
+    fitness.legend(fontsize=8, frameon=False, loc="lower right")
+    names = ", ".join(str(table["model"].get("name")) for table in result["tables"])
+    settings = result["settings"]
+    facts = [
+        f"{settings['method']}, {settings['structure']}",
+        f"seed {settings['seed']}",
+        f"{measured[-1]:,} formulas",
+    ]
+    _headline(figure, f"evolution on {names}", " · ".join(facts))
+    return _rendered(figure, kind)

@@ -620,3 +620,43 @@ def recipes_table(recipes: Iterable["Recipe"]) -> Table:
         bits = ",".join(map(str, recipe.bits))
         table.add_row(recipe.name, recipe.proxy, bits, recipe.title or recipe.reference)
     return table
+
+
+def evolution_table(result: Mapping[str, Any]) -> list[Table | str]:
+    """The hall of fame: each formula's length and rank correlations; the one written has a star."""
+    entries, back, held = result["entries"], result["validation_share"], result["holdouts"]
+
+    size = result["comparison"]
+    shown = entries if size is None else [*entries, size]
+
+    def column(head: str, key: str) -> Column:
+        means = [
+            None if None in entry[key] else sum(entry[key]) / len(entry[key]) for entry in shown
+        ]
+        return Column(head=head, cells=[_coefficient(mean) for mean in means])
+
+    columns = [
+        Column(head="nodes", cells=[str(entry["size"]) for entry in shown]),
+        Column(head="fitness", cells=[_coefficient(entry["fitness"]) for entry in shown]),
+    ]
+    if back:
+        columns.append(column("held back", "validation_by_table"))
+    if held:
+        columns.append(column("held out", "holdout_by_table"))
+    tables = ", ".join(str(table["model"].get("name")) for table in result["tables"])
+    lines = [
+        f"{result['logbook'][-1]['evaluations']:,} formulas on {tables}; fitness: mean rank "
+        "correlation with accuracy"
+        + (f"; held back: on {100 * back:.0f} % of each table's plans" if back else "")
+        + (f"; held out: on {', '.join(str(t['model'].get('name')) for t in held)}" if held else "")
+        + "; * written"
+    ]
+    width = WIDTH - 4 - sum(one.width + 2 for one in columns)
+    names = [
+        elided(entry["formula"], width - 2) + (" *" if place == result["chosen"] else "")
+        for place, entry in enumerate(entries)
+    ]
+    if size is not None:
+        names.append("the size alone")
+    table = _named(Column(head="formula", cells=names, right=False), columns, "\n".join(lines))
+    return [table, entries[result["chosen"]]["formula"]]

@@ -1,0 +1,410 @@
+"""`evolve`: a new formula for a proxy, from tables of measured plans."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+import numpy as np
+
+from proxyq.api.inputs import as_data, as_model, calibration_of
+from proxyq.api.method import DEFAULT_SAMPLES
+from proxyq.api.model_spec import ModelSpec
+from proxyq.api.rank import load_table
+from proxyq.engine import Engine, collect
+from proxyq.errors import UsageError
+from proxyq.executor import Executor, executor
+from proxyq.files import digest_arrays
+from proxyq.model.model import Model
+from proxyq.model.network import LAYERS_AT, network
+from proxyq.progress import Progress, silent
+from proxyq.provenance import provenance
+from proxyq.proxies import Cache
+from proxyq.proxies.formula import STATISTICS, Formula, parse_formula
+from proxyq.proxies.formula.binding import statistics
+from proxyq.proxies.formula.file import SCHEMA as FORMULA_SCHEMA
+from proxyq.quantize import Rounding
+from proxyq.search.evolve import Fold, Settings, settings
+from proxyq.search.evolve import evolve as run
+from proxyq.search.evolve.choose import FEWEST_PLANS, Entry, choose, split
+from proxyq.search.evolve.evaluator import arrays_of
+from proxyq.search.evolve.individual import Individual
+from proxyq.search.evolve.screen import measure
+from proxyq.search.table_file import MeasuredTable
+
+SCHEMA = "proxyq/evolution/1"
+DEFAULT_ENTRIES = 2048
+"""Of a layer's weight, and of its input, that formulas read while they are evolved."""
+DEFAULT_VALIDATION = 0.25
+Table = MeasuredTable | str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evolution:
+    """What was found.
+
+    - `entries`: the hall of fame, then the fittest of each length that are not in it.
+    - `chosen`: the place of the formula that is written.
+    - `size`: what the plan's size alone would say, for comparison.
+    - `logbook`: a row for each generation.
+    """
+
+    settings: Settings
+    tables: tuple[MeasuredTable, ...]
+    holdouts: tuple[MeasuredTable, ...]
+    validation: float
+    entries: tuple[Entry, ...]
+    chosen: int
+    size: Entry | None
+    logbook: tuple[Mapping[str, Any], ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Entry:
+        """The entry that is written."""
+        return self.entries[self.chosen]
+
+    def formula(self, name: str) -> Formula:
+        """The chosen formula as a record with all that is known of it."""
+        one = self.best.individual
+        return Formula(
+            schema=FORMULA_SCHEMA,
+            name=name,
+            formula=one.formula,
+            direction=_direction(one.measured.sign),
+            origin={
+                "source": "proxyq evolve",
+                "settings": self.settings.to_json(),
+                "tables": [_described(table) for table in self.tables],
+                "holdouts": [_described(table) for table in self.holdouts],
+                "validation_share": self.validation,
+                **_figures(self.best),
+                "provenance": dict(self.provenance),
+            },
+            note=(
+                f"Found among {self.logbook[-1]['evaluations']:,} formulas. Fitness is the "
+                "rank correlation with accuracy on the plans that the evolution saw; validation "
+                "is that on plans held back."
+            ),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `evolve --json` prints."""
+        return {
+            "schema": SCHEMA,
+            "settings": self.settings.to_json(),
+            "tables": [_described(table) for table in self.tables],
+            "holdouts": [_described(table) for table in self.holdouts],
+            "validation_share": self.validation,
+            "chosen": self.chosen,
+            "entries": [_record(entry) for entry in self.entries],
+            "comparison": None if self.size is None else _record(self.size),
+            "logbook": [dict(row) for row in self.logbook],
+            "provenance": dict(self.provenance),
+        }
+
+    def text(self) -> str:
+        """The text of the file."""
+        return json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+
+
+def evolve(
+    tables: Table | Sequence[Table],
+    holdouts: Sequence[Table] = (),
+    *,
+    models: Sequence[Any] | None = None,
+    data: Any = None,
+    weights: str | Sequence[str] | None = None,
+    loading: ModelSpec | None = None,
+    method: str = "default",
+    validation: float = DEFAULT_VALIDATION,
+    samples: int = DEFAULT_SAMPLES,
+    entries: int = DEFAULT_ENTRIES,
+    memory: int | None = None,
+    how: str | Executor | None = None,
+    cache_dir: str | os.PathLike[str] | Cache | None = None,
+    progress: Progress = silent,
+    **changes: Any,
+) -> Evolution:
+    """A formula that orders measured plans well, found by strongly typed genetic programming.
+
+    **Arguments:**
+
+    - `tables`: what the fitness is measured on, `MeasuredTable`s or files, or `digits`;
+      `holdouts`: tables that are only looked at when all is decided.
+    - `models`: the networks of all tables, then of the holdouts. Left out, each is loaded by the
+      name in its table, with `weights`: one file for all, in which `{}` stands for what follows
+      the last colon of the name, or one for each; `loading`: shape and preprocessing of all.
+    - `data`: calibration images, one for all or a list with one for each.
+    - `method`: `default`, `emq` or `random`; `changes`: fields of
+      `proxyq.search.evolve.Settings`, such as `seed`, `structure`, `evaluations`.
+    - `validation`: the share of each table's plans that is held back to choose from the hall of
+      fame; 0 for none.
+    - `samples`: calibration images; `entries`: how many entries of a layer formulas read.
+    - `how`: an executor, `serial`, `process:N` or `ray:N`, which changes no result.
+    - `cache_dir`: where the run is kept, so that it goes on after a kill.
+
+    **Raises** `UsageError` for wrong arguments, or a table of another network.
+    """
+    rules = settings(method, **changes)
+    runner = executor(how)
+    if not 0 <= validation < 1:
+        raise UsageError(f"`validation` must be a share from 0 to below 1, got {validation}.")
+    if isinstance(tables, (MeasuredTable, str, os.PathLike)):
+        tables = [tables]
+    given = [load_table(table) for table in tables]
+    held = [load_table(table) for table in holdouts]
+    if not given:
+        raise UsageError("`tables` must hold at least one table of measured plans (--table).")
+    everyone = [*given, *held]
+    _check_tables(given, held, validation)
+    found = _models(everyone, models, weights, loading or ModelSpec())
+    images = _for_each(data, everyone, "data")
+    cache = Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir or Cache()
+    folds, identities = [], []
+    for table, model, source in zip(everyone, found, images, strict=True):
+        fold, identity = _fold(
+            table,
+            model,
+            source,
+            rules.leaves,
+            samples=samples,
+            entries=entries,
+            seed=rules.seed,
+            memory=memory,
+            progress=progress,
+        )
+        folds.append(fold)
+        identities.append(identity)
+    own, others = folds[: len(given)], folds[len(given) :]
+    rows = [split(len(fold.accuracy), validation, rules.seed, i) for i, fold in enumerate(own)]
+    seen = [fold.rows(first) for fold, (first, _) in zip(own, rows, strict=True)]
+    back = [fold.rows(last) for fold, (_, last) in zip(own, rows, strict=True) if len(last)]
+    # Of the arrays themselves, which are all that an evolution knows of tables and networks.
+    facts = {"rules": rules.to_json(), "tables": digest_arrays(arrays_of(seen)), **_provenance()}
+    kept = cache.checkpoint(_digest(facts))
+    state = run(seen, rules, how=runner, checkpoint=kept, progress=progress)
+    chosen, entries_found = choose(state.hall.everyone, back, others, seed=rules.seed)
+    kept.clear()
+    return Evolution(
+        settings=rules,
+        tables=tuple(given),
+        holdouts=tuple(held),
+        validation=validation,
+        entries=tuple(entries_found),
+        chosen=chosen,
+        size=_size(seen, back, others, rules),
+        logbook=tuple(state.logbook),
+        provenance=_provenance(samples=samples, entries=entries, data=identities),
+    )
+
+
+# -- tables and their networks ---------------------------------------------------------
+
+
+def _check_tables(
+    tables: Sequence[MeasuredTable], holdouts: Sequence[MeasuredTable], validation: float
+) -> None:
+    texts = [table.to_json() for table in (*tables, *holdouts)]
+    for place, text in enumerate(texts):
+        if text in texts[:place]:
+            raise UsageError(
+                f"the table of {[*tables, *holdouts][place].name!r} is given twice: each table "
+                "must be given once, as --table or as --holdout."
+            )
+    for table in tables:
+        plans = len(table.plans)
+        held = round(validation * plans)
+        if plans - held < FEWEST_PLANS or 0 < held < FEWEST_PLANS:
+            raise UsageError(
+                f"the table of {table.name!r} has {plans} plans, of which {held} are held back: "
+                f"both parts must have at least {FEWEST_PLANS}; change --validation, or measure "
+                "more plans."
+            )
+
+
+def _models(
+    tables: Sequence[MeasuredTable],
+    models: Sequence[Any] | None,
+    weights: str | Sequence[str] | None,
+    loading: ModelSpec,
+) -> list[Model]:
+    """The networks of tables, checked against them."""
+    if models is None:
+        files = _for_each(weights, tables, "weights")
+        models = [_spec(table, file, loading) for table, file in zip(tables, files, strict=True)]
+    elif weights is not None:
+        raise UsageError("`weights` go with names: leave them out where `models` are given.")
+    if len(models) != len(tables):
+        raise UsageError(
+            f"`models` must have one network for each of {len(tables)} tables, got {len(models)}."
+        )
+    found: list[Model] = []
+    loaded: dict[str, Model] = {}
+    for table, given in zip(tables, models, strict=True):
+        key = _digest(given.to_json()) if isinstance(given, ModelSpec) else ""
+        model = loaded.get(key) or as_model(given)
+        if key:
+            loaded[key] = model
+        digest = table.model.get("digest")
+        if model.digest() != digest:
+            raise UsageError(
+                f"the table of {table.name!r} is of another network than {model.name!r}: its "
+                f"weights have the digest {str(digest)[:12]}, those loaded "
+                f"{model.digest()[:12]}; give its own (--weights)."
+            )
+        found.append(model)
+    return found
+
+
+def _spec(table: MeasuredTable, weights: str | None, loading: ModelSpec) -> ModelSpec:
+    name = table.model.get("spec")
+    if not isinstance(name, str):
+        raise UsageError(
+            f"the table of {table.name!r} does not say how its network is loaded: give `models`."
+        )
+    if weights is not None:
+        weights = weights.replace("{}", name.rpartition(":")[2])
+    # The embedded network brings its weights along.
+    return replace(loading, name=name, weights=None if name == "digits" else weights)
+
+
+def _for_each(given: Any, tables: Sequence[MeasuredTable], name: str) -> list[Any]:
+    """One value for each table, from one for all or as many as there are."""
+    if not isinstance(given, list):
+        return [given] * len(tables)
+    if len(given) == 1:
+        return given * len(tables)
+    if len(given) != len(tables):
+        raise UsageError(
+            f"`{name}` (--{name}) must be given once, or once for each of the {len(tables)} "
+            f"tables and holdouts in their order, got {len(given)}."
+        )
+    return given
+
+
+def _fold(
+    table: MeasuredTable,
+    model: Model,
+    data: Any,
+    leaves: tuple[str, ...],
+    *,
+    samples: int,
+    entries: int,
+    seed: int,
+    memory: int | None,
+    progress: Progress,
+) -> tuple[Fold, Any]:
+    """A table with the statistics of its network, twice, and where the images came from."""
+    names = [layer.name for layer in network(model, LAYERS_AT).layers]
+    if names != [layer.name for layer in table.layers]:
+        raise UsageError(f"the layers of the table of {table.name!r} are not those of its network.")
+    bits = sorted({int(b) for b in table.bits.ravel()})
+    choices = np.searchsorted(bits, table.bits)
+    accuracy = table.column("top1")
+    needs = tuple(dict.fromkeys(need for name in leaves for need in STATISTICS[name].needs)) or (
+        "weight",
+    )
+    inputs = labels = identity = None
+    if set(needs) - {"weight"}:
+        calibration = as_data(data, model)
+        if calibration is None:
+            raise UsageError(
+                f"calibration images are needed for the table of {table.name!r}: give `data` "
+                "(--data), or only leaves of weights (--leaves W,D,V)."
+            )
+        identity = calibration.identity
+        inputs, labels = calibration_of(calibration, model, samples, None)
+    rounding = Rounding(**table.method.get("rounding", {}))
+    images = LAYERS_AT if inputs is None else len(jax.tree.leaves(inputs)[0])
+    engine = Engine.build(model, images, memory=memory)
+    taps = collect(
+        engine,
+        inputs,
+        needs,
+        bits,
+        labels=labels,
+        rounding=rounding,
+        seed=seed,
+        memory=memory,
+        progress=progress,
+    )
+    first = statistics(taps, leaves, entries=entries)
+    # Entries that begin elsewhere: what a formula says must not hang on which were drawn.
+    again = statistics(replace(taps, seed=seed + 1), leaves, entries=entries)
+    whole = digest_arrays(first.leaves) == digest_arrays(again.leaves)
+    fold = Fold(
+        name=table.name,
+        statistics=first,
+        choices=choices,
+        accuracy=accuracy,
+        again=None if whole else again,
+    )
+    return fold, identity
+
+
+# -- what is written -------------------------------------------------------------------
+
+
+def _size(
+    seen: Sequence[Fold], back: Sequence[Fold], holdouts: Sequence[Fold], rules: Settings
+) -> Entry | None:
+    """The entry that a plan's size would be; `None` where all plans are alike large."""
+    node = parse_formula("bits * weights")
+    (found,) = measure([node], seen, rules.objective)
+    if isinstance(found, str):
+        return None
+    one = Individual(genes=None, formula=str(node), size=node.size, measured=found)
+    return choose([one], back, holdouts, seed=rules.seed)[1][0]
+
+
+def _record(entry: Entry) -> dict[str, Any]:
+    one = entry.individual
+    return {
+        "formula": one.formula,
+        "direction": _direction(one.measured.sign),
+        "size": one.size,
+        **_figures(entry),
+    }
+
+
+def _direction(sign: int) -> Any:
+    return "importance" if sign > 0 else "cost"
+
+
+def _provenance(**facts: Any) -> dict[str, Any]:
+    """Versions, DEAP's too, whose NSGA-II decides who lives on."""
+    found = provenance(**facts)
+    with suppress(PackageNotFoundError):
+        found["versions"]["deap"] = version("deap")
+    return found
+
+
+def _described(table: MeasuredTable) -> dict[str, Any]:
+    return {
+        "model": dict(table.model),
+        "plans": len(table.plans),
+        "digest": hashlib.sha256(table.to_json().encode()).hexdigest(),
+    }
+
+
+def _figures(entry: Entry) -> dict[str, Any]:
+    def rounded(values: Sequence[float | None]) -> list[float | None]:
+        return [None if value is None else round(value, 6) for value in values]
+
+    one = entry.individual
+    return {
+        "fitness": round(one.fitness, 6),
+        "fitness_by_table": rounded(one.measured.folds),
+        "validation_by_table": rounded(entry.validation),
+        "holdout_by_table": rounded(entry.holdout),
+    }
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
