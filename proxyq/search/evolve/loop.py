@@ -125,8 +125,7 @@ def evolve(
         while not state.finished:
             step(state, settings, evaluate)
             progress("evolve", state.evaluations, settings.evaluations)
-            if checkpoint.due():
-                _save(checkpoint, state, settings)
+            _save(checkpoint, state, settings)
     if not state.hall.best:
         raise ProxyqError(
             f"none of {state.evaluations} formulas can rank the plans: the plans' accuracy may be "

@@ -16,7 +16,7 @@ from proxyq.search.evolve.fitness import OBJECTIVES
 from proxyq.search.evolve.selection import PARENTS, SURVIVORS
 from proxyq.search.evolve.structures import STRUCTURES, Structure, structure
 
-CHEAP = ("W", "G", "F", "V", "D", "A", "E", "bits", "weights", "macs")
+CHEAP = ("W", "G", "F", "V", "D", "A", "E", "O", "R", "bits", "weights", "macs")
 """All statistics but those that cost more than a few passes."""
 EMQ_LEAVES = ("W", "G", "V", "A")
 """EMQ's, less the Hessian."""
