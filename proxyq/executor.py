@@ -22,6 +22,7 @@ from proxyq.errors import ProxyqError, UsageError
 
 Worker = Callable[[Any], Any]
 Work = Callable[[Sequence[Any]], Iterator[tuple[int, Any]]]
+LOST = 10
 FORMS = "'serial', 'process:N' or 'ray:N'"
 
 
@@ -217,7 +218,11 @@ def _answer(function: Callable[[], Any]) -> dict[str, Any]:
 
 
 class Ray:
-    """Ray workers: on the cluster that `RAY_ADDRESS` names, else started here."""
+    """Ray workers: on the cluster that `RAY_ADDRESS` names, else started here.
+
+    A worker that is lost, alone or with its machine, is replaced, and its task is done again: up to
+    `LOST` times, since a task that ends every worker would go on for ever.
+    """
 
     remote = True
 
@@ -234,6 +239,7 @@ class Ray:
         """See `Executor`."""
         try:
             import ray
+            from ray.exceptions import RayActorError
         except ImportError:
             raise ProxyqError(
                 "Ray is not installed: run `pip install 'proxyq[ray]'`, or use process:N."
@@ -242,7 +248,7 @@ class Ray:
         if ours:
             ray.init(log_to_driver=False, include_dashboard=False)
 
-        @ray.remote
+        @ray.remote(scheduling_strategy="SPREAD")
         class Actor:
             def __init__(self, worker: str, setup: str):
                 self.made = _answer(lambda: resolve(worker, json.loads(setup)))
@@ -252,12 +258,14 @@ class Ray:
                     return json.dumps(self.made)
                 return json.dumps(_answer(lambda: self.made["result"](json.loads(task))))
 
-        actors: list[Any] = [
-            Actor.remote(worker, json.dumps(setup))  # type: ignore[attr-defined]
-            for _ in range(self.count if count is None else count)
-        ]
+        def started() -> Any:
+            return Actor.remote(worker, json.dumps(setup))  # type: ignore[attr-defined]
+
+        actors = [started() for _ in range(self.count if count is None else count)]
+        lost = 0
 
         def work(tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+            nonlocal lost
             idle, left, running = list(actors), list(range(len(tasks)))[::-1], {}
             while left or running:
                 while idle and left:
@@ -265,7 +273,21 @@ class Ray:
                     running[actor.work.remote(json.dumps(tasks[index]))] = (actor, index)
                 (reference,), _ = ray.wait(list(running), num_returns=1)
                 actor, index = running.pop(reference)
-                yield index, _result(json.loads(ray.get(reference)))
+                try:
+                    answer = ray.get(reference)
+                except RayActorError:
+                    lost += 1
+                    if lost > LOST:
+                        raise ProxyqError(
+                            f"{lost} Ray workers were lost: they may have run out of memory; what "
+                            "is finished is kept, so try again with fewer."
+                        ) from None
+                    actors.remove(actor)
+                    actors.append(started())
+                    idle.append(actors[-1])
+                    left.append(index)
+                    continue
+                yield index, _result(json.loads(answer))
                 idle.append(actor)
 
         try:

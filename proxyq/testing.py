@@ -22,7 +22,9 @@ measures is its own tests' business; here it is only whether it keeps its word.
 import inspect
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -489,3 +491,14 @@ RULES: tuple[Callable[[Subject], None], ...] = (
     one_bit_width,
     spoilt_weights,
 )
+
+
+def place(setup: Any) -> Callable[[Any], list[Any]]:
+    """A worker for tests of executors (see `proxyq.executor`): says where it works.
+
+    Every task's answer is the process's number and, of a Ray worker, its node.
+    """
+    del setup
+    ray = sys.modules.get("ray")
+    node = ray.get_runtime_context().get_node_id() if ray is not None else None
+    return lambda task: [os.getpid(), node]

@@ -121,7 +121,7 @@ def test_a_hessian_probe_is_unbiased_in_its_square():
     model = small_net()
     x = images(model)
     own = of("sum(H) * (9 - bits)")
-    draws = [own(model, x, bits=(2, 8), labels="predicted", seed=s).values[:, 1] for s in range(60)]
+    draws = [own(model, x, bits=(2, 8), labels="predicted", seed=s).values[:, 1] for s in range(30)]
     trace = PROXIES.get("hessian-trace")
     exact = trace(model, x, bits=(2, 8), curvature="hessian", labels="predicted").notes["trace"]
     error = np.std(draws, axis=0) / np.sqrt(len(draws))

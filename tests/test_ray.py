@@ -1,0 +1,57 @@
+"""Ray on a cluster of two nodes, started here: the same answers, also when one of them is lost."""
+
+import os
+
+import pytest
+
+from proxyq import api
+from proxyq.executor import Ray
+
+ray = pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own threads and sockets
+TABLE = {"plans": 8, "eval_samples": 60, "samples": 32}
+
+
+@pytest.fixture(scope="module")
+def serial():
+    return api.table(**TABLE).to_json()
+
+
+@pytest.fixture
+def cluster():
+    """A head and one more node, of one core each, and this process connected to them."""
+    from ray.cluster_utils import Cluster
+
+    found = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    found.second = found.add_node(num_cpus=1)
+    ray.init(address=found.address, log_to_driver=False)
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+def test_two_nodes_and_one_of_them_lost(cluster, serial):
+    """Every plan measured once, whoever did it: the bytes of a run without Ray."""
+    with Ray(2).session("proxyq.testing:place", {}) as work:
+        places = {tuple(place) for _, place in work([0] * 20)}
+    processes, nodes = map(set, zip(*places, strict=True))
+    assert len(processes) == len(nodes) == 2 and os.getpid() not in processes
+
+    def progress(stage, done, total):
+        if stage == "plans" and done >= 4 and cluster.second is not None:
+            cluster.remove_node(cluster.second, allow_graceful=False)
+            cluster.second = None
+
+    assert api.table(**TABLE, how="ray:2", progress=progress).to_json() == serial
+    assert cluster.second is None
+
+
+def test_evolution_on_ray(cluster):
+    settings = {"evaluations": 60, "population": 20, "samples": 32, "entries": 64}
+    here, there = (
+        api.evolve("digits", leaves=("W", "D", "bits"), how=how, **settings).text()
+        for how in ("serial", "ray:2")
+    )
+    assert here == there
