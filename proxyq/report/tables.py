@@ -346,13 +346,13 @@ def candidates_table(report: Mapping[str, Any]) -> Table:
         Column(head="measured", cells=[_nats(one["kl_fitted"]) for one in records]),
         Column(head="held back", cells=[_nats(one["kl"]) for one in records]),
         Column(head="rescaled", cells=[_nats(one["rescaled"]) for one in records]),
-        Column(head="gap", cells=[f"{100 * one['gap']:.3g} %" for one in records]),
+        Column(head="gap", cells=[f"{round(100 * one['gap'], 6):.3g} %" for one in records]),
     ]
     refined = report.get("refined")
     lines = [
         f"KL to float, nats: on the {report['fitted_images']:,} images of the scores, and on "
-        f"{report['held_back_images']:,} held back; ranked by what is left of it, held back, up "
-        "to the scale of each image's logits (rescaled)",
+        f"{report['held_back_images']:,} held back; ranked by the latter, wrecked plans by what is "
+        "left of it up to the scale of each image's logits (rescaled)",
         *_corrections(report),
     ]
     if refined:
@@ -404,7 +404,7 @@ def front_table(front: "Front") -> Table:
         Column(head="bits", cells=[f"{one.average_bits:.4g}" for one in points]),
         Column(head="KiB", cells=[_kib(one.size_bits) for one in points]),
         Column(head="predicted", cells=[_starred(one.predicted, one.dominated) for one in points]),
-        Column(head="gap %", cells=[f"{100 * (one.gap or 0):.2g}" for one in points]),
+        Column(head="gap %", cells=[f"{round(100 * (one.gap or 0), 6):.2g}" for one in points]),
     ]
     found = [one.measured for one in points if one.measured is not None]
     caption = []
