@@ -11,7 +11,7 @@ from networks import mixer, small_net
 import proxyq
 from proxyq.api.program import program
 from proxyq.auto import Judge, choose, halves, improve, refine
-from proxyq.auto.choose import TIGHT, TIGHT_ROUNDS, spelled
+from proxyq.auto.choose import WRECKED_ROUNDS, spelled
 from proxyq.auto.judge import Verdict
 from proxyq.auto.portfolio import MEMBERS, portfolio
 from proxyq.auto.refine import anchored, proposals
@@ -321,12 +321,12 @@ def test_wrecked_networks_are_ranked_by_their_answers_and_refined():
     fixed = [None] * len(judge.names)
     report = choose(judge, problem_of("size=1bit"), (1, 2), fixed=fixed, correction="none").report
     losses = [one["rescaled"] for one in report["candidates"]]
-    assert losses == sorted(losses) and losses[0] > TIGHT
-    assert 1 <= report["refined"]["rounds"] <= TIGHT_ROUNDS["medium"]
+    assert losses == sorted(losses) and losses[0] > WRECKED
+    assert 1 <= report["refined"]["rounds"] <= WRECKED_ROUNDS["medium"]
     assert report["refined"]["from"] == report["chosen"]
     assert report["rescaled"] <= losses[0]
     calm = choose(judge, problem_of("size=8bit"), (7, 8), fixed=fixed, correction="none").report
-    assert calm["rescaled"] < TIGHT and "refined" not in calm
+    assert calm["rescaled"] < WRECKED and "refined" not in calm
 
 
 def test_activations_are_chosen_and_measured_too():

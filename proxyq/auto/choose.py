@@ -24,12 +24,11 @@ HELD_BACK = {"low": 2, "medium": 4, "high": 8}
 """Images held back at most, as a multiple of those that are fitted on. Those beyond what the
 judge looks at verify the last few plans."""
 ROUNDS = {"low": 0, "medium": 0, "high": 4}
-TIGHT = 0.5
-"""Nats of rescaled divergence from which on a plan is worth refinement at effort `medium` too:
-what is measured from the float network on tells little of such a plan."""
-TIGHT_ROUNDS = {"low": 0, "medium": 5, "high": 10}
+WRECKED_ROUNDS = {"low": 0, "medium": 5, "high": 10}
+"""Where even the best plan wrecks the network: what is measured from the float network on tells
+little of such a plan, so effort `medium` refines it too."""
 STARTS = 3
-"""So many plans are refined where the best one is that far off: which of them leads furthest is
+"""So many plans are refined where even the best is a wreck: which of them leads furthest is
 not the one that measures best."""
 VERIFIED = 4
 """So many plans, the best, are run on the images in reserve."""
@@ -103,8 +102,8 @@ def choose(
        (`correction="auto"`).
     2. From effort `medium` on, one sweep over single layers, corrected likewise, gives the costs
        of the `portfolio`, each of which proposes a plan.
-    3. The best is refined at effort `high`, or for `refine_seconds`. Where it is far from the
-       float network (`TIGHT`), the best few are, at effort `medium` too.
+    3. The best is refined at effort `high`, or for `refine_seconds`. Where it wrecks the network
+       (`Loss.wrecked`), the best few are, at effort `medium` too.
     4. Where the judge has images in reserve, as at effort `high`, the best few of all plans are
        verified on them.
 
@@ -159,9 +158,9 @@ def choose(
         "candidates": [_record(one, bits, fixed) for one in ranked],
     }
     best = ranked[0]
-    tight = best.verdict.held_back.rescaled > TIGHT
-    rounds = ENDLESS if refine_seconds else (TIGHT_ROUNDS if tight else ROUNDS)[effort]
-    starts = _distinct(ranked, fixed)[: STARTS if tight else 1]
+    wrecked = best.verdict.held_back.wrecked
+    rounds = ENDLESS if refine_seconds else (WRECKED_ROUNDS if wrecked else ROUNDS)[effort]
+    starts = _distinct(ranked, fixed)[: STARTS if wrecked else 1]
     now = time.perf_counter()
     if rounds and not refine_seconds and left < float("inf"):
         needed = round_passes(judge, bits, activation_bits) * per_pass
