@@ -13,15 +13,16 @@ from proxyq.api.program import program
 from proxyq.auto import Judge, choose, halves, improve, refine
 from proxyq.auto.choose import WRECKED_ROUNDS, spelled
 from proxyq.auto.judge import Verdict
-from proxyq.auto.portfolio import MEMBERS, portfolio
+from proxyq.auto.portfolio import MEMBERS, curvature_scores, portfolio
 from proxyq.auto.refine import anchored, proposals
 from proxyq.engine.divergence import kl_divergence, rescaled_divergence
 from proxyq.engine.loss import BROKEN, WRECKED, Loss
 from proxyq.engine.ranges import input_grids
 from proxyq.engine.statistics import correct_statistics, correct_weights, float_moments
-from proxyq.errors import UsageError
+from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.function_import import from_function
-from proxyq.proxies import Cache, kl_delta, rescaled_coupling
+from proxyq.proxies import PROXIES, Cache, as_cost, kl_delta, rescaled_coupling
+from proxyq.proxies.cost import weight_errors
 from proxyq.ptq.quantized import round_weights, with_input_grids
 from proxyq.search.allocate import solve
 from proxyq.search.allocate.assignment import used
@@ -86,7 +87,7 @@ def test_the_best_of_all_plans_is_kept(correction):
     fixed = [None] * len(judge.names)
     outcome = choose(judge, problem_of(), BITS, fixed=fixed, correction=correction)
     report = outcome.report
-    assert len(report["candidates"]) == 8 and json.dumps(report)
+    assert len(report["candidates"]) == 9 and json.dumps(report)
     wanted = {"none"} if correction == "none" else {"none", "weights", "statistics"}
     assert set(report["corrections"]) == wanted
     found = {name: loss(one) for name, one in report["corrections"].items()}
@@ -119,6 +120,22 @@ def test_effort_and_time_decide_how_far_it_goes():
         (True, False),
         (False, True),
     ]
+
+
+def test_curvature_is_that_of_the_proxy_and_may_be_left_out(monkeypatch):
+    model = small_net()
+    judge = judge_of(model)
+    (found,) = curvature_scores(judge, BITS)
+    assert curvature_scores(judge, BITS)[0] is found
+    trace = PROXIES.get("hessian-trace")(model, judge.fit, bits=BITS)
+    errors = weight_errors(model, BITS)
+    np.testing.assert_allclose(found.values, as_cost(trace, errors=errors), rtol=1e-5)
+
+    def fails(*args, **more):
+        raise ProxyqError("too little memory")
+
+    monkeypatch.setattr("proxyq.auto.portfolio.score", fails)
+    assert curvature_scores(judge_of(model), BITS) == []
 
 
 def test_the_sweep_is_that_of_the_proxy():

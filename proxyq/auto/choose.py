@@ -9,7 +9,13 @@ from typing import Any, Literal
 import jax
 
 from proxyq.auto.judge import Judge, Verdict
-from proxyq.auto.portfolio import free_scores, portfolio, sweep_passes
+from proxyq.auto.portfolio import (
+    CURVATURE_PASSES,
+    curvature_scores,
+    free_scores,
+    portfolio,
+    sweep_passes,
+)
 from proxyq.auto.refine import Refined, Spell, refine, round_passes
 from proxyq.engine.loss import Loss
 from proxyq.errors import UsageError
@@ -100,8 +106,8 @@ def choose(
     1. `output-error`, `sqnr` and `restored-error`, which cost a few forward passes, propose a
        plan each; the corrections of layer statistics are compared on the first
        (`correction="auto"`).
-    2. From effort `medium` on, one sweep over single layers, corrected likewise, gives the costs
-       of the `portfolio`, each of which proposes a plan.
+    2. From effort `medium` on, curvature gives one more, and one sweep over single layers,
+       corrected likewise, the costs of the `portfolio`, each of which proposes a plan.
     3. The best is refined at effort `high`, or for `refine_seconds`. Where it wrecks the network
        (`Loss.wrecked`), the best few are, at effort `medium` too.
     4. Where the judge has images in reserve, as at effort `high`, the best few of all plans are
@@ -140,13 +146,15 @@ def choose(
     propose(free[1:])
     now = time.perf_counter()
     spent, per_pass = now - started, (now - before) / max(judge.passes - passes, 1.0)
-    needed = (sweep_passes(judge, bits, activation_bits) + 4 * judge.plan_passes) * per_pass
+    sweep = sweep_passes(judge, bits, activation_bits) + CURVATURE_PASSES
+    needed = (sweep + 6 * judge.plan_passes) * per_pass
     if effort != "low" and spent + needed > left:
         notes.append(
             f"the sweep over single layers would take about {needed:.0f} s, beyond the time "
             "budget, and was left out"
         )
     elif effort != "low":
+        propose(curvature_scores(judge, bits, activation_bits, cache=cache, progress=progress))
         propose(portfolio(judge, bits, activation_bits, cache=cache, progress=progress))
     ranked = sorted(candidates, key=lambda one: one.verdict.held_back)
     report: dict[str, Any] = {

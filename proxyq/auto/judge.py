@@ -54,7 +54,7 @@ class Judge:
         correction: str = "none",
         memory: int | None = None,
     ):
-        self.fit, self.check = fit, check
+        self.fit, self.check, self.memory = fit, check, memory
         fitted, held = (len(jax.tree.leaves(images)[0]) for images in (fit, check))
         looked_at = min(held, LOOKED_AT * fitted)
         self._looked_at = jax.tree.map(lambda x: x[:looked_at], check)

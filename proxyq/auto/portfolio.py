@@ -1,10 +1,12 @@
-"""A portfolio of costs, all from one sweep over single layers.
+"""A portfolio of costs, most of them from one sweep over single layers.
 
 No one cost is best at every budget and on every network; each of these is good at some, all are
 solved in seconds, and a plan costs little to measure. So each proposes a plan, and the judge
 decides.
 
-- `output-error`, `restored-error`, `sqnr`: what needs no sweep.
+- `output-error`, `restored-error`, `sqnr`: what a few forward passes give.
+- `hessian-trace`: curvature, by a few backward passes. Where rounding is mild it sees what no
+  layer's error alone tells.
 - `kl`, `kl-temperature-2`: the divergence with one layer rounded.
 - `logit-coupling`, and the same at temperature 2: with the coupling of layers.
 - `rescaled-coupling`: with the coupling of what is not the scale of the logits.
@@ -22,11 +24,25 @@ from proxyq.engine import collect, single_layer_sweep
 from proxyq.engine.alternatives import choices, spread
 from proxyq.engine.divergence import kl_divergence, rescaled_divergence
 from proxyq.engine.gram import Gram
+from proxyq.errors import ProxyqError
 from proxyq.progress import Progress, silent
-from proxyq.proxies import Cache, Scores, output_error, restored_error, sqnr
+from proxyq.proxies import (
+    PROXIES,
+    Cache,
+    Scores,
+    as_cost,
+    output_error,
+    restored_error,
+    score,
+    sqnr,
+)
 from proxyq.proxies._logit_coupling import coupling_of
+from proxyq.proxies.cost import weight_errors
 
 TEMPERATURES = (1.0, 2.0)
+CURVATURE_PASSES = 24
+"""Forward passes that `hessian-trace` costs, about: a probe takes three, and eight are enough for
+most networks."""
 
 
 def _at(temperature: float) -> str:
@@ -76,6 +92,48 @@ def free_scores(
         )
         for one in (output_error.on(taps), sqnr.on(taps), restored_error.on(taps))
     ]
+    return judge.kept[key]
+
+
+def curvature_scores(
+    judge: Judge,
+    bits: Sequence[int],
+    activation_bits: Sequence[int] = (),
+    *,
+    cache: Cache | None = None,
+    progress: Progress = silent,
+) -> list[Scores]:
+    """`hessian-trace` as a cost for each bit-width, without labels; nothing where it fails."""
+    key = ("curvature", tuple(bits), tuple(activation_bits))
+    if key not in judge.kept:
+        model = judge.engine.network.model
+        try:
+            (found,) = score(
+                model,
+                [(PROXIES.get("hessian-trace"), {})],
+                judge.fit,
+                bits=bits,
+                activation_bits=activation_bits,
+                rounding=judge.rounding,
+                memory=judge.memory,
+                cache=cache,
+                progress=progress,
+            )
+        except ProxyqError:  # a network without derivatives, or too little memory for them
+            judge.kept[key] = []
+            return []
+        judge.passes += CURVATURE_PASSES
+        errors = weight_errors(model, tuple(bits), judge.rounding)
+        judge.kept[key] = [
+            Scores(
+                proxy=found.proxy,
+                layers=found.layers,
+                bits=found.bits,
+                values=as_cost(found, errors=errors),
+                activations=found.activations,
+                activation_bits=found.activation_bits,
+            )
+        ]
     return judge.kept[key]
 
 
