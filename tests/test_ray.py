@@ -17,7 +17,7 @@ def serial():
     return api.table(**TABLE).to_json()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
     """A head and one more node, of one core each, and this process connected to them."""
     from ray.cluster_utils import Cluster
@@ -30,6 +30,15 @@ def cluster():
     yield found
     ray.shutdown()
     found.shutdown()
+
+
+def test_evolution_on_ray(cluster):
+    settings = {"evaluations": 60, "population": 20, "samples": 32, "entries": 64}
+    here, there = (
+        api.evolve("digits", leaves=("W", "D", "bits"), how=how, **settings).text()
+        for how in ("serial", "ray:2")
+    )
+    assert here == there
 
 
 def test_two_nodes_and_one_of_them_lost(cluster, serial):
@@ -46,12 +55,3 @@ def test_two_nodes_and_one_of_them_lost(cluster, serial):
 
     assert api.table(**TABLE, how="ray:2", progress=progress).to_json() == serial
     assert cluster.second is None
-
-
-def test_evolution_on_ray(cluster):
-    settings = {"evaluations": 60, "population": 20, "samples": 32, "entries": 64}
-    here, there = (
-        api.evolve("digits", leaves=("W", "D", "bits"), how=how, **settings).text()
-        for how in ("serial", "ray:2")
-    )
-    assert here == there
