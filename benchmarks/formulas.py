@@ -57,6 +57,8 @@ def drawn_layers(seed):
             "D": np.stack([np.round(weight / step) * step - weight for step in steps]),
             "A": values,
             "E": np.stack([np.round(values * 2**b) / 2**b - values for b in BITS]),
+            "O": rng.random(len(BITS)) * 0.1,
+            "R": rng.random(len(BITS)) * 0.05,
             "macs": float(shape[0] * shape[1] * 64),
         }
     return layers
@@ -84,7 +86,9 @@ def given_to_deap(statistics):
         for name, statistic in STATISTICS.items():
             leaf = statistics.leaves[name]
             if statistic.type == "layer":
-                row.append(leaf[:, :, None] if name == "bits" else leaf[index].reshape(1, 1, 1))
+                # Of each layer and bit-width, of each bit-width or of each layer.
+                own = leaf if name == "bits" else leaf[..., index]
+                row.append(own.reshape(-1, 1, 1))
                 continue
             segments = statistics.segments[statistic.type]
             start, count = segments.starts[index], segments.counts[index]

@@ -15,8 +15,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
     [
         ("orthogonality_search.py", 5),
         ("single_layer_sweep.py", 3),
-        ("bridge_forward.py", 7),
-        ("curvature.py", 11),
+        pytest.param("bridge_forward.py", 7, marks=pytest.mark.slow),
+        pytest.param("curvature.py", 11, marks=pytest.mark.slow),
         ("clado.py", 5),
         ("iqp.py", 3),
         ("formulas.py", 3),

@@ -82,6 +82,7 @@ def test_correction_rescues_three_bits(resnet20, images):
     assert kl[0] > kl[1] > kl[2]
 
 
+@pytest.mark.slow
 def test_search_at_three_bits(resnet20, images):
     train, test = images[0], images[1].take(4000)
     plan = proxyq.search(

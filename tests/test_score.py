@@ -435,7 +435,11 @@ def test_an_overflow_of_the_mapping_names_layer_and_proxy(scored: ScoreFile, tmp
     ("proxy", "options"),
     [
         ("kl-delta", ()),
-        ("hessian-trace", ("--option", "least=40", "--option", "most=40")),
+        pytest.param(
+            "hessian-trace",
+            ("--option", "least=40", "--option", "most=40"),
+            marks=pytest.mark.slow,
+        ),
         ("clado", ()),
     ],
 )

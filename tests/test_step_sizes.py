@@ -98,7 +98,9 @@ def owner(name):
 
 
 @pytest.mark.parametrize(
-    ("ends", "activation_bits"), [(True, (2, 4)), (False, (8,)), (False, ())], ids=str
+    ("ends", "activation_bits"),
+    [pytest.param(True, (2, 4), marks=pytest.mark.slow), (False, (8,)), (False, ())],
+    ids=str,
 )
 def test_a_step_equals_a_plain_program(net, ends, activation_bits):
     trainer = trainer_of(net, ends=ends, activation_bits=activation_bits)
