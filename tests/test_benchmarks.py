@@ -13,11 +13,11 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 @pytest.mark.parametrize(
     ("script", "ratios"),
     [
-        ("orthogonality_search.py", 5),
-        ("single_layer_sweep.py", 3),
+        pytest.param("orthogonality_search.py", 5, marks=pytest.mark.slow),
+        pytest.param("single_layer_sweep.py", 3, marks=pytest.mark.slow),
         pytest.param("bridge_forward.py", 7, marks=pytest.mark.slow),
         pytest.param("curvature.py", 11, marks=pytest.mark.slow),
-        ("clado.py", 5),
+        pytest.param("clado.py", 5, marks=pytest.mark.slow),
         ("iqp.py", 3),
         ("formulas.py", 3),
     ],

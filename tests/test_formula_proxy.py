@@ -116,6 +116,7 @@ def test_samples_stand_for_all():
     np.testing.assert_allclose(np.mean(some, axis=0), whole, rtol=0.5)
 
 
+@pytest.mark.slow
 def test_a_hessian_probe_is_unbiased_in_its_square():
     """Mean over draws of z (H z) is the diagonal: against the trace of a tiny network."""
     model = small_net()

@@ -99,7 +99,11 @@ def owner(name):
 
 @pytest.mark.parametrize(
     ("ends", "activation_bits"),
-    [pytest.param(True, (2, 4), marks=pytest.mark.slow), (False, (8,)), (False, ())],
+    [
+        pytest.param(True, (2, 4), marks=pytest.mark.slow),
+        pytest.param(False, (8,), marks=pytest.mark.slow),
+        (False, ()),
+    ],
     ids=str,
 )
 def test_a_step_equals_a_plain_program(net, ends, activation_bits):
