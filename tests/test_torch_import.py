@@ -585,7 +585,12 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+LARGE = ("vgg11_bn", "efficientnet_b0", "convnext_tiny")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in NETWORKS]
+)
 def test_network_of_torchvision_equals_torch(name):
     models = import_torchvision().models
     size = NETWORKS[name]
