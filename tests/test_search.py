@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import proxyq
 from proxyq.api import evaluate, quantize_model
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.network import network
+from proxyq.search.allocate import SOLVERS, mutation
 from proxyq.search.allocate.plan import Plan
 
 
@@ -64,6 +66,20 @@ def test_emq_takes_mutants_of_the_plan_of_ompq():
     assert exact.solver.objective <= plans[0].solver.objective
     other = proxyq.search(model, data, recipe="emq", bits=(2, 6), budget="size=3bit")
     assert set(other.bits().values()) <= {2, 6}
+
+
+def test_a_solver_that_draws_gets_the_seed(monkeypatch):
+    """Without a recipe too."""
+    seen = []
+    solver = SOLVERS.get("mutation")
+
+    def told(problem, **options):
+        seen.append(options)
+        return mutation(problem, **options)
+
+    monkeypatch.setattr(SOLVERS, "get", lambda name: replace(solver, function=told))
+    proxyq.search(small_net(), proxy="sqnr", solver="mutation", budget="size=4bit", seed=7)
+    assert [one["seed"] for one in seen if "seed" in one] == [7]
 
 
 def test_plan_file_round_trip_and_evaluation(tmp_path):

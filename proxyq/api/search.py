@@ -159,7 +159,8 @@ def search(
     solving = {"time_limit": time_limit, **method.solver_options}
     couples = method.proxy is not None and method.proxy.couples
     trial = program(layers, blank, budget, **binding)
-    if couples or method.solver in ("auto", "mutation"):
+    draws = method.solver != "auto" and SOLVERS.get(method.solver).draws
+    if couples or draws or method.solver == "auto":
         solve(trial, "greedy", time_limit=time_limit)
     else:
         solve(trial, method.solver, **solving)
@@ -222,7 +223,9 @@ def search(
         if method.start is not None:
             began = method.start
             first = solve(problem_of(scores_of(began), began), began.solver, **began.solver_options)
-            solving |= {"start": first.choice, "seed": seed or 0}
+            solving["start"] = first.choice
+        if draws:
+            solving["seed"] = seed or 0
         scores = scores_of(method)
         answer = solve(problem_of(scores), method.solver, **solving)
         if refine > 0:

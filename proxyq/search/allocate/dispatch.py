@@ -22,7 +22,8 @@ class Solver:
     """A solver for the command line and the tests to find.
 
     `function(problem, *, time_limit, gap_limit, ...)` returns an `Assignment`. `several_limits`
-    and `couples`: whether it takes more than one budget, and couplings between layers.
+    and `couples`: whether it takes more than one budget, and couplings between layers. `draws`:
+    whether it takes a `seed`, and the plan to `start` from.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Solver:
     exact: bool = False
     several_limits: bool = True
     couples: bool = False
+    draws: bool = False
 
 
 SOLVERS: Registry[Solver] = Registry("solver", group="proxyq.solvers")
@@ -56,7 +58,12 @@ SOLVERS.add(
 SOLVERS.add(Solver(name="lp", function=lp, summary="linear relaxation, rounded as the papers do"))
 SOLVERS.add(Solver(name="greedy", function=greedy, summary="marginal gains and exchanges"))
 SOLVERS.add(
-    Solver(name="mutation", function=mutation, summary="the best mutant of a plan, as EMQ does")
+    Solver(
+        name="mutation",
+        function=mutation,
+        draws=True,
+        summary="the best mutant of a plan, as EMQ does",
+    )
 )
 SOLVERS.add(
     Solver(
