@@ -18,12 +18,12 @@ from proxyq.auto.portfolio import (
 )
 from proxyq.auto.refine import Refined, Spell, refine, round_passes
 from proxyq.engine.loss import Loss
-from proxyq.errors import UsageError
+from proxyq.errors import ProxyqError, UsageError
 from proxyq.progress import Progress, silent
 from proxyq.proxies import Cache, Scores
 from proxyq.ptq.correct import CORRECTIONS
 from proxyq.ptq.plan_edits import Choice
-from proxyq.search.allocate import Assignment, Problem, finish, solve
+from proxyq.search.allocate import Assignment, InfeasibleError, Problem, finish, solve
 
 Effort = Literal["low", "medium", "high"]
 HELD_BACK = {"low": 2, "medium": 4, "high": 8}
@@ -154,7 +154,12 @@ def choose(
             "budget, and was left out"
         )
     elif effort != "low":
-        propose(curvature_scores(judge, bits, activation_bits, cache=cache, progress=progress))
+        try:
+            propose(curvature_scores(judge, bits, activation_bits, cache=cache, progress=progress))
+        except InfeasibleError:
+            raise
+        except ProxyqError as error:
+            notes.append(f"hessian-trace could not be measured and was left out: {error}")
         propose(portfolio(judge, bits, activation_bits, cache=cache, progress=progress))
     ranked = sorted(candidates, key=lambda one: one.verdict.held_back)
     report: dict[str, Any] = {

@@ -24,7 +24,6 @@ from proxyq.engine import collect, single_layer_sweep
 from proxyq.engine.alternatives import choices, spread
 from proxyq.engine.divergence import kl_divergence, rescaled_divergence
 from proxyq.engine.gram import Gram
-from proxyq.errors import ProxyqError
 from proxyq.progress import Progress, silent
 from proxyq.proxies import (
     PROXIES,
@@ -103,33 +102,31 @@ def curvature_scores(
     cache: Cache | None = None,
     progress: Progress = silent,
 ) -> list[Scores]:
-    """`hessian-trace` as a cost for each bit-width, without labels; nothing where it fails."""
+    """`hessian-trace` as a cost for each bit-width, without labels.
+
+    **Raises** `ProxyqError` for a network without derivatives, or too little memory for them.
+    """
     key = ("curvature", tuple(bits), tuple(activation_bits))
     if key not in judge.kept:
         model = judge.engine.network.model
-        try:
-            (found,) = score(
-                model,
-                [(PROXIES.get("hessian-trace"), {})],
-                judge.fit,
-                bits=bits,
-                activation_bits=activation_bits,
-                rounding=judge.rounding,
-                memory=judge.memory,
-                cache=cache,
-                progress=progress,
-            )
-        except ProxyqError:  # a network without derivatives, or too little memory for them
-            judge.kept[key] = []
-            return []
+        (found,) = score(
+            model,
+            [(PROXIES.get("hessian-trace"), {})],
+            judge.fit,
+            bits=bits,
+            activation_bits=activation_bits,
+            rounding=judge.rounding,
+            memory=judge.memory,
+            cache=cache,
+            progress=progress,
+        )
         judge.passes += CURVATURE_PASSES
-        errors = weight_errors(model, tuple(bits), judge.rounding)
         judge.kept[key] = [
             Scores(
                 proxy=found.proxy,
                 layers=found.layers,
                 bits=found.bits,
-                values=as_cost(found, errors=errors),
+                values=as_cost(found, errors=weight_errors(model, tuple(bits), judge.rounding)),
                 activations=found.activations,
                 activation_bits=found.activation_bits,
             )
