@@ -311,10 +311,15 @@ def _change_moments(change: Any, rows: Any) -> np.ndarray:
 
 
 @jax.jit
-def _image_sums(y: Any, change: Any) -> Any:
+def _image_sums(y: Any) -> Any:
+    y = y.astype(jnp.float32)
+    return [jnp.sum(part, axis=1) for part in (y, y * y)]
+
+
+@jax.jit
+def _image_change_sums(y: Any, change: Any) -> Any:
     y, change = y.astype(jnp.float32), change.astype(jnp.float32)
-    parts = (y, y * y, change, change * change, y * change)
-    return [jnp.sum(part, axis=1) for part in parts]
+    return [jnp.sum(part, axis=1) for part in (change, change * change, y * change)]
 
 
 def _channel_sums(y: Any, changes: list[Any]) -> np.ndarray:
@@ -322,13 +327,14 @@ def _channel_sums(y: Any, changes: list[Any]) -> np.ndarray:
 
     `y` and the changes are `[images, positions, channels]`; summed in float64 over the images.
     """
-    found = [
-        [np.sum(np.asarray(part, np.float64), axis=0) for part in _image_sums(y, change)]
-        for change in changes
-    ]
+
+    def over_images(parts: list[Any]) -> list[np.ndarray]:
+        return [np.sum(np.asarray(part, np.float64), axis=0) for part in parts]
+
     count = np.full(y.shape[-1], float(y.shape[0] * y.shape[1]))
-    own = [count, *found[0][:2]]
-    return np.stack([*own, *(one[place] for place in (2, 3, 4) for one in found)], axis=1)
+    found = [over_images(_image_change_sums(y, change)) for change in changes]
+    own = [count, *over_images(_image_sums(y))]
+    return np.stack([*own, *(one[place] for place in range(3) for one in found)], axis=1)
 
 
 def _changes(engine: Engine, index: int, state: State, deltas: list[Any]) -> list[Any]:
