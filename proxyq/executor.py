@@ -1,9 +1,9 @@
 """Run many independent tasks: here, in several processes, or on several machines with Ray.
 
 What works on the tasks is named and not sent: `proxyq.api.table:worker` is a function of a setup
-that gives a function of a task. Setup, tasks and results are JSON, so that nothing is pickled
-and what runs elsewhere can be read. Results come as they are finished; what they are does not
-depend on who computed them.
+that gives a function of a task. Setup, tasks and results are JSON, so that we pickle nothing (Ray
+sends its workers' code in its own way) and what runs elsewhere can be read. Results come as they
+are finished; what they are does not depend on who computed them.
 """
 
 import contextlib
