@@ -10,7 +10,7 @@ over all plans and over those of the same kind (wrecked, damaged, nearly whole):
 
 - `kl`: mean KL from the float network, as it is;
 - `one scale`: the same, with the logits of all images times the one number that makes it least;
-- `rescaled`: the same, with a number for each image, which is what `auto` goes by;
+- `rescaled`: the same, with a number for each image, by which `auto` orders wrecked plans;
 - `agreement`: the share of images with the float network's answer.
 """
 

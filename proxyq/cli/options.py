@@ -582,8 +582,8 @@ Leaves = Annotated[
         "--leaves",
         metavar="W,G,D,bits",
         panel=METHOD,
-        help="What formulas may read: W, G, F, V, H, D, A, E, bits, weights, macs. Default: all "
-        "but H, or EMQ's.",
+        help="What formulas may read: W, G, F, V, H, D, A, E, O, R, bits, weights, macs. Default: "
+        "all but H, or EMQ's.",
     ),
 ]
 Objective = Annotated[
