@@ -21,7 +21,8 @@ CASES = list(
 )
 
 
-@pytest.mark.parametrize(("spec", "stride", "dilation", "padding", "window"), CASES)
+# Every fifth: five shares no factor with the numbers of choices, so each choice meets each other.
+@pytest.mark.parametrize(("spec", "stride", "dilation", "padding", "window"), CASES[::5])
 def test_depthwise_equals_xla(spec, stride, dilation, padding, window):
     rng = np.random.default_rng(0)
     sizes = {"N": 2, "C": 6, "H": 11, "W": 9}

@@ -213,23 +213,20 @@ def test_uniform_proxy_gives_uniform_bits():
 # --- every registered proxy ---
 
 
-# What trains wants labels, and is run by tests/test_conformance.py.
+# What trains wants labels, and is run by tests/test_conformance.py, as are all others on other
+# networks: this one adds attention, tokens, and a weight on the left of a product.
 UNTRAINED = [proxy.name for proxy in PROXIES if proxy.cost_class != "training"]
 
 
 @pytest.mark.parametrize("name", UNTRAINED)
-@pytest.mark.parametrize("build", [small_net, mixer])
-def test_every_proxy_is_finite_reproducible_and_ordered(name, build):
+def test_every_proxy_scores_a_mixer(name):
     proxy = PROXIES.get(name)
-    model = build()
+    model = mixer()
     x = images(model) if proxy.needs_images else None
     scores = proxy(model, x, bits=(2, 4), seed=0)
-    again = proxy(model, x, bits=(2, 4), seed=0)
-    np.testing.assert_array_equal(scores.values, again.values)
     expected = (len(scores.layers),) if proxy.shape == "layers" else (len(scores.layers), 2)
     assert scores.values.shape == expected
     assert np.isfinite(scores.values).all()
-    assert proxy.summary.endswith(".") or proxy.summary.endswith(")")
     assert as_cost(scores, errors=weight_errors(model, (2, 4))).shape == (len(scores.layers), 2)
     assert scores.layers[0].name in str(scores)
 
