@@ -505,7 +505,9 @@ def test_networks_are_loaded_as_their_tables_say(tmp_path, capsys):
     rng = np.random.default_rng(1)
     images = rng.random((64, 6, 6, 1)).astype("float32")
     np.savez(tmp_path / "x.npz", images=images, labels=rng.integers(0, 6, 64))
-    spec = api.ModelSpec(name=f"{code}:narrow", weights=str(own))
+    spec = api.ModelSpec(
+        name=f"{code}:narrow", weights=str(own), preprocessing={"mean": (0.3,), "std": (0.2,)}
+    )
     data = str(tmp_path / "x.npz")
     api.table(spec, data, data, plans=40, bits=(2, 3, 4, 8)).save(tmp_path / "t.json")
     given = ["--table", str(tmp_path / "t.json"), "--holdout", "digits", "--evaluations", "60"]
@@ -518,6 +520,16 @@ def test_networks_are_loaded_as_their_tables_say(tmp_path, capsys):
     (table,), (holdout,) = record["tables"], record["holdouts"]
     assert (table["model"]["name"], holdout["model"]["name"]) == ("narrow", "digits")
     assert len(record["entries"][0]["holdout_by_table"]) == 1
+    # Images are prepared for each network as they were when its table was measured.
+    images = {"data": [data, "digits"], "evaluations": 60, "population": 30, "leaves": ("W", "A")}
+    settings = {**images, "weights": str(tmp_path / "{}.safetensors")}
+    files = ([str(tmp_path / "t.json")], ["digits"])
+    found = api.evolve(*files, **settings)
+    models = [spec, api.ModelSpec(name="digits")]
+    assert found.to_json() == api.evolve(*files, models=models, **images).to_json()
+    loading = api.ModelSpec(preprocessing={"std": (0.4,)})
+    other = api.evolve(*files, loading=loading, **settings)
+    assert [one.holdout for one in other.entries] != [one.holdout for one in found.entries]
 
 
 def test_a_table_of_another_network_is_told(tmp_path, capsys):

@@ -90,6 +90,13 @@ def test_the_file_comes_back(small, tmp_path):
     assert again.bits.shape == (6, len(again.layers))
     assert (again.average_bits >= 2).all() and (again.average_bits <= 4).all()
     record = json.loads(small.to_json())
+    how = api.as_model().preprocessing
+    assert record["images"] == {
+        **{"shape": [8, 8, 1], "resize": None, "size": None},
+        **{"mean": list(how.mean), "std": list(how.std)},
+    }
+    with pytest.raises(ProxyqError, match=r"images\.std"):
+        MeasuredTable.from_json({**record, "images": {**record["images"], "std": [0]}})
     record["plans"][0]["bits"] = [2]
     with pytest.raises(ProxyqError, match="plan 1 has bits for 1 layers"):
         MeasuredTable.from_json(record)

@@ -138,8 +138,9 @@ def evolve(
     - `tables`: what the fitness is measured on, `MeasuredTable`s or files, or `digits`;
       `holdouts`: tables that are only looked at when all is decided.
     - `models`: the networks of all tables, then of the holdouts. Left out, each is loaded by the
-      name in its table, with `weights`: one file for all, in which `{}` stands for what follows
-      the last colon of the name, or one for each; `loading`: shape and preprocessing of all.
+      name in its table and fed as it was, with `weights`: one file for all, in which `{}` stands
+      for what follows the last colon of the name, or one for each; `loading`: another shape or
+      preprocessing, of all.
     - `data`: calibration images, one for all or a list with one for each.
     - `method`: `default`, `emq` or `random`; `changes`: fields of
       `proxyq.search.evolve.Settings`, such as `seed`, `structure`, `evaluations`.
@@ -270,8 +271,17 @@ def _spec(table: MeasuredTable, weights: str | None, loading: ModelSpec) -> Mode
         )
     if weights is not None:
         weights = weights.replace("{}", name.rpartition(":")[2])
-    # The embedded network brings its weights along.
-    return replace(loading, name=name, weights=None if name == "digits" else weights)
+    if name == "digits":  # the embedded network brings its weights along
+        weights = None
+    # As it was fed when it was measured, but for what is given.
+    images = {} if table.images is None else table.images.model_dump()
+    shape = images.pop("shape", None)
+    return ModelSpec(
+        name=name,
+        weights=weights,
+        input_shape=loading.input_shape or (None if shape is None else tuple(shape)),
+        preprocessing={**images, **loading.preprocessing},
+    )
 
 
 def _for_each(given: Any, tables: Sequence[MeasuredTable], name: str) -> list[Any]:

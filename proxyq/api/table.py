@@ -36,6 +36,7 @@ from proxyq.search.table_file import (
     FLOAT_BITS,
     FloatNetwork,
     MeasuredTable,
+    TableImages,
     TableLayer,
     TablePlan,
 )
@@ -138,6 +139,7 @@ def table(
     result = MeasuredTable(
         schema="proxyq/table/1",
         model={"name": bench.model.name, "digest": bench.model.digest(), **bench.model.identity},
+        images=_images(bench.model),
         method={
             "bits": sorted(set(bits))
             if draw != "given"
@@ -162,6 +164,20 @@ def table(
     )
     kept.clear()
     return result
+
+
+def _images(model: Model) -> TableImages | None:
+    """What others need to feed the network as it was fed here."""
+    if model.image_layout is None:
+        return None
+    how = model.preprocessing
+    return TableImages(
+        shape=list(model.input_shape),
+        mean=list(how.mean),
+        std=list(how.std),
+        resize=how.resize,
+        size=None if how.size is None else list(how.size),
+    )
 
 
 class Bench:

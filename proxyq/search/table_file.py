@@ -20,6 +20,8 @@ from proxyq.search.record_file import record_from
 SCHEMA = "proxyq/table/1"
 FLOAT_BITS = 32
 Width = Annotated[int, Field(ge=1, le=16)]
+Side = Annotated[int, Field(ge=1)]
+Positive = Annotated[Number, Field(gt=0)]
 
 
 class _Record(BaseModel):
@@ -57,9 +59,23 @@ class FloatNetwork(_Record):
     images: Count
 
 
+class TableImages(_Record):
+    """What the network reads: the shape of an image as it takes it, and the preprocessing.
+
+    See `proxyq.Preprocessing`.
+    """
+
+    shape: list[Side] = Field(min_length=3, max_length=3)
+    mean: list[Number] = Field(min_length=1)
+    std: list[Positive] = Field(min_length=1)
+    resize: Side | None
+    size: list[Side] | None = Field(min_length=2, max_length=2)
+
+
 class MeasuredTable(_Record):
     """Measured plans of one network.
 
+    - `model`: name, digest and origin; `images`: how to feed it, `None` where it reads none.
     - `method`: the bits that were drawn from, how and by which seed; rounding, correction,
       activation bits, calibration images.
     - `layers`: in the order of every plan's `bits`.
@@ -67,6 +83,7 @@ class MeasuredTable(_Record):
 
     schema_: Literal["proxyq/table/1"] = Field(SCHEMA, alias="schema")
     model: Json = {}
+    images: TableImages | None = None
     method: Json = {}
     float_: FloatNetwork = Field(alias="float")
     layers: list[TableLayer] = Field(min_length=1)
