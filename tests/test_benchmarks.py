@@ -48,3 +48,20 @@ def test_a_quick_evolution_prints_curves() -> None:
     )
     assert run.returncode == 0, run.stderr
     assert "random search" in run.stdout and "EMQ's settings" in run.stdout
+
+
+@pytest.mark.slow
+def test_a_small_discovery_is_reported(tmp_path: Path) -> None:
+    given = ["--tables", tmp_path, "--into", tmp_path, "--networks", "digits", "--samples", "64"]
+    given += ["--evaluations", "400", "--seeds", "1", "--out", tmp_path / "report.md"]
+    for step in ("evolve", "rank", "report"):
+        run = subprocess.run(
+            [sys.executable, FOLDER / "discovery.py", step, *given],
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert run.returncode == 0, run.stderr
+    text = (tmp_path / "report.md").read_text()
+    assert re.search(r"^\| restored-error \| 0\.\d{3} \(", text, re.MULTILINE)
+    assert re.search(r"^- `.+`: 0\.\d{3}", text, re.MULTILINE)

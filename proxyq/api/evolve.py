@@ -58,6 +58,7 @@ class Evolution:
     tables: tuple[MeasuredTable, ...]
     holdouts: tuple[MeasuredTable, ...]
     validation: float
+    validation_seed: int
     entries: tuple[Entry, ...]
     chosen: int
     size: Entry | None
@@ -69,9 +70,10 @@ class Evolution:
         """The entry that is written."""
         return self.entries[self.chosen]
 
-    def formula(self, name: str) -> Formula:
-        """The chosen formula as a record with all that is known of it."""
-        one = self.best.individual
+    def formula(self, name: str, place: int | None = None) -> Formula:
+        """The chosen formula, or the entry at a place, as a record with all that is known of it."""
+        entry = self.best if place is None else self.entries[place]
+        one = entry.individual
         return Formula(
             schema=FORMULA_SCHEMA,
             name=name,
@@ -83,7 +85,8 @@ class Evolution:
                 "tables": [_described(table) for table in self.tables],
                 "holdouts": [_described(table) for table in self.holdouts],
                 "validation_share": self.validation,
-                **_figures(self.best),
+                "validation_seed": self.validation_seed,
+                **_figures(entry),
                 "provenance": dict(self.provenance),
             },
             note=(
@@ -101,6 +104,7 @@ class Evolution:
             "tables": [_described(table) for table in self.tables],
             "holdouts": [_described(table) for table in self.holdouts],
             "validation_share": self.validation,
+            "validation_seed": self.validation_seed,
             "chosen": self.chosen,
             "entries": [_record(entry) for entry in self.entries],
             "comparison": None if self.size is None else _record(self.size),
@@ -123,6 +127,7 @@ def evolve(
     loading: ModelSpec | None = None,
     method: str = "default",
     validation: float = DEFAULT_VALIDATION,
+    validation_seed: int | None = None,
     samples: int = DEFAULT_SAMPLES,
     entries: int = DEFAULT_ENTRIES,
     memory: int | None = None,
@@ -145,7 +150,8 @@ def evolve(
     - `method`: `default`, `emq` or `random`; `changes`: fields of
       `proxyq.search.evolve.Settings`, such as `seed`, `structure`, `evaluations`.
     - `validation`: the share of each table's plans that is held back to choose from the hall of
-      fame; 0 for none.
+      fame; 0 for none. They are drawn by `validation_seed`, the seed of the run if left out: give
+      one to several runs whose formulas are to be compared on plans that none of them saw.
     - `samples`: calibration images; `entries`: how many entries of a layer formulas read.
     - `how`: an executor, `serial`, `process:N` or `ray:N`, which changes no result.
     - `cache_dir`: where the run is kept, so that it goes on after a kill.
@@ -183,7 +189,8 @@ def evolve(
         folds.append(fold)
         identities.append(identity)
     own, others = folds[: len(given)], folds[len(given) :]
-    rows = [split(len(fold.accuracy), validation, rules.seed, i) for i, fold in enumerate(own)]
+    drawn_by = rules.seed if validation_seed is None else validation_seed
+    rows = [split(len(fold.accuracy), validation, drawn_by, i) for i, fold in enumerate(own)]
     seen = [fold.rows(first) for fold, (first, _) in zip(own, rows, strict=True)]
     back = [fold.rows(last) for fold, (_, last) in zip(own, rows, strict=True) if len(last)]
     # Of the arrays themselves, which are all that an evolution knows of tables and networks.
@@ -197,6 +204,7 @@ def evolve(
         tables=tuple(given),
         holdouts=tuple(held),
         validation=validation,
+        validation_seed=drawn_by,
         entries=tuple(entries_found),
         chosen=chosen,
         size=_size(seen, back, others, rules),

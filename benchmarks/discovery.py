@@ -1,0 +1,270 @@
+"""The search for new proxies: evolved on three networks, tested once on two others.
+
+Tables of measured plans come first, one for each network, by
+
+    proxyq table examples/cifar_resnet.py:resnet20 --weights W --data D --eval-data E \\
+        --mean ... --std ... --out TABLES/resnet20.json
+
+Then three steps, each of which keeps what it finished and goes on from there:
+
+    python benchmarks/discovery.py evolve --tables TABLES --weights W --data D --into DIR
+    python benchmarks/discovery.py rank   --tables TABLES --weights W --data D --into DIR
+    python benchmarks/discovery.py report --tables TABLES --into DIR --out docs/evolved_proxies.md
+
+`evolve` runs evolution, random search and EMQ's settings with the same number of formulas and five
+seeds each, on the embedded network, ResNet-20 and ResNet-32; all runs hold the same quarter of each
+table back. The formulas that they write are ordered by their rank correlation on what is held back,
+and the best of the evolution are the ones to be tested: `shelve` writes them as files. `rank` puts
+every proxy, and the files of `proxies/evolved`, beside each other on each network: for ResNet-44
+and ResNet-56 this is the test, which decides nothing.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from proxy_table import load
+
+from proxyq import api
+from proxyq.proxies import PROXIES, Cache
+from proxyq.shelf import shelf
+
+SEEN, UNSEEN = ("digits", "resnet20", "resnet32"), ("resnet44", "resnet56")
+METHODS = {
+    "evolution": {"method": "default", "restarts": 8},
+    "random search": {"method": "random"},
+    "EMQ's settings": {"method": "emq"},
+}
+LEAVES = ("W", "D", "A", "E", "O", "R", "bits", "weights", "macs")
+"""What one pass forward gives, and one with each bit-width."""
+PAIRS = ("clado",)
+"""Proxies that run pairs of layers: an hour and more on the deeper networks."""
+
+
+def parsed():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("step", choices=("evolve", "shelve", "rank", "report"))
+    parser.add_argument("--tables", required=True, help="the folder of measured tables")
+    parser.add_argument("--weights", help="a .safetensors file; {} stands for the network")
+    parser.add_argument("--data", help="FILE.npz with x_train, y_train")
+    parser.add_argument("--into", required=True, help="the folder of finished parts")
+    parser.add_argument("--networks", default="", help="some only, with commas")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--evaluations", type=int, default=10_000)
+    parser.add_argument("--entries", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--number", type=int, default=3, help="shelve: how many formulas")
+    parser.add_argument("--out", help="the report's file")
+    args = parser.parse_args()
+    args.networks = tuple(args.networks.split(",")) if args.networks else None
+    Path(args.into).mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def measured(args, name):
+    return "digits" if name == "digits" else str(Path(args.tables) / f"{name}.json")
+
+
+def network(args, name):
+    if name == "digits":
+        return api.as_model(), None
+    args.network = name
+    return load(args), f"{args.data}:x_train,y_train"
+
+
+# -- evolution ------------------------------------------------------------------------
+
+
+def file_of(args, name, seed):
+    return Path(args.into) / f"evolve-{name.replace(' ', '-').replace(chr(39), '')}-{seed}.json"
+
+
+def run(args, name, seed):
+    names = args.networks or SEEN
+    models, data = map(list, zip(*(network(args, one) for one in names), strict=True))
+    return api.evolve(
+        [measured(args, one) for one in names],
+        models=models,
+        data=data,
+        leaves=None if name.startswith("EMQ") else LEAVES,
+        evaluations=args.evaluations,
+        entries=args.entries,
+        samples=args.samples,
+        seed=seed,
+        validation_seed=0,
+        cache_dir=Cache(Path(args.into) / "cache"),
+        **METHODS[name],
+    )
+
+
+def evolve(args):
+    for seed in range(args.seeds):
+        for name in METHODS:
+            file = file_of(args, name, seed)
+            if file.exists():
+                continue
+            started = time.process_time()
+            found = run(args, name, seed)
+            for place, entry in enumerate(found.entries):
+                if place == found.chosen or name == "evolution":
+                    shown = " ".join(f"{value or 0:.3f}" for value in entry.validation)
+                    mark = "*" if place == found.chosen else " "
+                    one = entry.individual
+                    print(f"{mark} {one.fitness:.3f} held back {shown} {one.formula}", flush=True)
+            records = [
+                json.loads(found.formula(f"seed-{seed}-{place}", place).to_json())
+                for place in range(len(found.entries))
+            ]
+            record = found.to_json() | {
+                "seconds": time.process_time() - started,
+                "formulas": records,
+            }
+            file.write_text(json.dumps(record))
+            print(f"{name}, seed {seed}: {record['seconds']:.0f} s", flush=True)
+
+
+def written(args, name):
+    """The formula that each seed writes: its mean on plans held back, and its record."""
+    found = []
+    for seed in range(args.seeds):
+        record = json.loads(file_of(args, name, seed).read_text())
+        one = record["formulas"][record["chosen"]]
+        found.append((float(np.mean(one["origin"]["validation_by_table"])), one))
+    return sorted(found, key=lambda pair: -pair[0])
+
+
+def shelve(args):
+    """The best of the evolution as files of the shelf, each of another formula."""
+    taken = []
+    for _, record in written(args, "evolution"):
+        if record["formula"] not in taken and len(taken) < args.number:
+            taken.append(record["formula"])
+            name = f"evolved-{len(taken)}"
+            record = {**record, "name": name}
+            text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
+            (shelf("proxies") / "evolved" / f"{name}.json").write_text(text)
+            print(name, record["formula"])
+
+
+# -- ranking --------------------------------------------------------------------------
+
+
+def rank(args):
+    for name in args.networks or (*SEEN, *UNSEEN):
+        file = Path(args.into) / f"rank-{name}.json"
+        model, data = network(args, name)
+        evolved = sorted((shelf("proxies") / "evolved").glob("*.json"))
+        wanted = [one for one in PROXIES.available() if name == "digits" or one not in PAIRS]
+        started = time.process_time()
+        found = api.rank(
+            model,
+            data,
+            table=measured(args, name),
+            proxies=[*wanted, *(f"formula:{one.stem}" for one in evolved)],
+            samples=args.samples,
+            cache_dir=Cache(Path(args.into) / "cache"),
+        )
+        file.write_text(json.dumps(found.to_json()))
+        print(f"{name}: {time.process_time() - started:.0f} s", flush=True)
+
+
+# -- report ---------------------------------------------------------------------------
+
+
+def report(args):
+    text = [
+        "# Evolved proxies, and all others, on measured plans",
+        "",
+        "Made by `benchmarks/discovery.py`; its first lines tell how.",
+        "",
+        *curves(args),
+        *rankings(args),
+    ]
+    Path(args.out).write_text("\n".join(text) + "\n")
+
+
+def curves(args):
+    points = np.unique(np.geomspace(100, args.evaluations, 7).round(-2).astype(int))
+    text = [
+        "## The search",
+        "",
+        f"{args.evaluations:,} formulas with each of {args.seeds} seeds. Best fitness (mean "
+        "Spearman's coefficient over the tables' plans that are seen): mean over the seeds, and "
+        "least. Then of the formula that is written: nodes, and its mean coefficient on the plans "
+        "held back.",
+        "",
+        "| | " + " | ".join(f"{point:,}" for point in points) + " | nodes | held back |",
+        "|---|" + "---:|" * (len(points) + 2),
+    ]
+    for name in METHODS:
+        rows, sizes, backs = [], [], []
+        for seed in range(args.seeds):
+            record = json.loads(file_of(args, name, seed).read_text())
+            log = [(row["evaluations"], row["best"]) for row in record["logbook"] if row["best"]]
+            counts, best = map(np.asarray, zip(*log, strict=True))
+            places = np.searchsorted(counts, points, side="right") - 1
+            rows.append(np.where(places >= 0, best[places], np.nan))
+            chosen = record["chosen"]
+            sizes.append(record["entries"][chosen]["size"])
+            own = record["formulas"][chosen]["origin"]["validation_by_table"]
+            backs.append(np.mean([value or 0.0 for value in own]))
+        cells = [
+            f"{column.mean():.3f} ({column.min():.2f})" if np.isfinite(column).all() else ""
+            for column in np.transpose(rows)
+        ]
+        cells += [f"{np.mean(sizes):.1f}", f"{np.mean(backs):.3f}"]
+        text.append(f"| {name} | " + " | ".join(cells) + " |")
+    text += ["", "What the evolution writes, by the mean on plans held back:", ""]
+    for back, record in written(args, "evolution"):
+        by_table = ", ".join(f"{v:.3f}" for v in record["origin"]["validation_by_table"])
+        text.append(f"- `{record['formula']}`: {back:.3f} ({by_table})")
+    return text
+
+
+def rankings(args):
+    """Spearman's coefficient of every proxy on every table, with its interval."""
+    names = [one for one in (*SEEN, *UNSEEN) if (Path(args.into) / f"rank-{one}.json").exists()]
+    rows = {}
+    for name in names:
+        record = json.loads((Path(args.into) / f"rank-{name}.json").read_text())
+        for row in record["rows"]:
+            rows.setdefault((row["name"], row["trivial"]), {})[name] = row
+    text = [
+        "",
+        "## Every proxy on every table",
+        "",
+        "Spearman's rank correlation of predicted cost and measured top-1, with statistics "
+        "restored, and its 95 % bootstrap interval; then, of the plan that the proxy prefers "
+        "among those of about the same size, the mean points it loses to the best of them. "
+        "Sorted by the mean over networks that no formula was evolved on. `, in loop`: each "
+        "single run is corrected as the plans are.",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "|---|" + "---:|" * len(names),
+    ]
+    last = [name for name in names if name in UNSEEN] or names
+
+    def mean(pair):
+        values = [pair[1][n]["correlations"]["spearman"]["value"] for n in last if n in pair[1]]
+        return np.mean([value or 0.0 for value in values] or [-2.0])
+
+    for (name, trivial), own in sorted(rows.items(), key=mean, reverse=True):
+        cells = []
+        for network_name in names:
+            row = own.get(network_name)
+            one = None if row is None else row["correlations"]["spearman"]
+            cells.append(
+                ""
+                if one is None or one["value"] is None
+                else f"{one['value']:.3f} ({one['low']:.2f} to {one['high']:.2f}), "
+                f"{row['mean_regret']:.2f}"
+            )
+        text.append(f"| {'*' + name + '*' if trivial else name} | " + " | ".join(cells) + " |")
+    return text
+
+
+if __name__ == "__main__":
+    arguments = parsed()
+    {"evolve": evolve, "shelve": shelve, "rank": rank, "report": report}[arguments.step](arguments)
