@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 
 import proxyq
 from proxyq import api
-from proxyq.api.rank import load_table
+from proxyq.api.measured import load_table
 from proxyq.checkpoint import Checkpoint
 from proxyq.cli import main
 from proxyq.errors import ProxyqError, UsageError
@@ -512,6 +512,13 @@ def test_networks_are_loaded_as_their_tables_say(tmp_path, capsys):
     api.table(spec, data, data, plans=40, bits=(2, 3, 4, 8)).save(tmp_path / "t.json")
     given = ["--table", str(tmp_path / "t.json"), "--holdout", "digits", "--evaluations", "60"]
     given += ["--population", "30", "--leaves", "W,D,A", "--no-cache", "--json"]
+    # A table is data: it does not decide which code is run.
+    assert main(["evolve", *given, "--data", data, "--data", "digits"]) == 2
+    assert f"name the file that you trust (--code {code})" in capsys.readouterr().err
+    moved = tmp_path / "elsewhere" / "net.py"
+    moved.parent.mkdir()
+    code.rename(moved)
+    given += ["--code", str(moved)]
     assert main(["evolve", *given, "--data", data, "--data", "digits"]) == 2
     assert "is of another network" in capsys.readouterr().err  # the factory's own weights
     given += ["--weights", str(tmp_path / "{}.safetensors")]
@@ -522,10 +529,10 @@ def test_networks_are_loaded_as_their_tables_say(tmp_path, capsys):
     assert len(record["entries"][0]["holdout_by_table"]) == 1
     # Images are prepared for each network as they were when its table was measured.
     images = {"data": [data, "digits"], "evaluations": 60, "population": 30, "leaves": ("W", "A")}
-    settings = {**images, "weights": str(tmp_path / "{}.safetensors")}
+    settings = {**images, "code": str(moved), "weights": str(tmp_path / "{}.safetensors")}
     files = ([str(tmp_path / "t.json")], ["digits"])
     found = api.evolve(*files, **settings)
-    models = [spec, api.ModelSpec(name="digits")]
+    models = [replace(spec, name=f"{moved}:narrow"), api.ModelSpec(name="digits")]
     assert found.to_json() == api.evolve(*files, models=models, **images).to_json()
     loading = api.ModelSpec(preprocessing={"std": (0.4,)})
     other = api.evolve(*files, loading=loading, **settings)

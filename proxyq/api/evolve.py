@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from proxyq.api.inputs import as_data, as_model, calibration_of
+from proxyq.api.inputs import as_data, calibration_of
+from proxyq.api.measured import Table, for_each, load_table, networks_of
 from proxyq.api.method import DEFAULT_SAMPLES
 from proxyq.api.model_spec import ModelSpec
-from proxyq.api.rank import load_table
 from proxyq.engine import Engine, collect
 from proxyq.errors import UsageError
 from proxyq.executor import Executor, executor
@@ -41,7 +41,6 @@ SCHEMA = "proxyq/evolution/1"
 DEFAULT_ENTRIES = 2048
 """Of a layer's weight, and of its input, that formulas read while they are evolved."""
 DEFAULT_VALIDATION = 0.25
-Table = MeasuredTable | str | os.PathLike[str]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,6 +123,7 @@ def evolve(
     models: Sequence[Any] | None = None,
     data: Any = None,
     weights: str | Sequence[str] | None = None,
+    code: str | Sequence[str] = (),
     loading: ModelSpec | None = None,
     method: str = "default",
     validation: float = DEFAULT_VALIDATION,
@@ -144,8 +144,8 @@ def evolve(
       `holdouts`: tables that are only looked at when all is decided.
     - `models`: the networks of all tables, then of the holdouts. Left out, each is loaded by the
       name in its table and fed as it was, with `weights`: one file for all, in which `{}` stands
-      for what follows the last colon of the name, or one for each; `loading`: another shape or
-      preprocessing, of all.
+      for what follows the last colon of the name, or one for each; `code`: the Python files that
+      may be run for tables which name one; `loading`: another shape or preprocessing, of all.
     - `data`: calibration images, one for all or a list with one for each.
     - `method`: `default`, `emq` or `random`; `changes`: fields of
       `proxyq.search.evolve.Settings`, such as `seed`, `structure`, `evaluations`.
@@ -170,8 +170,14 @@ def evolve(
         raise UsageError("`tables` must hold at least one table of measured plans (--table).")
     everyone = [*given, *held]
     _check_tables(given, held, validation)
-    found = _models(everyone, models, weights, loading or ModelSpec())
-    images = _for_each(data, everyone, "data")
+    found = networks_of(
+        everyone,
+        models=models,
+        weights=weights,
+        loading=loading or ModelSpec(),
+        code=[code] if isinstance(code, str) else list(code),
+    )
+    images = for_each(data, everyone, "data")
     cache = Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir or Cache()
     folds, identities = [], []
     for table, model, source in zip(everyone, found, images, strict=True):
@@ -235,75 +241,6 @@ def _check_tables(
                 f"both parts must have at least {FEWEST_PLANS}; change --validation, or measure "
                 "more plans."
             )
-
-
-def _models(
-    tables: Sequence[MeasuredTable],
-    models: Sequence[Any] | None,
-    weights: str | Sequence[str] | None,
-    loading: ModelSpec,
-) -> list[Model]:
-    """The networks of tables, checked against them."""
-    if models is None:
-        files = _for_each(weights, tables, "weights")
-        models = [_spec(table, file, loading) for table, file in zip(tables, files, strict=True)]
-    elif weights is not None:
-        raise UsageError("`weights` go with names: leave them out where `models` are given.")
-    if len(models) != len(tables):
-        raise UsageError(
-            f"`models` must have one network for each of {len(tables)} tables, got {len(models)}."
-        )
-    found: list[Model] = []
-    loaded: dict[str, Model] = {}
-    for table, given in zip(tables, models, strict=True):
-        key = _digest(given.to_json()) if isinstance(given, ModelSpec) else ""
-        model = loaded.get(key) or as_model(given)
-        if key:
-            loaded[key] = model
-        digest = table.model.get("digest")
-        if model.digest() != digest:
-            raise UsageError(
-                f"the table of {table.name!r} is of another network than {model.name!r}: its "
-                f"weights have the digest {str(digest)[:12]}, those loaded "
-                f"{model.digest()[:12]}; give its own (--weights)."
-            )
-        found.append(model)
-    return found
-
-
-def _spec(table: MeasuredTable, weights: str | None, loading: ModelSpec) -> ModelSpec:
-    name = table.model.get("spec")
-    if not isinstance(name, str):
-        raise UsageError(
-            f"the table of {table.name!r} does not say how its network is loaded: give `models`."
-        )
-    if weights is not None:
-        weights = weights.replace("{}", name.rpartition(":")[2])
-    if name == "digits":  # the embedded network brings its weights along
-        weights = None
-    # As it was fed when it was measured, but for what is given.
-    images = {} if table.images is None else table.images.model_dump()
-    shape = images.pop("shape", None)
-    return ModelSpec(
-        name=name,
-        weights=weights,
-        input_shape=loading.input_shape or (None if shape is None else tuple(shape)),
-        preprocessing={**images, **loading.preprocessing},
-    )
-
-
-def _for_each(given: Any, tables: Sequence[MeasuredTable], name: str) -> list[Any]:
-    """One value for each table, from one for all or as many as there are."""
-    if not isinstance(given, list):
-        return [given] * len(tables)
-    if len(given) == 1:
-        return given * len(tables)
-    if len(given) != len(tables):
-        raise UsageError(
-            f"`{name}` (--{name}) must be given once, or once for each of the {len(tables)} "
-            f"tables and holdouts in their order, got {len(given)}."
-        )
-    return given
 
 
 def _fold(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from proxyq.api.inputs import as_model
+from proxyq.api.measured import Table, load_table
 from proxyq.api.pareto import is_scores
 from proxyq.api.score import ALL, Asked, score
 from proxyq.errors import ProxyqError, UsageError
@@ -19,7 +20,6 @@ from proxyq.proxies.cost import as_cost, cost_name
 from proxyq.search.rank import LEVEL, RESAMPLES, Ranking, ranking
 from proxyq.search.scores_file import ScoreFile
 from proxyq.search.table_file import MeasuredTable
-from proxyq.shelf import shelf
 
 SCHEMA = "proxyq/rank/1"
 IN_THE_LOOP = ", in loop"
@@ -99,7 +99,7 @@ def rank(
     source: Any = None,
     data: Any = None,
     *,
-    table: MeasuredTable | str | os.PathLike[str],
+    table: Table,
     proxies: Asked | Sequence[Asked] = ALL,
     in_the_loop: bool = True,
     samples: int | None = None,
@@ -168,15 +168,6 @@ def rank(
         left_out=left_out,
         provenance=provenance(seed=seed),
     )
-
-
-def load_table(table: MeasuredTable | str | os.PathLike[str]) -> MeasuredTable:
-    """A table, from its file or by its name on the shelf."""
-    if isinstance(table, MeasuredTable):
-        return table
-    if isinstance(table, str) and table == "digits":
-        return MeasuredTable.load(shelf("search/tables") / "digits.json")
-    return MeasuredTable.load(table)
 
 
 def plan_costs(scores: Scores, table: MeasuredTable, file: ScoreFile | None = None) -> np.ndarray:

@@ -33,6 +33,7 @@ def evolve(
     size: o.Size = None,
     resize: o.Resize = None,
     weights: o.TablesWeights = None,
+    code: o.TablesCode = None,
     input_shape: o.InputShape = None,
     out: o.OutFormula = None,
     logbook: o.Logbook = None,
@@ -82,6 +83,7 @@ def evolve(
             holdout or (),
             data=data,
             weights=weights,
+            code=code or (),
             loading=named(
                 None, input_shape=input_shape, mean=mean, std=std, size=size, resize=resize
             ),

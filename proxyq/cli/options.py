@@ -665,6 +665,16 @@ TablesWeights = Annotated[
         "for all, in which {} stands for what follows the last colon of the network's name.",
     ),
 ]
+TablesCode = Annotated[
+    list[str] | None,
+    _option(
+        "--code",
+        metavar="FILE.py",
+        panel=MODEL,
+        help="A Python file that a table names and that you trust: it is run to load the network. "
+        "Repeatable.",
+    ),
+]
 TablesData = Annotated[
     list[str] | None,
     _option(
