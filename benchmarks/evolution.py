@@ -31,6 +31,7 @@ def parsed():
     parser.add_argument("--table", action="append")
     parser.add_argument("--holdout", action="append", default=[])
     parser.add_argument("--weights", action="append")
+    parser.add_argument("--code", action="append", default=[])
     parser.add_argument("--data", action="append")
     parser.add_argument("--evaluations", type=int, default=5000)
     parser.add_argument("--seeds", type=int, default=5)
@@ -74,6 +75,7 @@ def main():
                 args.table,
                 args.holdout,
                 weights=args.weights,
+                code=args.code,
                 data=args.data,
                 entries=args.entries,
                 evaluations=args.evaluations,

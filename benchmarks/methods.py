@@ -7,10 +7,11 @@ Three steps, each of which keeps what it finished and goes on from there:
     python benchmarks/methods.py table --weights W --into DIR --out docs/methods_cifar10.md
 
 `plans` measures each method on 256 training images and solves for every budget; `--methods` picks
-some. What a paper publishes is measured and solved without correction. Ours are there for
-networks that run as rounding leaves them, some of them again with the statistics of layers
-restored in the loop. `accuracy` runs every plan on the test images, as it is and with statistics
-restored on 1,024 training images; plans that several methods agree on are run once.
+some, and formulas of the shelf (`formula:NAME`). What a paper publishes is measured and solved
+without correction. Ours are there for networks that run as rounding leaves them, some of them again
+with the statistics of layers restored in the loop. `accuracy` runs every plan on the test images,
+as it is and with statistics restored on 1,024 training images; plans that several methods agree on
+are run once.
 """
 
 import argparse
@@ -71,7 +72,9 @@ def plans(args):
     model = load(args)
     wanted = [*PUBLISHED, *OURS, *AUTO, *(f"{name}{LOOPED}" for name in AUTO)]
     for name in args.methods.split(";") if args.methods else wanted:
-        file = folder(args) / f"plans-{name.replace(' ', '-').replace(',', '')}.json"
+        file = (
+            folder(args) / f"plans-{name.replace(' ', '-').replace(',', '').replace(':', '-')}.json"
+        )
         if file.exists():
             continue
         started = time.process_time()
@@ -89,7 +92,10 @@ def scored(args, model, name):
     from proxyq.proxies.cost import weight_errors
     from proxyq.search.allocate import InfeasibleError, solve
 
-    proxy, options, changed = (*OURS[name], {}) if name in OURS else PUBLISHED[name]
+    if name.startswith("formula:"):
+        proxy, options, changed = name, {}, {}
+    else:
+        proxy, options, changed = (*OURS[name], {}) if name in OURS else PUBLISHED[name]
     bits = changed.get("bits", BITS)
     inputs, labels = calibration(args, model, changed.get("samples", SAMPLES))
     # An hour of pairs goes on where it was stopped; its CPU seconds are then those of the rest.
@@ -184,7 +190,8 @@ def section(args, path):
         record = json.loads(file.read_text())
         records[record["method"]] = record
     plans = known(args)
-    order = ["uniform", *PUBLISHED, *OURS, *AUTO, *(f"{name}{LOOPED}" for name in AUTO)]
+    formulas = sorted(name for name in plans if name.startswith("formula:"))
+    order = ["uniform", *PUBLISHED, *OURS, *formulas, *AUTO, *(f"{name}{LOOPED}" for name in AUTO)]
     images = measured["float"]["images"]
     text = ["", f"## {path.name}: float {measured['float']['none']:.2f} %, {images:,} test images"]
     for how, title in (("none", "As rounding leaves the network"),
