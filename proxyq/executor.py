@@ -97,38 +97,29 @@ class Processes:
 
     def run(self, worker: str, setup: Any, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """See `Executor`."""
-        with self.session(worker, setup) as work:
+        with self.session(worker, setup, min(self.count, len(tasks))) as work:
             yield from work(tasks)
 
     @contextlib.contextmanager
-    def session(self, worker: str, setup: Any) -> Iterator[Work]:
+    def session(self, worker: str, setup: Any, count: int | None = None) -> Iterator[Work]:
         """See `Executor`. Processes are started when there are first tasks for them."""
-        processes: dict[int, subprocess.Popen[str]] = {}
+        crew = _Crew({"worker": worker, "setup": setup}, self.count if count is None else count)
         try:
-            yield lambda tasks: self._work(processes, {"worker": worker, "setup": setup}, tasks)
+            yield lambda tasks: self._work(crew, tasks)
         finally:
-            _end(processes)
+            crew.end()
 
-    def _work(
-        self,
-        processes: "dict[int, subprocess.Popen[str]]",
-        setup: dict[str, Any],
-        tasks: Sequence[Any],
-    ) -> Iterator[tuple[int, Any]]:
+    def _work(self, crew: "_Crew", tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         left: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(tasks)):
             left.put(index)
         done: queue.SimpleQueue[tuple[int, Any] | BaseException | None] = queue.SimpleQueue()
-        count, cores = min(self.count, len(tasks)), _cores()
+        count, shift = min(crew.count, len(tasks)), crew.shift
 
         def serve(number: int) -> None:
             try:
-                process = processes.get(number)
-                if process is None:
-                    process = processes[number] = _start()
-                    own = cores[number::count] or [cores[number % len(cores)]]
-                    _ask(process, {**setup, "cores": own})
-                while True:
+                process = crew.member(number, shift)
+                while crew.shift == shift:
                     try:
                         index = left.get_nowait()
                     except queue.Empty:
@@ -154,27 +145,52 @@ class Processes:
                     yield result
         finally:
             if finished < count:  # some are in the middle of a task, whose answer nobody awaits
-                _end(processes)
+                crew.end()
 
 
-def _end(processes: "dict[int, subprocess.Popen[str]]") -> None:
-    """Stop processes, whatever they do."""
-    ended = list(processes.values())
-    processes.clear()
-    for process in ended:
-        with contextlib.suppress(OSError):
-            process.kill()
-    for process in ended:
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError, ValueError):
-                pipe.close()  # type: ignore[union-attr]
+class _Crew:
+    """Worker processes by number. `shift` changes when all are sent away."""
+
+    def __init__(self, setup: dict[str, Any], count: int):
+        self.setup, self.count, self.shift = setup, count, 0
+        self._members: dict[int, subprocess.Popen[str]] = {}
+        self._lock = threading.Lock()
+
+    def member(self, number: int, shift: int) -> "subprocess.Popen[str]":
+        """A process that is set up; of a shift that is over there is none."""
+        with self._lock:
+            if shift != self.shift:
+                raise ProxyqError("the work was given up.")
+            process = self._members.get(number)
+            if process is not None:
+                return process
+            process = self._members[number] = _start()
+        cores = _cores()
+        own = cores[number :: self.count] or [cores[number % len(cores)]]
+        _ask(process, {**self.setup, "cores": own})
+        return process
+
+    def end(self) -> None:
+        """Stop all, whatever they do."""
+        with self._lock:
+            self.shift += 1
+            ended = list(self._members.values())
+            self._members.clear()
+        for process in ended:
+            with contextlib.suppress(OSError):
+                process.kill()
+        for process in ended:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError, ValueError):
+                    pipe.close()  # type: ignore[union-attr]
 
 
 def _start() -> "subprocess.Popen[str]":
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.Popen(
-        [sys.executable, "-m", "proxyq.executor"],
+        # Without the current folder (-P), whose files might stand in for Python's own.
+        [sys.executable, "-P", "-m", "proxyq.executor"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},
@@ -195,9 +211,10 @@ def _ask(process: "subprocess.Popen[str]", message: Any) -> Any:
         line = process.stdout.readline()
     if not line.endswith("\n"):
         code = process.wait()
+        why = " it may have run out of memory;" if code in (-9, 137) else ""
         raise ProxyqError(
-            f"a worker process ended before its work was done (exit code {code}): it may have run "
-            "out of memory; what is finished is kept, so try again with fewer processes."
+            f"a worker process ended before its work was done (exit code {code}):{why} what is "
+            "finished is in the cache, so try again, with fewer processes if need be."
         )
     return _result(json.loads(line))
 
@@ -215,6 +232,9 @@ def _answer(function: Callable[[], Any]) -> dict[str, Any]:
         return {"result": function()}
     except ProxyqError as error:
         return {"error": str(error), "usage": isinstance(error, UsageError)}
+    except Exception as error:
+        text = f"a worker failed with an unexpected {type(error).__name__}: {error}"
+        return {"error": f"{text}; this is a bug.", "usage": False}
 
 
 class Ray:
@@ -280,7 +300,7 @@ class Ray:
                     if lost > LOST:
                         raise ProxyqError(
                             f"{lost} Ray workers were lost: they may have run out of memory; what "
-                            "is finished is kept, so try again with fewer."
+                            "is finished is in the cache, so try again with fewer."
                         ) from None
                     actors.remove(actor)
                     actors.append(started())

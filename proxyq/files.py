@@ -119,6 +119,8 @@ def read_json(path: str | os.PathLike[str], what: str = "file") -> Any:
         ) from error
     except RecursionError as error:
         raise ProxyqError(f"the {what} {str(path)!r} is nested too deeply.") from error
+    except ValueError as error:  # Python's limit on the digits of a whole number
+        raise ProxyqError(f"the {what} {str(path)!r} holds a number of too many digits.") from error
 
 
 def digest_arrays(arrays: Mapping[str, Any]) -> str:

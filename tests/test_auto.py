@@ -1,6 +1,7 @@
 """`auto`: the judge measures what runs, the portfolio's best is kept, refinement never harms."""
 
 import json
+import time
 from importlib import import_module
 
 import jax.numpy as jnp
@@ -120,6 +121,22 @@ def test_effort_and_time_decide_how_far_it_goes():
         (True, False),
         (False, True),
     ]
+
+
+def test_a_pass_is_timed_also_where_the_free_plans_are_one(monkeypatch):
+    judge = judge_of(small_net())
+    plain = Judge._loss
+
+    def slow(*arguments):
+        time.sleep(0.3)
+        return plain(*arguments)
+
+    monkeypatch.setattr(Judge, "_loss", slow)
+    fixed = [None] * len(judge.names)
+    problem = problem_of("size=2bit")  # which leaves one plan
+    found = choose(judge, problem, BITS, fixed=fixed, correction="none", time_budget=1.5)
+    (note, *_) = found.report["notes"]
+    assert int(note.split("about ")[1].split(" s")[0]) >= 0.3 * len(judge.names) * len(BITS)
 
 
 def test_curvature_is_that_of_the_proxy_and_may_be_left_out(monkeypatch):

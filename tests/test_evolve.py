@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -410,13 +411,13 @@ def run(folder, *options, cache, kill=False, **environment):
 
 
 def test_hash_seeds_processes_and_kills_change_no_byte(tmp_path):
-    cache = tmp_path / "cache"  # shared: of finished runs it keeps nothing but what is compiled
+    cache = tmp_path / "cache"
     first = run(tmp_path / "a", cache=cache, PYTHONHASHSEED="0")
+    shutil.rmtree(cache / "scores")  # all but what is compiled
     other = {"cache": cache, "PYTHONHASHSEED": "1"}
     run(tmp_path / "b", kill=True, **other)
     assert not (tmp_path / "b" / "found.json").exists()
     assert run(tmp_path / "b", "--executor", "process:2", **other) == first
-    assert not list(cache.rglob("evolution.safetensors"))
     # What was found is a proxy by the name of its file.
     file = tmp_path / "a" / "found.json"
     (scores,) = [proxyq.score(proxies=str(file)).of("formula:found")]
@@ -514,11 +515,18 @@ def test_networks_are_loaded_as_their_tables_say(tmp_path, capsys):
     given += ["--population", "30", "--leaves", "W,D,A", "--no-cache", "--json"]
     # A table is data: it does not decide which code is run.
     assert main(["evolve", *given, "--data", data, "--data", "digits"]) == 2
-    assert f"name the file that you trust (--code {code})" in capsys.readouterr().err
+    assert "name the file if you trust it (--code FILE.py)" in capsys.readouterr().err
     moved = tmp_path / "elsewhere" / "net.py"
     moved.parent.mkdir()
     code.rename(moved)
     given += ["--code", str(moved)]
+    record = json.loads((tmp_path / "t.json").read_text())
+    for name in (f"{code}", f"x:{code}", f"{moved}:", "elsewhere/net.py:a.b", "no-such:model"):
+        text = json.dumps({**record, "model": {**record["model"], "spec": name}})
+        (tmp_path / "o.json").write_text(text)
+        other = ["evolve", "--table", str(tmp_path / "o.json"), "--no-cache", "--data", data]
+        assert main([*other, "--code", str(moved)]) == 2
+        assert "name the file if you trust it" in capsys.readouterr().err
     assert main(["evolve", *given, "--data", data, "--data", "digits"]) == 2
     assert "is of another network" in capsys.readouterr().err  # the factory's own weights
     given += ["--weights", str(tmp_path / "{}.safetensors")]
@@ -545,3 +553,11 @@ def test_a_table_of_another_network_is_told(tmp_path, capsys):
     other.save(tmp_path / "other.json")
     assert main(["evolve", "--no-cache", "--table", str(tmp_path / "other.json")]) == 2
     assert "is of another network" in capsys.readouterr().err
+
+
+def test_plans_of_one_accuracy_are_refused(tmp_path, capsys):
+    table = load_table("digits")
+    flat = [plan.model_copy(update={"top1": 10.0}) for plan in table.plans]
+    table.model_copy(update={"plans": flat}).save(tmp_path / "flat.json")
+    assert main(["evolve", "--no-cache", "--table", str(tmp_path / "flat.json")]) == 2
+    assert "1 different accuracies" in capsys.readouterr().err

@@ -184,3 +184,20 @@ def test_the_table_on_the_shelf():
     result = proxyq.rank(table="digits", proxies=["sqnr", "output-error"], samples=64)
     assert len(result.table.plans) == 101
     assert result["output-error"].ranking.correlations["spearman"].value > 0.5
+
+
+def test_other_weights_are_another_network():
+    model = api.as_model()
+    params = {name: np.asarray(value) * np.float32(1.1) for name, value in model.params.items()}
+    other = model.replace(params=params)
+    with pytest.raises(UsageError, match="is of another network"):
+        api.rank(other, table="digits", proxies="sqnr")
+    scores = api.score(other, proxies="sqnr", bits=(2, 3, 4))
+    with pytest.raises(UsageError, match="is of another network"):
+        api.rank(scores, table="digits")
+    scores = api.score(proxies="sqnr", bits=(2, 3, 4), extra_code="either")
+    with pytest.raises(UsageError, match="score again"):
+        api.rank(scores, table="digits")
+    for wrong in ({"seed": -1}, {"resamples": 0}):
+        with pytest.raises(UsageError, match="must be at least"):
+            api.rank(table="digits", proxies="sqnr", **wrong)

@@ -1,7 +1,11 @@
 """Measured tables: what is measured is what `evaluate` measures, whoever does the work."""
 
 import json
+import subprocess
 import sys
+import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from proxyq.cli import main
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.executor import Processes, Ray, Serial, executor
 from proxyq.proxies import Cache
+from proxyq.ptq.measure import right
 from proxyq.search.draw import DRAWS, draw_plans
 from proxyq.search.table_file import MeasuredTable
 
@@ -97,6 +102,17 @@ def test_the_file_comes_back(small, tmp_path):
     }
     with pytest.raises(ProxyqError, match=r"images\.std"):
         MeasuredTable.from_json({**record, "images": {**record["images"], "std": [0]}})
+    for rounding in ("mse", [1], {"foo": 1}, {"method": "other"}):
+        with pytest.raises(ProxyqError, match=r"'method\.rounding' must hold"):
+            MeasuredTable.from_json(
+                {**record, "method": {**record["method"], "rounding": rounding}}
+            )
+    layers = [{**record["layers"][0], "weights": 10**30}, *record["layers"][1:]]
+    with pytest.raises(ProxyqError, match="weights"):
+        MeasuredTable.from_json({**record, "layers": layers})
+    (tmp_path / "long.json").write_text('{"schema": 1' + "0" * 5000 + "}")
+    with pytest.raises(ProxyqError, match="too many digits"):
+        MeasuredTable.load(tmp_path / "long.json")
     record["plans"][0]["bits"] = [2]
     with pytest.raises(ProxyqError, match="plan 1 has bits for 1 layers"):
         MeasuredTable.from_json(record)
@@ -113,8 +129,7 @@ def test_a_killed_run_goes_on(small, tmp_path):
         pass
 
     cache = Cache(tmp_path, every=0)
-    table = api.table(**{**SMALL, "plans": 9}, cache_dir=cache)
-    assert not list(tmp_path.rglob("table.safetensors"))
+    table = api.table(**{**SMALL, "plans": 9})
     seen = []
 
     def killed(stage, done, total):
@@ -131,8 +146,41 @@ def test_a_killed_run_goes_on(small, tmp_path):
         cache_dir=cache,
         progress=lambda stage, done, total: seen.append(done),
     )
-    assert seen == [8, 9] and again.to_json() == table.to_json()
+    assert seen == [9] and again.to_json() == table.to_json()
     assert again.plans[:6] == small.plans
+    # What is whole is kept until it is written, and asked for again it is there.
+    seen.clear()
+    last = api.table(**{**SMALL, "plans": 9}, cache_dir=cache, progress=killed)
+    assert last.to_json() == table.to_json() and not seen
+    # Images prepared in another way make it another table.
+    model = api.as_model()
+    how = replace(model.preprocessing, mean=(0.5,))
+    api.table(
+        model.replace(preprocessing=how),
+        **SMALL,
+        cache_dir=cache,
+        progress=lambda *step: seen.append(step),
+    )
+    assert len(seen) == 2
+
+
+def test_what_is_not_finite_is_told_first():
+    model = api.as_model()
+    params = {**model.params, "head.bias": np.full_like(model.params["head.bias"], np.nan)}
+    seen = []
+    with pytest.raises(ProxyqError, match="logits that are not finite on 100 of 100 images"):
+        api.table(model.replace(params=params), **SMALL, progress=lambda *step: seen.append(step))
+    assert not seen
+    logits = np.array([[np.nan, np.nan], [2.0, 1.0], [0.0, np.inf]])
+    assert right(logits, np.array([0, 0, 1])).tolist() == [False, True, False]
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers(small):
+    found = api.table(**{**SMALL, "plans": np.int64(6)}, bits=np.arange(2, 5), seed=np.int64(0))
+    assert found.to_json() == small.to_json()
+    for wrong in ({"seed": -1}, {"seed": 0.5}, {"plans": 2.5}, {"activation_bits": "8"}):
+        with pytest.raises(UsageError, match="must be"):
+            api.table(**{**SMALL, **wrong})
 
 
 def test_given_plans_and_wrong_arguments():
@@ -211,12 +259,48 @@ def bad_setup():
     return {"model": model, "data": None, "eval_data": None, "setting": {}}
 
 
+def test_files_of_the_current_folder_are_no_modules_of_workers(tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("raise SystemExit('taken for the module of that name')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no-such"):
+        list(Processes(1).run("proxyq.api.table:worker", bad_setup(), [[2]]))
+
+
+def test_unexpected_errors_of_processes_are_told():
+    with pytest.raises(ProxyqError, match=r"unexpected TypeError.*this is a bug"):
+        list(Processes(1).run("proxyq.api.table:worker", 3, [[2]]))
+
+
+def test_no_process_outlives_a_run_that_failed(monkeypatch):
+    import proxyq.executor as module
+
+    started, lock = [], threading.Lock()
+
+    def start():
+        with lock:
+            number = len(started)
+            started.append(None)
+        if number:
+            time.sleep(0.3)  # meanwhile the first fails
+        code = "import sys; sys.stdin.readline(); sys.exit(3)" if number == 0 else "input()"
+        started[number] = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return started[number]
+
+    monkeypatch.setattr(module, "_start", start)
+    with pytest.raises(ProxyqError, match="exit code 3"):
+        list(Processes(2).run("proxyq.api.table:worker", {}, [1, 2, 3]))
+    deadline = time.monotonic() + 10
+    while any(one is not None and one.poll() is None for one in started):
+        assert time.monotonic() < deadline, "a process is left"
+        time.sleep(0.02)
+
+
 def test_a_process_that_dies_is_told(monkeypatch):
     import proxyq.executor as module
 
     def dead():
-        import subprocess
-
         return subprocess.Popen(
             [sys.executable, "-c", "import sys; sys.exit(3)"],
             stdin=subprocess.PIPE,

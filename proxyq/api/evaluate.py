@@ -26,6 +26,7 @@ from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.model.schedule import schedule
 from proxyq.progress import Progress, silent
+from proxyq.ptq.measure import right
 from proxyq.ptq.quantized import QuantizedModel
 from proxyq.search.allocate import build_problem, solve
 from proxyq.search.allocate.latency import load_latency
@@ -157,7 +158,7 @@ def measure(
                 model, plan, inputs, correction=correction, memory=memory, progress=progress
             )
     engine = Engine.build(model, len(measured_on), memory=memory)
-    right, divergence = dict.fromkeys([None, *runs], 0), dict.fromkeys(runs, 0.0)
+    hits, divergence = dict.fromkeys([None, *runs], 0), dict.fromkeys(runs, 0.0)
     total = -(-len(measured_on) // engine.batch_size)
     # One pass over the images, which may be decoded on the way, serves all networks.
     batches = labelled_batches(measured_on, model, engine.batch_size)
@@ -168,17 +169,17 @@ def measure(
             return np.asarray(logits_of(engine.resume(start, 0, edits)))[:count]
 
         reference = logits({})
-        right[None] += int((reference.argmax(axis=-1) == labels).sum())
+        hits[None] += int(right(reference, labels).sum())
         for key, run in runs.items():
             own = logits(run.edits)
-            right[key] += int((own.argmax(axis=-1) == labels).sum())
+            hits[key] += int(right(own, labels).sum())
             divergence[key] += float(kl_divergence(reference, own).sum())
         progress("evaluate", done + 1, total)
     number = len(measured_on)
     results = [
         Measured(
             name=name,
-            top1=100.0 * right[key] / number,
+            top1=100.0 * hits[key] / number,
             size_bits=plan.size_bits,
             average_bits=plan.average_bits,
             kl=divergence[key] / number,
@@ -190,7 +191,7 @@ def measure(
     ]
     return Evaluation(
         images=number,
-        float_top1=100.0 * right[None] / number,
+        float_top1=100.0 * hits[None] / number,
         uniform=None if uniform is None else results[-1],
         plans=tuple(results[: len(plans)]),
     )

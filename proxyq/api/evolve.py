@@ -25,10 +25,10 @@ from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 from proxyq.provenance import provenance
 from proxyq.proxies import Cache
+from proxyq.proxies.cache import code_digest
 from proxyq.proxies.formula import STATISTICS, Formula, parse_formula
 from proxyq.proxies.formula.binding import statistics
 from proxyq.proxies.formula.file import SCHEMA as FORMULA_SCHEMA
-from proxyq.quantize import Rounding
 from proxyq.search.evolve import Fold, Settings, settings
 from proxyq.search.evolve import evolve as run
 from proxyq.search.evolve.choose import FEWEST_PLANS, Entry, choose, split
@@ -41,6 +41,8 @@ SCHEMA = "proxyq/evolution/1"
 DEFAULT_ENTRIES = 2048
 """Of a layer's weight, and of its input, that formulas read while they are evolved."""
 DEFAULT_VALIDATION = 0.25
+FEWEST_ACCURACIES = 3
+"""That plans must have for their order to say anything."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,7 +120,7 @@ class Evolution:
 
 def evolve(
     tables: Table | Sequence[Table],
-    holdouts: Sequence[Table] = (),
+    holdouts: Table | Sequence[Table] = (),
     *,
     models: Sequence[Any] | None = None,
     data: Any = None,
@@ -164,6 +166,8 @@ def evolve(
         raise UsageError(f"`validation` must be a share from 0 to below 1, got {validation}.")
     if isinstance(tables, (MeasuredTable, str, os.PathLike)):
         tables = [tables]
+    if isinstance(holdouts, (MeasuredTable, str, os.PathLike)):
+        holdouts = [holdouts]
     given = [load_table(table) for table in tables]
     held = [load_table(table) for table in holdouts]
     if not given:
@@ -196,15 +200,19 @@ def evolve(
         identities.append(identity)
     own, others = folds[: len(given)], folds[len(given) :]
     drawn_by = rules.seed if validation_seed is None else validation_seed
+    if drawn_by < 0:
+        raise UsageError(f"`validation_seed` must be at least 0, got {drawn_by}.")
     rows = [split(len(fold.accuracy), validation, drawn_by, i) for i, fold in enumerate(own)]
     seen = [fold.rows(first) for fold, (first, _) in zip(own, rows, strict=True)]
     back = [fold.rows(last) for fold, (_, last) in zip(own, rows, strict=True) if len(last)]
+    for fold in (*seen, *back):
+        _check_accuracy(fold)
     # Of the arrays themselves, which are all that an evolution knows of tables and networks.
     facts = {"rules": rules.to_json(), "tables": digest_arrays(arrays_of(seen)), **_provenance()}
+    facts["code"] = code_digest()
     kept = cache.checkpoint(_digest(facts))
     state = run(seen, rules, how=runner, checkpoint=kept, progress=progress)
     chosen, entries_found = choose(state.hall.everyone, back, others, seed=rules.seed)
-    kept.clear()
     return Evolution(
         settings=rules,
         tables=tuple(given),
@@ -243,6 +251,16 @@ def _check_tables(
             )
 
 
+def _check_accuracy(fold: Fold) -> None:
+    values = len(np.unique(fold.accuracy))
+    if values < FEWEST_ACCURACIES:
+        raise UsageError(
+            f"the plans of the table of {fold.name!r} cannot be ranked: {len(fold.accuracy)} of "
+            f"them have {values} different accuracies between them; measure plans that differ, on "
+            "more images or with other bits."
+        )
+
+
 def _fold(
     table: MeasuredTable,
     model: Model,
@@ -275,7 +293,7 @@ def _fold(
             )
         identity = calibration.identity
         inputs, labels = calibration_of(calibration, model, samples, None)
-    rounding = Rounding(**table.method.get("rounding", {}))
+    rounding = table.rounding
     images = LAYERS_AT if inputs is None else len(jax.tree.leaves(inputs)[0])
     engine = Engine.build(model, images, memory=memory)
     taps = collect(

@@ -14,6 +14,8 @@ from proxyq.search.table_file import MeasuredTable
 from proxyq.shelf import shelf
 
 Table = MeasuredTable | str | os.PathLike[str]
+LIBRARIES = ("torchvision:", "timm:")
+"""Whose networks a table may name: nothing but their own code is run."""
 
 
 def load_table(table: Table) -> MeasuredTable:
@@ -36,12 +38,14 @@ def networks_of(
     """The networks of tables, checked against them.
 
     Without `models` each is loaded by the name in its table and fed as it was measured, but for
-    what `loading` says. A network of Python code is loaded only from a file that `code` names: a
-    table is data, and must not decide what is run.
+    what `loading` says. Networks that are not of `LIBRARIES` are loaded only from a file that
+    `code` names, by calling a function of it: a table is data, and does not decide whose code is
+    run.
 
     **Raises** `UsageError` when one cannot be loaded, or is another than its table's.
     """
     if models is None:
+        weights = weights if weights is None or isinstance(weights, str) else list(weights)
         files = for_each(weights, tables, "weights")
         models = [
             _spec(table, file, loading, code) for table, file in zip(tables, files, strict=True)
@@ -50,6 +54,8 @@ def networks_of(
         raise UsageError(
             "`weights` and `code` go with names: leave them out where `models` are given."
         )
+    if isinstance(models, (Model, ModelSpec, str)):
+        models = [models]
     if len(models) != len(tables):
         raise UsageError(
             f"`models` must have one network for each of {len(tables)} tables, got {len(models)}."
@@ -96,16 +102,16 @@ def _spec(
 
 
 def _trusted(table: MeasuredTable, name: str, code: Sequence[str]) -> str:
-    """The name of a network, its Python file being one that the user gave."""
-    file, _, factory = name.rpartition(":")
-    if not file.endswith(".py"):
+    """The name of a network of a library, or of a Python file that the user gave."""
+    if name == "digits" or name.startswith(LIBRARIES):
         return name
+    file, _, factory = name.rpartition(":")
     for given in code:
-        if PurePath(given).name == PurePath(file).name:
+        if factory.isidentifier() and PurePath(given).name == PurePath(file).name:
             return f"{given}:{factory}"
     raise UsageError(
-        f"the table of {table.name!r} is of a network in Python code, which is run to load it: "
-        f"name the file that you trust (--code {file})."
+        f"the table of {table.name!r} is of the network {name!r}, whose Python code is run to load "
+        "it: name the file if you trust it (--code FILE.py)."
     )
 
 

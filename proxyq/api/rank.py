@@ -128,12 +128,24 @@ def rank(
     **Raises** `UsageError` when the table is of another network.
     """
     found = load_table(table)
+    if seed is not None and seed < 0:
+        raise UsageError(f"`seed` must be at least 0, got {seed}.")
+    if resamples < 1:
+        raise UsageError(f"`resamples` must be at least 1, got {resamples}.")
     rows, left_out = _trivial(found, seed or 0, resamples), {}
     if is_scores(source):
         files = {"": source if isinstance(source, ScoreFile) else ScoreFile.load(source)}
+        _check_same(found, files[""].model.get("name"), files[""].model.get("digest"))
+        if files[""].rounding != asdict(found.rounding):
+            raise UsageError(
+                f"the scores are of the rounding {files[''].rounding}, the table of "
+                f"{asdict(found.rounding)}: score again with the table's (--extra-code)."
+            )
     else:
+        model = as_model(source)
+        _check_same(found, model.name, model.digest())
         files = _scored(
-            as_model(source),
+            model,
             data,
             found,
             proxies,
@@ -168,6 +180,16 @@ def rank(
         left_out=left_out,
         provenance=provenance(seed=seed),
     )
+
+
+def _check_same(table: MeasuredTable, name: Any, digest: Any) -> None:
+    own = table.model.get("digest")
+    if own is not None and digest is not None and own != digest:
+        raise UsageError(
+            f"the table of {table.name!r} is of another network than {str(name)!r}: its weights "
+            f"have the digest {str(own)[:12]}, these {str(digest)[:12]}; give the network that was "
+            "measured, with its weights (--weights)."
+        )
 
 
 def plan_costs(scores: Scores, table: MeasuredTable, file: ScoreFile | None = None) -> np.ndarray:
@@ -209,8 +231,7 @@ def _scored(
     bits = sorted({int(b) for b in table.bits.ravel()})
     if len(bits) == 1:
         bits = sorted({*bits, 8})  # scores tell bit-widths apart
-    rounding = table.method.get("rounding") or {}
-    given = {"bits": bits, "extra_code": rounding.get("extra_code"), **options}
+    given = {"bits": bits, "extra_code": table.rounding.extra_code, **options}
     files = {"": score(model, data, proxies=proxies, **given)}
     correction = table.method.get("correction", "none")
     looped = [

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -22,13 +23,14 @@ from proxyq.api.method import DEFAULT_SAMPLES
 from proxyq.api.model_spec import ModelSpec
 from proxyq.engine import Edits, Engine
 from proxyq.engine.divergence import cross_entropy_of, kl_divergence, rescaled_divergence
-from proxyq.errors import UsageError
+from proxyq.errors import ProxyqError, UsageError
 from proxyq.executor import Executor, executor
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 from proxyq.provenance import provenance
 from proxyq.proxies import Cache
+from proxyq.ptq.measure import top1
 from proxyq.ptq.plan_edits import PlanEdits
 from proxyq.quantize import Rounding, check_bits
 from proxyq.search.draw import draw_plans
@@ -93,6 +95,11 @@ def table(
             f"`correction` of a table must be one of {', '.join(CORRECTIONS)}, the same for all "
             f"plans, got {correction!r}."
         )
+    bits, seed = [_whole(b, "bits") for b in bits], _whole(seed, "seed")
+    if seed < 0:
+        raise UsageError(f"`seed` must be at least 0, got {seed}.")
+    if activation_bits is not None:
+        activation_bits = _whole(activation_bits, "activation_bits")
     for width in (*bits, *([] if activation_bits is None else [activation_bits])):
         check_bits(width, "bits")
     rounding = Rounding(extra_code=extra_code)  # type: ignore[arg-type]
@@ -108,13 +115,24 @@ def table(
     }
     bench = Bench(as_model(model), data, eval_data, **setting)
     layers = network(bench.model, LAYERS_AT).layers
+    if not isinstance(plans, Sequence) and np.ndim(plans) == 0:
+        plans = _whole(plans, "plans")
     if isinstance(plans, int):
         wanted = draw_plans(len(layers), bits, plans, how=draw, seed=seed)
     else:
         wanted, draw = [tuple(map(int, plan)) for plan in plans], "given"
         _check_plans(wanted, len(layers))
-    facts = {**setting, "model": bench.model.digest(), "data": bench.identity, "plans": wanted}
+    float_network = bench.float_network()
     cache = Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir or Cache()
+    facts = {
+        **cache.facts(bench.model, inputs=bench.inputs, labels=None, rounding=rounding),
+        **setting,
+        "preprocessing": asdict(bench.model.preprocessing),
+        "data": bench.identity,
+        "plans": wanted,
+        "measures": MEASURES,
+    }
+    facts.pop("cores", None)  # six digits are kept, which the threads do not change
     kept = cache.checkpoint(_digest(facts))
     values = (kept.load("table") or {}).get("values", np.full((len(wanted), len(MEASURES)), np.nan))
     left = [i for i in range(len(wanted)) if np.isnan(values[i, 0])]
@@ -127,16 +145,21 @@ def table(
         )
     else:
         found = enumerate(map(bench.measure, tasks))
-    for number, records in found:
-        for index, record in zip(groups[number], records, strict=True):
-            # What is not finite is kept as infinite: NaN is what has not been measured.
-            row = [np.inf if record[name] is None else record[name] for name in MEASURES]
-            values[index] = row
-        finished += len(records)
-        progress("plans", finished, len(wanted))
-        if kept.due():
+    try:
+        for number, records in found:
+            for index, record in zip(groups[number], records, strict=True):
+                # What is not finite is kept as infinite: NaN is what has not been measured.
+                row = [np.inf if record[name] is None else record[name] for name in MEASURES]
+                values[index] = row
+            finished += len(records)
+            progress("plans", finished, len(wanted))
+            if kept.due():
+                kept.save("table", {"values": values})
+    finally:
+        # Also of a table that is whole: it has yet to be written.
+        if left:
             kept.save("table", {"values": values})
-    result = MeasuredTable(
+    return MeasuredTable(
         schema="proxyq/table/1",
         model={"name": bench.model.name, "digest": bench.model.digest(), **bench.model.identity},
         images=_images(bench.model),
@@ -151,7 +174,7 @@ def table(
             "rounding": setting["rounding"],
             "samples": bench.samples,
         },
-        float=bench.float_network(),
+        float=float_network,
         layers=[
             TableLayer(name=one.name, weights=int(one.weights), macs=int(one.macs))
             for one in layers
@@ -162,8 +185,6 @@ def table(
         ],
         provenance=provenance(**bench.identity),
     )
-    kept.clear()
-    return result
 
 
 def _images(model: Model) -> TableImages | None:
@@ -204,6 +225,7 @@ class Bench:
                 "bits: give `data` (--data)."
             )
         inputs = None if calibration is None else inputs_of(calibration, model, samples, None)
+        self.inputs = inputs
         self.samples = 0 if inputs is None else len(jax.tree.leaves(inputs)[0])
         self.test = as_eval_data(eval_data, model)
         if eval_samples is not None:
@@ -264,8 +286,14 @@ class Bench:
     def float_network(self) -> FloatNetwork:
         """The float network's record."""
         z = self.reference
+        if not np.isfinite(z).all():
+            raise ProxyqError(
+                f"the float network {self.model.name!r} gives logits that are not finite on "
+                f"{int((~np.isfinite(z).all(axis=-1)).sum())} of {len(z)} images: check its "
+                "weights and how the images are prepared."
+            )
         return FloatNetwork(
-            top1=_top1(z, self.labels),
+            top1=_digits(top1(z, self.labels)),
             loss=_digits(cross_entropy_of(z, self.labels).mean()),
             images=len(z),
         )
@@ -278,7 +306,7 @@ class Bench:
         ]
         found = []
         for z in self._logits(networks):
-            record: dict[str, Any] = {"top1": _top1(z, self.labels)}
+            record: dict[str, Any] = {"top1": _digits(top1(z, self.labels))}
             finite = bool(np.isfinite(z).all())
             record["loss"] = _digits(cross_entropy_of(z, self.labels).mean()) if finite else None
             for name, how in (("kl", kl_divergence), ("rescaled", rescaled_divergence)):
@@ -324,6 +352,13 @@ def _check_text(model: Any, data: Any, eval_data: Any) -> None:
         )
 
 
+def _whole(value: Any, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"`{name}` must be whole, got {value!r}.") from None
+
+
 def _check_plans(plans: Sequence[Sequence[int]], layers: int) -> None:
     if not plans:
         raise UsageError("`plans` must hold at least one plan.")
@@ -350,10 +385,6 @@ def _plan(
         size_bits=sum(int(one.weights) * b for one, b in zip(layers, plan, strict=True)),
         bops=sum(int(one.macs) * b * beside for one, b in zip(layers, plan, strict=True)),
     )
-
-
-def _top1(logits: np.ndarray, labels: np.ndarray) -> float:
-    return _digits(100.0 * np.mean(logits.argmax(axis=-1) == labels))
 
 
 def _digits(value: Any) -> float:

@@ -142,10 +142,13 @@ def choose(
     by_correction = judge.best_correction(plan, _corrections(correction))
     propose(free[:1])
     # By now all is compiled: what another plan takes tells what the rest will.
-    before, passes = time.perf_counter(), judge.passes
+    seconds, passes = judge.seconds, judge.passes
     propose(free[1:])
-    now = time.perf_counter()
-    spent, per_pass = now - started, (now - before) / max(judge.passes - passes, 1.0)
+    if judge.passes > passes:
+        per_pass = (judge.seconds - seconds) / (judge.passes - passes)
+    else:  # they proposed the first plan again, which was not run again
+        per_pass = judge.seconds_per_pass()
+    spent = time.perf_counter() - started
     sweep = sweep_passes(judge, bits, activation_bits) + CURVATURE_PASSES
     needed = (sweep + 6 * judge.plan_passes) * per_pass
     if effort != "low" and spent + needed > left:

@@ -6,7 +6,9 @@ and its outputs are compared with the float network's on held-back images, by a 
 plans as their test accuracy does.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -40,7 +42,8 @@ class Judge:
     are for the last few: the best of a hundred plans is flattered by the images it was found on.
 
     - `correction`: `none`, `weights` or `statistics`; may be changed between plans.
-    - `passes`: forward passes of all `fit` images spent so far, about.
+    - `passes`: forward passes of all `fit` images spent so far, about; `seconds` that those of
+      plans took.
     - `kept`: what was measured once and serves plans for any budget.
     """
 
@@ -61,7 +64,7 @@ class Judge:
         self.reserve = jax.tree.map(lambda x: x[looked_at:], check) if looked_at < held else None
         self.rounding, self.correction = rounding or Rounding(), correction
         self.engine = Engine.build(model, len(jax.tree.leaves(fit)[0]), memory=memory)
-        self.passes = 0.0
+        self.passes, self.seconds = 0.0, 0.0
         self._plan_edits = PlanEdits(self.engine, fit, self.rounding)
         self.kept: dict[Any, Any] = {}
         self._fitted: dict[tuple[Any, ...], Loss] = {}
@@ -105,6 +108,18 @@ class Judge:
         """The same of `measure`."""
         return self.trial_passes + self._ratio
 
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+
+    def seconds_per_pass(self) -> float:
+        """What a forward pass of all `fit` images takes, now that it is compiled."""
+        started = time.perf_counter()
+        self._loss(self._float[1], self.fit, {} if self._last is None else self._last[1])
+        return time.perf_counter() - started
+
     def edits(self, plan: Sequence[Choice]) -> Edits:
         """The network of a plan, rounded and corrected."""
         self.passes += 2 * (self.correction == "statistics")
@@ -114,8 +129,10 @@ class Judge:
         """A plan's loss on the images that its correction is fitted on, which is the cheaper."""
         key = (self.correction, *plan)
         if key not in self._fitted:
-            self.passes += 1
-            self._fitted[key] = self._loss(self._float[1], self.fit, self._edits_of(key, plan))
+            reference = self._float[1]
+            with self._timed():
+                self.passes += 1
+                self._fitted[key] = self._loss(reference, self.fit, self._edits_of(key, plan))
         return self._fitted[key]
 
     def measure(self, plan: Sequence[Choice]) -> Verdict:
@@ -123,8 +140,11 @@ class Judge:
         key = (self.correction, *plan)
         if key not in self._verdicts:
             fitted = self.fitted(plan)
-            self.passes += self._ratio
-            held_back = self._loss(self._reference, self._looked_at, self._edits_of(key, plan))
+            reference = self._reference
+            with self._timed():
+                self.passes += self._ratio
+                edits = self._edits_of(key, plan)
+                held_back = self._loss(reference, self._looked_at, edits)
             self._verdicts[key] = Verdict(fitted, held_back)
         return self._verdicts[key]
 

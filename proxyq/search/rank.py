@@ -18,11 +18,13 @@ from proxyq.errors import ProxyqError
 RESAMPLES = 1000
 SHARES = (0.2, 0.5)
 LEVEL = 0.95
+VARIES = 1e-28
+"""Of a sum of squares, the least share that is not rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation:
-    """A coefficient and its bootstrap interval; all are `None` where a side does not vary."""
+    """A coefficient and its bootstrap interval, `None` where a side does not vary."""
 
     value: float | None
     low: float | None
@@ -129,7 +131,10 @@ def _with_interval(
         return Correlation(value=None, low=None, high=None)
     each = coefficient(x, y, counts)
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(each[np.isfinite(each)], (tail, 100 - tail))
+    each = each[np.isfinite(each)]
+    if not len(each):
+        return Correlation(value=float(value), low=None, high=None)
+    low, high = np.percentile(each, (tail, 100 - tail))
     return Correlation(value=float(value), low=float(low), high=float(high))
 
 
@@ -144,11 +149,14 @@ def _ranks(x: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _correlation(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Pearson's coefficient with weights; `x` and `y` are `[resamples or 1, plans]`."""
     total = counts.sum(axis=1, keepdims=True)
+    first, second = x, y
     x = x - (counts * x).sum(axis=1, keepdims=True) / total
     y = y - (counts * y).sum(axis=1, keepdims=True) / total
     xx, yy, xy = ((counts * a * b).sum(axis=1) for a, b in ((x, x), (y, y), (x, y)))
+    # What is left of equal values, once their mean is taken away, is rounding.
+    least_x, least_y = (VARIES * (counts * a**2).sum(axis=1) for a in (first, second))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where((xx > 0) & (yy > 0), xy / np.sqrt(xx * yy), np.nan)
+        return np.where((xx > least_x) & (yy > least_y), xy / np.sqrt(xx * yy), np.nan)
 
 
 def _pearson(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:

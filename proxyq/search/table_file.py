@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from proxyq.errors import ProxyqError
 from proxyq.files import read_json, write_atomic
+from proxyq.quantize import Rounding
 from proxyq.search.allocate.plan import Count, Json, Number
 from proxyq.search.record_file import record_from
 
@@ -99,6 +101,25 @@ class MeasuredTable(_Record):
                     f"{len(self.layers)}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _says_how(self) -> "MeasuredTable":
+        correction = self.method.get("correction", "none")
+        if not isinstance(correction, str):
+            raise ValueError(f"'method.correction' must be text, got {correction!r}")
+        _ = self.rounding
+        return self
+
+    @cached_property
+    def rounding(self) -> Rounding:
+        """That of the plans' weights."""
+        given = self.method.get("rounding") or {}
+        try:
+            return Rounding(**given)
+        except (TypeError, ProxyqError):
+            raise ValueError(
+                f"'method.rounding' must hold 'method' and 'extra_code', got {given!r}"
+            ) from None
 
     @property
     def name(self) -> str:

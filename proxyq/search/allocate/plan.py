@@ -7,6 +7,7 @@ order. Read and written again it is the same plan.
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,10 +39,12 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"must be plain JSON without NaN or infinity ({error})") from None
 
 
+LARGEST = sys.float_info.max
+"""Whole numbers in a file may be longer; they are no numbers that we can use."""
 Bits = Annotated[int | None, AfterValidator(_bits)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Json = Annotated[dict[str, Any], AfterValidator(_plain)]
-Number = Annotated[int | float, Field(allow_inf_nan=False)]
+Number = Annotated[int | float, Field(allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]
 
 
 class _Record(BaseModel):

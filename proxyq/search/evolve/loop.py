@@ -128,8 +128,8 @@ def evolve(
             _save(checkpoint, state, settings)
     if not state.hall.best:
         raise ProxyqError(
-            f"none of {state.evaluations} formulas can rank the plans: the plans' accuracy may be "
-            "nearly all the same, or the leaves too few."
+            f"none of {state.evaluations} formulas gives the plans different finite scores: the "
+            "leaves may be too few, or more formulas must be measured."
         )
     return state
 
