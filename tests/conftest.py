@@ -28,14 +28,29 @@ def published() -> dict:
     return json.loads(file.read_text())
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Compile each program once for all test processes: compilation is most of their time.
+# Minutes of the whole, so that they are not the last, with one process left to run them.
+LONG = ("curvature", "torch_import", "conformance", "cifar", "score", "cli", "step_sizes")
 
-    The programs stay in pytest's cache folder, for the next run.
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each test process cores of its own, and compile each program once for all of them.
+
+    Processes that share cores wait for each other in the middle of every sum. Compilation is most
+    of their time; the programs stay in pytest's cache folder, for the next run.
     """
+    number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if number.isdigit() and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[int(number) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+        os.sched_setaffinity(0, own or [cores[int(number) % len(cores)]])
     cache = getattr(config, "cache", None)  # none with `-p no:cacheprovider`
     folder = cache.mkdir("xla") if cache is not None else None
     if folder is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)

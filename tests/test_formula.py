@@ -701,7 +701,7 @@ def test_files_come_back_as_they_were(tmp_path):
         ("[]", "holds no formula"),
         ("3", "holds no formula"),
         ("", "not valid JSON"),
-        ("1" * 5000, "not valid JSON"),
+        ("1" * 5000, "too many digits"),
         (b"\xff\xfe", "not UTF-8"),
         ({**PLAIN, "schema": "proxyq/formula/9"}, "which this version does not read"),
         ({**PLAIN, "schema": "proxyq/plan/1"}, "holds no formula"),

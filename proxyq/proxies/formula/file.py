@@ -117,13 +117,7 @@ class Formula(BaseModel):
                 f"the formula {str(path)!r} must have at most {MAX_BYTES} bytes, got {size}: give "
                 "a file that proxyq wrote."
             )
-        try:
-            data = read_json(path, "formula")
-        except ValueError as error:  # a whole number with thousands of digits
-            if isinstance(error, ProxyqError):
-                raise
-            raise ProxyqError(f"the formula {str(path)!r} is not valid JSON ({error}).") from None
-        return cls.from_json(data, f"file {str(path)!r}")
+        return cls.from_json(read_json(path, "formula"), f"file {str(path)!r}")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the formula, wholly or not at all."""

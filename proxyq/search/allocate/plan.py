@@ -39,12 +39,17 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"must be plain JSON without NaN or infinity ({error})") from None
 
 
-LARGEST = sys.float_info.max
-"""Whole numbers in a file may be longer; they are no numbers that we can use."""
+def _usable(value: int | float) -> int | float:
+    """Whole numbers in a file may be longer than any that can be reckoned with."""
+    if abs(value) > sys.float_info.max:
+        raise ValueError("must be a finite number")
+    return value
+
+
 Bits = Annotated[int | None, AfterValidator(_bits)]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Json = Annotated[dict[str, Any], AfterValidator(_plain)]
-Number = Annotated[int | float, Field(allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]
+Number = Annotated[int | float, Field(allow_inf_nan=False), AfterValidator(_usable)]
 
 
 class _Record(BaseModel):
