@@ -173,8 +173,10 @@ def table(args):
         f"images. Bits from {', '.join(map(str, BITS))}, weights only, one grid an output channel "
         "(two's complement), batch norm folded, every layer searched, average bits as given; one "
         "standard error is 0.3 at 90 %, 0.5 at 50 %. CPU seconds are for all budgets together, on "
-        "a shared machine. `hawq-v3` chooses from 2 and 6 bits alone. The last rows: points above "
-        "the best of uniform bits and of the methods as their papers have them (the first eight).",
+        "a shared machine (none where a run was stopped and went on). `hawq-v3` chooses from 2 and "
+        "6 bits alone. `auto` of effort high refines whatever it finds, of medium what is far off. "
+        "The last rows: points above the best of uniform bits and of the methods as their papers "
+        "have them (the first eight).",
     ]
     for path in sorted(one for one in Path(args.into).iterdir() if one.is_dir()):
         args.network = path.name
@@ -218,7 +220,8 @@ def section(args, path):
                 cells.append(None if one is None else one[how])
                 if one is not None:
                     best[budget] = max(best.get(budget, 0.0), one[how])
-            seconds = f"{records[name]['seconds']:.0f}" if name in records else ""
+            spent = records.get(name, {}).get("seconds")
+            seconds = "" if spent is None else f"{spent:.0f}"
             rows.append((name, seconds, cells))
         for name, seconds, cells in rows:
             shown = [
