@@ -92,9 +92,9 @@ def test_the_published_tree_is_what_it_says():
     ("text", "direction"),
     [
         ("sum(square(D)) / weights", "cost"),
-        ("mean(square(E)) * l1(G)", "cost"),
-        ("l1(H) * mean(square(D))", "cost"),
-        ("R + sqrt(O) / macs", "cost"),
+        ("R + mean(square(E)) * l1(G)", "cost"),
+        pytest.param("l1(H) * mean(square(D))", "cost", marks=pytest.mark.slow),
+        pytest.param("R + sqrt(O) / macs", "cost", marks=pytest.mark.slow),
         ("std(A) + norm(F)", "importance"),
         ("sum(abs(V * W)) / macs", "importance"),
     ],

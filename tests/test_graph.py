@@ -214,8 +214,8 @@ def test_what_is_measured_for_each_image_does_not_hang_on_the_batch_size(build):
     x = images(model, 5)
     needs = ("gram", "pooled", "output", "output-error", "restored-error", "input")
     found = []
-    for batch in (1, 2, 5):
-        engine = Engine.build(model, 5, batch_size=batch)
+    for batch in (1, 3):
+        engine = Engine.build(model, 5, batch_size=batch)  # 5 is no multiple of 3
         assert all(site.apart for site in engine.network.sites)
         found.append((collect(engine, x, needs, (2, 4)), float_moments(engine, x)[0]))
     for taps, moments in found[:-1]:

@@ -9,7 +9,7 @@ from commandline import here
 @pytest.mark.parametrize(
     ("name", "layers", "weights", "gmacs"),
     [
-        ("resnet18", 21, 11_678_912, 1.814),
+        pytest.param("resnet18", 21, 11_678_912, 1.814, marks=pytest.mark.slow),
         ("mobilenet_v2", 53, 3_469_760, 0.301),
     ],
 )

@@ -33,6 +33,7 @@ def cluster():
     found.shutdown()
 
 
+@pytest.mark.slow
 def test_evolution_on_ray(cluster):
     settings = {"evaluations": 60, "population": 20, "samples": 32, "entries": 64}
     here, there = (

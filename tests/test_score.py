@@ -343,8 +343,6 @@ def test_the_cache_answers_and_says_so(tmp_path: Path):
     bytes_of = {(tmp_path / name).read_bytes() for name in ("a.json", "b.json", "d.json")}
     assert len(bytes_of) == 1
     assert not (tmp_path / "no").exists()
-    quiet = alone(*words[:-1], "--quiet", cache=tmp_path / "c")
-    assert (quiet.code, quiet.err) == (0, "")
 
 
 def test_what_was_cached_with_others_is_not_taken_for_one_alone(tmp_path: Path):

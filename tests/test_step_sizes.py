@@ -102,7 +102,7 @@ def owner(name):
     [
         pytest.param(True, (2, 4), marks=pytest.mark.slow),
         pytest.param(False, (8,), marks=pytest.mark.slow),
-        (False, ()),
+        pytest.param(False, (), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -430,6 +430,7 @@ train(net, batch_of(net, 32), checkpoint=Checkpoint(Path(sys.argv[1]), every=0),
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(net, tmp_path):
     here = str(Path(__file__).parent)
     run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), here], env=os.environ)
