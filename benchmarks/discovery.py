@@ -5,9 +5,10 @@ Tables of measured plans come first, one for each network, by
     proxyq table examples/cifar_resnet.py:resnet20 --weights W --data D --eval-data E \\
         --mean ... --std ... --out TABLES/resnet20.json
 
-Then three steps, each of which keeps what it finished and goes on from there:
+Then four steps, each of which keeps what it finished and goes on from there:
 
     python benchmarks/discovery.py evolve --tables TABLES --weights W --data D --into DIR
+    python benchmarks/discovery.py shelve --tables TABLES --into DIR
     python benchmarks/discovery.py rank   --tables TABLES --weights W --data D --into DIR
     python benchmarks/discovery.py report --tables TABLES --into DIR --out docs/evolved_proxies.md
 
@@ -21,14 +22,17 @@ and ResNet-56 this is the test, which decides nothing.
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 
 import numpy as np
+from evolution import curve
 from proxy_table import load
 
 from proxyq import api
 from proxyq.proxies import PROXIES, Cache
+from proxyq.proxies.formula import Formula
 from proxyq.shelf import shelf
 
 SEEN, UNSEEN = ("digits", "resnet20", "resnet32"), ("resnet44", "resnet56")
@@ -78,7 +82,7 @@ def network(args, name):
 
 
 def file_of(args, name, seed):
-    return Path(args.into) / f"evolve-{name.replace(' ', '-').replace(chr(39), '')}-{seed}.json"
+    return Path(args.into) / f"evolve-{re.sub('[^a-zA-Z]+', '-', name)}-{seed}.json"
 
 
 def run(args, name, seed):
@@ -142,9 +146,8 @@ def shelve(args):
         if record["formula"] not in taken and len(taken) < args.number:
             taken.append(record["formula"])
             name = f"evolved-{len(taken)}"
-            record = {**record, "name": name}
-            text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-            (shelf("proxies") / "evolved" / f"{name}.json").write_text(text)
+            formula = Formula.from_json({**record, "name": name})
+            formula.save(shelf("proxies") / "evolved" / f"{name}.json")
             print(name, record["formula"])
 
 
@@ -202,10 +205,7 @@ def curves(args):
         rows, sizes, backs = [], [], []
         for seed in range(args.seeds):
             record = json.loads(file_of(args, name, seed).read_text())
-            log = [(row["evaluations"], row["best"]) for row in record["logbook"] if row["best"]]
-            counts, best = map(np.asarray, zip(*log, strict=True))
-            places = np.searchsorted(counts, points, side="right") - 1
-            rows.append(np.where(places >= 0, best[places], np.nan))
+            rows.append(curve(record["logbook"], points))
             chosen = record["chosen"]
             sizes.append(record["entries"][chosen]["size"])
             own = record["formulas"][chosen]["origin"]["validation_by_table"]

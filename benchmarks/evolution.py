@@ -45,9 +45,9 @@ def parsed():
     return args
 
 
-def curve(found, points):
+def curve(logbook, points):
     """The best fitness after so many evaluations; NaN before the first."""
-    rows = [(row["evaluations"], row["best"]) for row in found.logbook if row["best"] is not None]
+    rows = [(row["evaluations"], row["best"]) for row in logbook if row["best"] is not None]
     measured, best = map(np.asarray, zip(*rows, strict=True))
     places = np.searchsorted(measured, points, side="right") - 1
     return np.where(places >= 0, best[places], np.nan)
@@ -87,7 +87,7 @@ def main():
             for seed in range(args.seeds)
         ]
         spent = (time.process_time() - started) / args.seeds
-        curves = np.array([curve(one, points) for one in results[name]])
+        curves = np.array([curve(one.logbook, points) for one in results[name]])
         cells = [
             f"{column.mean():>8.3f} {column.min():.2f} {column.max():.2f}" for column in curves.T
         ]

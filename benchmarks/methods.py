@@ -16,6 +16,7 @@ are run once.
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 
@@ -72,9 +73,7 @@ def plans(args):
     model = load(args)
     wanted = [*PUBLISHED, *OURS, *AUTO, *(f"{name}{LOOPED}" for name in AUTO)]
     for name in args.methods.split(";") if args.methods else wanted:
-        file = (
-            folder(args) / f"plans-{name.replace(' ', '-').replace(',', '').replace(':', '-')}.json"
-        )
+        file = folder(args) / f"plans-{re.sub('[ :]', '-', name.replace(',', ''))}.json"
         if file.exists():
             continue
         started = time.process_time()
