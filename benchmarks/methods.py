@@ -46,6 +46,9 @@ OURS = {
 }
 AUTO = [f"auto, {effort} effort" for effort in EFFORTS]
 LOOPED = ", in the loop"
+REFINE = 60
+"""Seconds by the clock, at each budget, of the rows whose cheap plan is then refined by itself."""
+REFINED = [f"output-error, refined {REFINE} s", f"output-error, refined {REFINE} s{LOOPED}"]
 
 
 def parsed():
@@ -71,7 +74,7 @@ def parsed():
 
 def plans(args):
     model = load(args)
-    wanted = [*PUBLISHED, *OURS, *AUTO, *(f"{name}{LOOPED}" for name in AUTO)]
+    wanted = [*PUBLISHED, *OURS, *REFINED, *AUTO, *(f"{name}{LOOPED}" for name in AUTO)]
     for name in args.methods.split(";") if args.methods else wanted:
         file = folder(args) / f"plans-{re.sub('[ :]', '-', name.replace(',', ''))}.json"
         if file.exists():
@@ -87,6 +90,7 @@ def plans(args):
 
 def scored(args, model, name):
     from proxyq.api.program import program
+    from proxyq.auto import improve
     from proxyq.proxies import PROXIES, Cache, score
     from proxyq.proxies.cost import weight_errors
     from proxyq.search.allocate import InfeasibleError, solve
@@ -94,7 +98,8 @@ def scored(args, model, name):
     if name.startswith("formula:"):
         proxy, options, changed = name, {}, {}
     else:
-        proxy, options, changed = (*OURS[name], {}) if name in OURS else PUBLISHED[name]
+        plain = name.partition(", refined")[0]
+        proxy, options, changed = (*OURS[plain], {}) if plain in OURS else PUBLISHED[plain]
     bits = changed.get("bits", BITS)
     inputs, labels = calibration(args, model, changed.get("samples", SAMPLES))
     # An hour of pairs goes on where it was stopped; its CPU seconds are then those of the rest.
@@ -103,6 +108,7 @@ def scored(args, model, name):
         model, [(PROXIES.get(proxy), options)], inputs, labels=labels, bits=bits, cache=cache
     )
     errors = weight_errors(model, bits) if scores.shape == "layers" else None
+    judge = judge_of(args, model, "medium") if name in REFINED else None
     found, solved = {}, {}
     for budget in args.budgets:
         problem = program(scores.layers, scores, f"size={budget}bit", errors=errors)
@@ -110,24 +116,34 @@ def scored(args, model, name):
             answer = solve(problem, time_limit=20.0)
         except InfeasibleError:
             continue
+        if judge is not None:
+            how = "auto" if name.endswith(LOOPED) else "none"
+            fixed = [None] * len(judge.names)
+            answer = improve(judge, answer, bits, (), fixed, correction=how, seconds=REFINE).answer
         found[str(budget)] = answer.bits
         solved[str(budget)] = [answer.status.short, answer.gap, answer.seconds]
     return {"plans": found, "solver": solved, "notes": dict(scores.notes)}
 
 
-def automatic(args, model, name):
+def judge_of(args, model, effort):
     import jax
 
+    from proxyq.auto import HELD_BACK, Judge, halves
+
+    inputs, _ = calibration(args, model, SAMPLES * (1 + HELD_BACK[effort]))
+    fit, check = halves(len(inputs), SAMPLES)
+    return Judge(
+        model, *(jax.tree.map(lambda x, rows=rows: x[rows], inputs) for rows in (fit, check))
+    )
+
+
+def automatic(args, model, name):
     from proxyq.api.program import program
-    from proxyq.auto import HELD_BACK, Judge, choose, halves
+    from proxyq.auto import choose
 
     plain = name.removesuffix(LOOPED)
     effort = plain.removeprefix("auto, ").removesuffix(" effort")
-    inputs, _ = calibration(args, model, SAMPLES * (1 + HELD_BACK[effort]))
-    fit, check = halves(len(inputs), SAMPLES)
-    judge = Judge(
-        model, *(jax.tree.map(lambda x, rows=rows: x[rows], inputs) for rows in (fit, check))
-    )
+    judge = judge_of(args, model, effort)
     found, reports = {}, {}
     for budget in args.budgets:
         outcome = choose(
@@ -192,7 +208,8 @@ def section(args, path):
         records[record["method"]] = record
     plans = known(args)
     formulas = sorted(name for name in plans if name.startswith("formula:"))
-    order = ["uniform", *PUBLISHED, *OURS, *formulas, *AUTO, *(f"{name}{LOOPED}" for name in AUTO)]
+    order = ["uniform", *PUBLISHED, *OURS, *formulas]
+    order += [*REFINED, *AUTO, *(f"{name}{LOOPED}" for name in AUTO)]
     images = measured["float"]["images"]
     text = ["", f"## {path.name}: float {measured['float']['none']:.2f} %, {images:,} test images"]
     for how, title in (("none", "As rounding leaves the network"),
@@ -210,7 +227,7 @@ def section(args, path):
             looped = name.endswith(LOOPED)
             if name not in plans or (looped and how == "none"):
                 continue
-            if how == "statistics" and name in AUTO:
+            if how == "statistics" and name in (*AUTO, REFINED[0]):
                 continue
             cells = []
             for budget in args.budgets:

@@ -36,13 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give each test process cores of its own, and compile each program once for all of them.
 
     Processes that share cores wait for each other in the middle of every sum. Compilation is most
-    of their time; the programs stay in pytest's cache folder, for the next run.
+    of their time: it is told not to optimise, unless `XLA_FLAGS` says otherwise, and the programs
+    stay in pytest's cache folder, for the next run.
     """
     number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if number.isdigit() and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         own = cores[int(number) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
         os.sched_setaffinity(0, own or [cores[int(number) % len(cores)]])
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     cache = getattr(config, "cache", None)  # none with `-p no:cacheprovider`
     folder = cache.mkdir("xla") if cache is not None else None
     if folder is not None:

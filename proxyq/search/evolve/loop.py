@@ -120,12 +120,15 @@ def evolve(
     **Returns** the last state. **Raises** `ProxyqError` when no formula passed the screen.
     """
     checkpoint = checkpoint or Checkpoint()
+    # Where a generation is one child, the state of a whole population is not written for each.
+    often = max(1, settings.population // settings.children)
     state = _load(checkpoint, settings) or State.first(settings)
     with evaluator(folds, settings.objective, executor(how)) as evaluate:
         while not state.finished:
             step(state, settings, evaluate)
             progress("evolve", state.evaluations, settings.evaluations)
-            _save(checkpoint, state, settings)
+            if state.finished or (len(state.logbook) - 1) % often == 0:
+                _save(checkpoint, state, settings)
     if not state.hall.best:
         raise ProxyqError(
             f"none of {state.evaluations} formulas gives the plans different finite scores: the "
