@@ -14,10 +14,10 @@ Then four steps, each of which keeps what it finished and goes on from there:
 
 `evolve` runs evolution, random search and EMQ's settings with the same number of formulas and five
 seeds each, on the embedded network, ResNet-20 and ResNet-32; all runs hold the same quarter of each
-table back. The formulas that they write are ordered by their rank correlation on what is held back,
-and the best of the evolution are the ones to be tested: `shelve` writes them as files. `rank` puts
-every proxy, and the files of `proxies/evolved`, beside each other on each network: for ResNet-44
-and ResNet-56 this is the test, which decides nothing.
+table back. `shelve` takes the evolution's halls of fame together and writes three formulas as
+files: those of at most 4, 8 and 16 nodes that order the plans held back best, by the mean over the
+tables. `rank` puts every proxy, and the files of `proxies/evolved`, beside each other on each
+network: for ResNet-44 and ResNet-56 this is the test, which decides nothing.
 """
 
 import argparse
@@ -43,6 +43,8 @@ METHODS = {
 }
 LEAVES = ("W", "D", "A", "E", "O", "R", "bits", "weights", "macs")
 """What one pass forward gives, and one with each bit-width."""
+NODES = (4, 8, 16)
+"""Of the formulas of at most so many nodes the best goes on the shelf."""
 PAIRS = ("clado",)
 """Proxies that run pairs of layers: an hour and more on the deeper networks."""
 
@@ -59,7 +61,6 @@ def parsed():
     parser.add_argument("--evaluations", type=int, default=10_000)
     parser.add_argument("--entries", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--number", type=int, default=3, help="shelve: how many formulas")
     parser.add_argument("--out", help="the report's file")
     args = parser.parse_args()
     args.networks = tuple(args.networks.split(",")) if args.networks else None
@@ -129,26 +130,39 @@ def evolve(args):
             print(f"{name}, seed {seed}: {record['seconds']:.0f} s", flush=True)
 
 
-def written(args, name):
-    """The formula that each seed writes: its mean on plans held back, and its record."""
+def back(record):
+    """Mean rank correlation of a formula on the plans held back; undefined counts as none."""
+    return float(np.mean([value or 0.0 for value in record["origin"]["validation_by_table"]]))
+
+
+def fame(args):
+    """`(nodes, record)` of all formulas in the evolution's halls of fame, the best held back first.
+
+    Of those that are as good, the shortest; of these the first by seed.
+    """
     found = []
     for seed in range(args.seeds):
-        record = json.loads(file_of(args, name, seed).read_text())
-        one = record["formulas"][record["chosen"]]
-        found.append((float(np.mean(one["origin"]["validation_by_table"])), one))
-    return sorted(found, key=lambda pair: -pair[0])
+        record = json.loads(file_of(args, "evolution", seed).read_text())
+        sizes = [entry["size"] for entry in record["entries"]]
+        found += zip(sizes, record["formulas"], strict=True)
+    return sorted(found, key=lambda pair: (-back(pair[1]), pair[0]))
+
+
+def best_by_nodes(args):
+    """The best formula of each number of nodes, where more nodes make it better."""
+    found = []
+    for most in NODES:
+        record = next((record for nodes, record in fame(args) if nodes <= most), None)
+        if record is not None and record not in found:
+            found.append(record)
+    return found
 
 
 def shelve(args):
-    """The best of the evolution as files of the shelf, each of another formula."""
-    taken = []
-    for _, record in written(args, "evolution"):
-        if record["formula"] not in taken and len(taken) < args.number:
-            taken.append(record["formula"])
-            name = f"evolved-{len(taken)}"
-            formula = Formula.from_json({**record, "name": name})
-            formula.save(shelf("proxies") / "evolved" / f"{name}.json")
-            print(name, record["formula"])
+    for number, record in enumerate(best_by_nodes(args), start=1):
+        formula = Formula.from_json({**record, "name": f"evolved-{number}"})
+        formula.save(shelf("proxies") / "evolved" / f"{formula.name}.json")
+        print(formula.name, f"{back(record):.3f}", record["formula"])
 
 
 # -- ranking --------------------------------------------------------------------------
@@ -208,18 +222,22 @@ def curves(args):
             rows.append(curve(record["logbook"], points))
             chosen = record["chosen"]
             sizes.append(record["entries"][chosen]["size"])
-            own = record["formulas"][chosen]["origin"]["validation_by_table"]
-            backs.append(np.mean([value or 0.0 for value in own]))
+            backs.append(back(record["formulas"][chosen]))
         cells = [
             f"{column.mean():.3f} ({column.min():.2f})" if np.isfinite(column).all() else ""
             for column in np.transpose(rows)
         ]
         cells += [f"{np.mean(sizes):.1f}", f"{np.mean(backs):.3f}"]
         text.append(f"| {name} | " + " | ".join(cells) + " |")
-    text += ["", "What the evolution writes, by the mean on plans held back:", ""]
-    for back, record in written(args, "evolution"):
-        by_table = ", ".join(f"{v:.3f}" for v in record["origin"]["validation_by_table"])
-        text.append(f"- `{record['formula']}`: {back:.3f} ({by_table})")
+    text += [
+        "",
+        f"The best of at most {', '.join(map(str, NODES))} nodes on the plans held back, of all "
+        "halls of fame together; in brackets table by table:",
+        "",
+    ]
+    for record in best_by_nodes(args):
+        by_table = ", ".join(f"{v or 0:.3f}" for v in record["origin"]["validation_by_table"])
+        text.append(f"- `{record['formula']}`: {back(record):.3f} ({by_table})")
     return text
 
 
