@@ -194,7 +194,7 @@ def test_the_sign_is_one_for_all_tables(folds):
     (found,) = measure([planted], folds)
     assert (found.sign, found.folds) == (-1, (1.0, 1.0))
     (torn,) = measure([planted], [folds[0], flipped])
-    assert sorted(torn.folds) == [-1.0, 1.0] and torn.fitness == 0
+    assert torn.folds == (1.0, -1.0) and torn.fitness == 0
 
 
 def test_the_screen_rejects_and_knows_what_behaves_alike():
@@ -213,6 +213,27 @@ def test_the_screen_rejects_and_knows_what_behaves_alike():
     assert found[2] == "unstable"
     assert isinstance(found[3], Measured) and found[3].behaviour == found[4].behaviour
     assert (found[3].sign, found[4].sign) == (-1, 1)
+
+
+def test_what_keeps_divisions_finite_must_not_decide():
+    fold = drawn_fold(5)
+    sparse = np.maximum(fold.statistics.leaves["A"], 0)
+    sparse[:20] = 1.0  # the first layer reads no zeros
+    statistics = replace(fold.statistics, leaves={**fold.statistics.leaves, "A": sparse})
+    fold = replace(fold, statistics=statistics)
+    counted = "bits * sum(sigmoid(invert(A)))"  # of zeros, whatever they are divided by
+    names = ("bits * std(invert(A))", "bits * mean(1 / square(A))", counted)
+    found = measure([parse_formula(text) for text in names], [fold])
+    assert found[:2] == ["by the guard", "by the guard"]
+    assert isinstance(found[2], Measured)
+
+
+def test_more_bits_must_not_be_worse_in_any_layer():
+    fold = drawn_fold(5)
+    names = ("sum(D * D)", "sum(D * D) * (macs - 5000)", "bits * (macs - 5000)", "bits * macs")
+    found = measure([parse_formula(text) for text in names], [fold])
+    assert found[1:3] == ["not monotone", "not monotone"]
+    assert isinstance(found[0], Measured) and isinstance(found[3], Measured)
 
 
 def test_tables_go_to_workers_and_back():
@@ -337,7 +358,7 @@ def test_a_run_that_stops_goes_on_to_the_same_end(folds, tmp_path, method, resta
     again = evolve(folds, rules, checkpoint=kept, progress=lambda *step: steps.append(step[1]))
     assert 80 < min(steps) <= 121  # what was kept before the stop was not done again
     assert json.dumps(again.to_json(rules.space())) == json.dumps(whole.to_json(rules.space()))
-    assert whole.restarts == restarts
+    assert (whole.restarts > 0) == (restarts > 0)
 
 
 def test_a_small_space_is_used_up(folds, monkeypatch):

@@ -1,6 +1,8 @@
 """Proxy formulas as data: trees, their text, their values for many at once, and their files."""
 
 from proxyq.proxies.formula.canonical import canonical as canonical
+from proxyq.proxies.formula.evaluate import GUARDED as GUARDED
+from proxyq.proxies.formula.evaluate import TINY as TINY
 from proxyq.proxies.formula.evaluate import evaluate as evaluate
 from proxyq.proxies.formula.evaluate import totals as totals
 from proxyq.proxies.formula.file import Formula as Formula

@@ -43,19 +43,24 @@ MEMORY = 1 << 28
 
 
 def evaluate(
-    formulas: Sequence[Node], statistics: Statistics, *, memory: int = MEMORY
+    formulas: Sequence[Node],
+    statistics: Statistics,
+    *,
+    memory: int = MEMORY,
+    tiny: float = TINY,
 ) -> list[np.ndarray | None]:
     """The numbers of each formula: `[layers]`, or `[layers, bits]` where it depends on bits.
 
     A formula with a number that is not finite is invalid: `None` stands in its place. Arrays that
     several formulas share are kept until the last has read them, in at most `memory` bytes; what
-    does not fit is computed again.
+    does not fit is computed again. `tiny` is what operations are made safe by, above 1e-9: a proxy
+    is evaluated as it stands, and another value shows what depends on it.
 
     **Raises** `UsageError` when a formula reads a leaf that the statistics do not have.
     """
     plan = _Plan(statistics.leaves)
     roots = [plan.root(formula) for formula in formulas]
-    run = _Run(plan, statistics, memory)
+    run = _Run(plan, statistics, memory, tiny)
     found: list[np.ndarray | None] = []
     with np.errstate(all="ignore"):
         for formula, root in zip(formulas, roots, strict=True):
@@ -139,12 +144,13 @@ class _Plan:
 class _Run:
     """Computes steps; keeps what is read again while it fits into memory."""
 
-    def __init__(self, plan: _Plan, statistics: Statistics, memory: int):
+    def __init__(self, plan: _Plan, statistics: Statistics, memory: int, tiny: float):
         self.plan = plan
         self.statistics = statistics
         self.left = list(plan.uses)
         self.kept: OrderedDict[int, Any] = OrderedDict()
         self.free = memory
+        self.tiny = tiny
 
     def value(self, step: int) -> Any:
         """The value of a step for one reader; the last reader takes it out of memory."""
@@ -167,11 +173,12 @@ class _Run:
                 spread(value, segments) if self.plan.types[arg] == "layer" else value
                 for arg, value in zip(args, values, strict=True)
             ]
+        safe = {"tiny": self.tiny} if name in GUARDED else {}
         if name in _ENTRY:
-            value = _ENTRY[name](*values)
+            value = _ENTRY[name](*values, **safe)
         else:
             assert segments is not None  # the grammar has refused it for numbers of layers
-            value = (_REDUCE if name in REDUCTIONS else _LAYER)[name](values[0], segments)
+            value = (_REDUCE if name in REDUCTIONS else _LAYER)[name](values[0], segments, **safe)
         if self.left[step] > 0:
             self.keep(step, value)
         return value
@@ -192,9 +199,9 @@ def spread(x: np.ndarray, segments: Segments) -> np.ndarray:
     return np.repeat(x, segments.counts, axis=-1)
 
 
-def log(x: np.ndarray) -> np.ndarray:
+def log(x: np.ndarray, tiny: float = TINY) -> np.ndarray:
     """`ln(x + 1e-9)`, 0 where x <= 0."""
-    return np.log(np.where(x <= 0, 1.0, x + TINY))
+    return np.log(np.where(x <= 0, 1.0, x + tiny))
 
 
 def abslog(x: np.ndarray) -> np.ndarray:
@@ -202,14 +209,14 @@ def abslog(x: np.ndarray) -> np.ndarray:
     return np.log(np.where(x == 0, 1.0, np.abs(x)))
 
 
-def invert(x: np.ndarray) -> np.ndarray:
+def invert(x: np.ndarray, tiny: float = TINY) -> np.ndarray:
     """`1 / (x + 1e-9)`, of negative x `1 / (x - 1e-9)`."""
-    return np.divide(1.0, away_from_zero(x))
+    return divide(1.0, x, tiny)
 
 
-def away_from_zero(x: np.ndarray) -> np.ndarray:
-    """x moved by 1e-9 from zero; adding 0 makes minus zero plus zero, so that both go one way."""
-    return x + np.copysign(TINY, x + 0.0)
+def divide(a: Any, b: np.ndarray, tiny: float = TINY) -> np.ndarray:
+    """`a / b`, b moved by 1e-9 from zero; adding 0 makes minus zero plus zero: both go one way."""
+    return a / (b + np.copysign(tiny, b + 0.0))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -231,8 +238,12 @@ _ENTRY: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
-    "div": lambda a, b: a / away_from_zero(b),
+    "div": divide,
 }
+
+
+GUARDED = ("log", "invert", "div", "minmax")
+"""Operations that `tiny` keeps finite."""
 
 
 def apply(name: str, *args: float) -> float:
@@ -271,10 +282,10 @@ def normalise(x: np.ndarray, segments: Segments) -> np.ndarray:
     return apart * spread(factor, segments)
 
 
-def minmax(x: np.ndarray, segments: Segments) -> np.ndarray:
+def minmax(x: np.ndarray, segments: Segments, tiny: float = TINY) -> np.ndarray:
     """`(x - min) / (max - min + 1e-9)` in each layer."""
     low = np.minimum.reduceat(x, segments.starts, axis=-1)
-    span = largest(x, segments) - low + TINY
+    span = largest(x, segments) - low + tiny
     return (x - spread(low, segments)) * spread(1.0 / span, segments)
 
 

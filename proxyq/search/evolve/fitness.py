@@ -5,17 +5,16 @@ that does not depend on bits is multiplied by them first, as EMQ weights its lay
 
     score = sum_l f(l, b_l)        or        sum_l b_l f(l)
 
-Its fitness on a table is the rank correlation (Spearman) of score and accuracy; over tables the
-mean. The sign is decided once, by the mean: formulas whose score falls as accuracy rises are costs,
-the others importances, and both are as good. So a formula that is a cost for one network and an
-importance for another gets little.
+Its fitness on a table is the rank correlation (Spearman) of score and accuracy, of a cost, whose
+numbers fall with bits, of minus the score; over tables the mean. What orders the plans of a table
+the wrong way round gets less than nothing.
 
 Ranks are kept doubled and centred, 2 r - (n + 1): whole numbers, also for ties, whose sums are
 exact in any order. So is then all that selection looks at.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -100,9 +99,3 @@ OBJECTIVES: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "spearman": spearman,
     "top-k": top_k,
 }
-
-
-def direction(predicted: Sequence[np.ndarray], accuracy: Sequence[np.ndarray]) -> int:
-    """1 of an importance, whose scores rise with accuracy on average over tables, else -1."""
-    pairs = zip(predicted, accuracy, strict=True)
-    return 1 if math.fsum(correlation(p, a) for p, a in pairs) >= 0 else -1
