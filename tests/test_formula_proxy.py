@@ -88,6 +88,15 @@ def test_the_published_tree_is_what_it_says():
         np.testing.assert_allclose(found.values[row], -np.array(BITS) * each.mean(), rtol=1e-6)
 
 
+def test_the_evolved_function_is_the_best_formula_of_the_shelf():
+    model = small_net()
+    x = images(model)
+    function = PROXIES.get("evolved")(model, x, bits=BITS)
+    formula = PROXIES.get("formula:evolved-3")(model, x, bits=BITS, entries=0)
+    np.testing.assert_allclose(function.values, formula.values, rtol=1e-9)
+    assert (np.diff(function.values, axis=1) < 0).all()
+
+
 @pytest.mark.parametrize(
     ("text", "direction"),
     [

@@ -39,6 +39,7 @@ from proxyq.proxies._zico import zico as zico
 from proxyq.proxies.cache import Cache as Cache
 from proxyq.proxies.cost import COSTS as COSTS
 from proxyq.proxies.cost import as_cost as as_cost
+from proxyq.proxies.evolved import evolved as evolved
 from proxyq.proxies.proxy import COST_CLASSES as COST_CLASSES
 from proxyq.proxies.proxy import PROXIES as PROXIES
 from proxyq.proxies.proxy import Proxy as Proxy
