@@ -10,7 +10,8 @@ Then four steps, each of which keeps what it finished and goes on from there:
     python benchmarks/discovery.py evolve --tables TABLES --weights W --data D --into DIR
     python benchmarks/discovery.py shelve --tables TABLES --into DIR
     python benchmarks/discovery.py rank   --tables TABLES --weights W --data D --into DIR
-    python benchmarks/discovery.py report --tables TABLES --into DIR --out docs/evolved_proxies.md
+    python benchmarks/discovery.py report --tables TABLES --into DIR --plans PLANS \\
+        --out docs/evolved_proxies.md
 
 `evolve` runs evolution, random search and EMQ's settings with the same number of formulas and five
 seeds each, on the embedded network, ResNet-20 and ResNet-32; all runs hold the same quarter of each
@@ -46,6 +47,8 @@ LEAVES = ("W", "D", "A", "E", "O", "R", "bits", "weights", "macs")
 """What one pass forward gives, and one with each bit-width."""
 NODES = (4, 8, 16)
 """Of the formulas of at most so many nodes the best goes on the shelf."""
+WIDTHS = (2.5, 2.75, 3.0)
+BESIDE = ("output-error", "restored-error", "auto, medium effort, in the loop")
 TWIN = "evolved"
 """The best formula as a function, on more entries."""
 PAIRS = ("clado",)
@@ -64,6 +67,7 @@ def parsed():
     parser.add_argument("--evaluations", type=int, default=10_000)
     parser.add_argument("--entries", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--plans", help="report: the folder of benchmarks/methods.py")
     parser.add_argument("--out", help="the report's file")
     args = parser.parse_args()
     args.networks = tuple(args.networks.split(",")) if args.networks else None
@@ -210,6 +214,7 @@ def report(args):
         "",
         *curves(args),
         *rankings(args),
+        *(plans(args) if args.plans else []),
     ]
     Path(args.out).write_text("\n".join(text) + "\n")
 
@@ -259,7 +264,7 @@ def rankings(args):
     rows = {}
     for name in names:
         record = json.loads((Path(args.into) / f"rank-{name}.json").read_text())
-        for row in record["rows"]:
+        for row in (one for one in record["rows"] if one["name"] != TWIN):
             rows.setdefault((row["name"], row["trivial"]), {})[name] = row
     text = [
         "",
@@ -292,6 +297,35 @@ def rankings(args):
                 f"{row['mean_regret']:.2f}"
             )
         text.append(f"| {'*' + name + '*' if trivial else name} | " + " | ".join(cells) + " |")
+    return text
+
+
+def plans(args):
+    """Accuracy of the plans that formulas find, beside others', from what `methods.py` keeps."""
+    text = [
+        "",
+        "## The plans that they find",
+        "",
+        "Ranking drawn plans is not finding the best one. Top-1 on the test images of the plan "
+        "that each cost finds at an average width (`benchmarks/methods.py`; bits 2, 3, 4 and 6, "
+        "where tables have 2, 3 and 4), as rounding leaves the network / with statistics restored.",
+    ]
+    for path in sorted(one for one in Path(args.plans).iterdir() if one.is_dir()):
+        measured = {}
+        for file in path.glob("accuracy-*.json"):
+            measured |= json.loads(file.read_text())
+        text += ["", f"{path.name}, float {measured['float']['none']:.2f} %:", ""]
+        text.append("| | " + " | ".join(f"{width} bits" for width in WIDTHS) + " |")
+        text.append("|---|" + "---:|" * len(WIDTHS))
+        for file in sorted(path.glob("plans-*.json")):
+            record = json.loads(file.read_text())
+            if record["method"] not in BESIDE and "evolved" not in record["method"]:
+                continue
+            cells = []
+            for width in WIDTHS:
+                own = measured.get(",".join(map(str, record["plans"][str(width)])))
+                cells.append("" if own is None else f"{own['none']:.1f} / {own['statistics']:.1f}")
+            text.append("| " + " | ".join([record["method"], *cells]) + " |")
     return text
 
 
