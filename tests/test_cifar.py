@@ -54,10 +54,8 @@ def test_layers_of_resnet20(resnet20):
     assert found.layer("layer2.0.conv1").macs == 16 * 16 * 32 * 9 * 16
 
 
-@pytest.mark.parametrize(
-    ("name", "top1"),
-    [("resnet20", 91.73), pytest.param("resnet56", 93.39, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "top1"), [("resnet20", 91.73), ("resnet56", 93.39)])
 def test_float_accuracy_through_the_bridge(cifar, images, name, top1):
     model, test = load(cifar, name), images[1]
     logits = jax.jit(model.apply)

@@ -6,10 +6,11 @@ import pytest
 from commandline import here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layers", "weights", "gmacs"),
     [
-        pytest.param("resnet18", 21, 11_678_912, 1.814, marks=pytest.mark.slow),
+        ("resnet18", 21, 11_678_912, 1.814),
         ("mobilenet_v2", 53, 3_469_760, 0.301),
     ],
 )
