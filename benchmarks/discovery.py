@@ -3,9 +3,10 @@
 Tables of measured plans come first, one for each network, by
 
     proxyq table examples/cifar_resnet.py:resnet20 --weights W --data D --eval-data E \\
-        --mean ... --std ... --out TABLES/resnet20.json
+        --mean ... --std ... --samples 1024 --bits 2,3,4 --out TABLES/resnet20.json
 
-Then four steps, each of which keeps what it finished and goes on from there:
+Those measured so far are in `benchmarks/tables` (ResNet-20 on 10,000 test images, the others on
+the first 5,000). Then four steps, each of which keeps what it finished and goes on from there:
 
     python benchmarks/discovery.py evolve --tables TABLES --weights W --data D --into DIR
     python benchmarks/discovery.py shelve --tables TABLES --into DIR
