@@ -211,7 +211,7 @@ def report(args):
     text = [
         "# Evolved proxies, and all others, on measured plans",
         "",
-        "Made by `benchmarks/discovery.py`; its first lines tell how.",
+        "Made by `benchmarks/discovery.py`; its first lines tell how, and on how many images.",
         "",
         *curves(args),
         *rankings(args),
@@ -324,7 +324,8 @@ def plans(args):
                 continue
             cells = []
             for width in WIDTHS:
-                own = measured.get(",".join(map(str, record["plans"][str(width)])))
+                bits = record["plans"].get(str(width), ())
+                own = measured.get(",".join(map(str, bits)))
                 cells.append("" if own is None else f"{own['none']:.1f} / {own['statistics']:.1f}")
             text.append("| " + " | ".join([record["method"], *cells]) + " |")
     return text
