@@ -2,8 +2,11 @@
 
 import glob
 import os
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import jax
@@ -19,6 +22,7 @@ from proxyq.api.inputs import (
 )
 from proxyq.api.method import DEFAULT_SAMPLES, check_correction
 from proxyq.api.quantize import check_plan_fits, quantize_model, rounding_of
+from proxyq.data import Data
 from proxyq.engine import Engine
 from proxyq.engine.divergence import kl_divergence
 from proxyq.errors import ProxyqError, UsageError
@@ -26,7 +30,8 @@ from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.model.schedule import schedule
 from proxyq.progress import Progress, silent
-from proxyq.ptq.measure import right
+from proxyq.ptq.measure import class_top1, right
+from proxyq.ptq.paired import Paired, compared
 from proxyq.ptq.quantized import QuantizedModel
 from proxyq.search.allocate import build_problem, solve
 from proxyq.search.allocate.latency import load_latency
@@ -38,40 +43,142 @@ from proxyq.search.allocate.usage import Latencies
 class Measured:
     """Accuracy of one network: top-1 in percent, KL to the float network in nats.
 
-    `activation_bits` are those of all searched layers, where they have one bit-width.
+    - `activation_bits` are those of all searched layers, where they have one bit-width.
+    - `right`: bool `[images]`, which images it gets right, in the order of the data.
+    - `images_per_second`: how fast it ran, as `Evaluation` says.
     """
 
     name: str
     top1: float
     size_bits: int
     average_bits: float
+    right: np.ndarray = field(repr=False, compare=False)
     kl: float | None = None
     activation_bits: int | None = None
     correction: str = "none"
     notes: Mapping[str, Any] | None = None
+    images_per_second: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Plans beside the float network and the largest uniform one within the same budgets."""
+    """Plans beside the float network and the largest uniform one within the same budgets.
+
+    All networks see the same images, so they are compared image by image (`proxyq.ptq.paired`).
+    There are three families of comparisons, and Holm's adjustment is within each: against float,
+    against uniform, and between plans.
+
+    - `labels`: integers `[images]`, and `class_names` in their order, where the data tell.
+    - `float_right`: bool `[images]`, which images the float network gets right.
+    - `float_images_per_second`, and that of each network: the speed of this simulation on this
+      machine, which computes with rounded numbers in floating point, not of a runtime. Over full
+      batches after the first, which compiles; `None` where there are none.
+    """
 
     images: int
     float_top1: float
     uniform: Measured | None
     plans: tuple[Measured, ...]
+    labels: np.ndarray = field(repr=False, compare=False)
+    float_right: np.ndarray = field(repr=False, compare=False)
+    class_names: tuple[str, ...] | None = field(default=None, repr=False)
+    float_images_per_second: float | None = field(default=None, compare=False)
 
-    def to_json(self) -> dict[str, Any]:
-        """The object that `evaluate --json` prints."""
+    @property
+    def quantized(self) -> tuple[Measured, ...]:
+        """The uniform network, where there is one, and the plans."""
+        return (*([] if self.uniform is None else [self.uniform]), *self.plans)
+
+    @cached_property
+    def versus_float(self) -> tuple[Paired, ...]:
+        """Each of `quantized` against the float network, which is the first of each pair."""
+        return compared([(self.float_right, one.right) for one in self.quantized])
+
+    @cached_property
+    def versus_uniform(self) -> tuple[Paired, ...]:
+        """Each plan against the uniform network, the first of each pair; empty without one."""
+        if self.uniform is None:
+            return ()
+        return compared([(self.uniform.right, one.right) for one in self.plans])
+
+    @cached_property
+    def between_plans(self) -> tuple[tuple[Measured, Measured, Paired], ...]:
+        """Every two plans, in their order."""
+        pairs = list(combinations(self.plans, 2))
+        found = compared([(first.right, second.right) for first, second in pairs])
+        return tuple((*pair, one) for pair, one in zip(pairs, found, strict=True))
+
+    def summary(self) -> dict[str, Any]:
+        """What a plan file keeps: the accuracies, and the plans against float and uniform.
+
+        The same images give the same summary, however fast the machine is.
+        """
         uniform = None
+        rows = iter(self.versus_float)
         if self.uniform is not None:
             uniform = {"bits": round(self.uniform.average_bits), **_record(self.uniform)}
             if self.uniform.activation_bits is not None:
                 uniform["activation_bits"] = self.uniform.activation_bits
             del uniform["file"]
+            uniform["versus_float"] = _comparison(next(rows), "float", "plan")
+        plans = [
+            {**_record(one), "versus_float": _comparison(row, "float", "plan")}
+            for one, row in zip(self.plans, rows, strict=True)
+        ]
+        for plan, row in zip(plans, self.versus_uniform, strict=False):
+            plan["versus_uniform"] = _comparison(row, "uniform", "plan")
         return {
             "float": {"top1": round(self.float_top1, 4), "n": self.images},
             "uniform": uniform,
-            "plans": [_record(one) for one in self.plans],
+            "plans": plans,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `evaluate --json` prints."""
+        return {
+            **self.summary(),
+            "comparisons": [
+                {"first": first.name, "second": second.name, **_comparison(one, "first", "second")}
+                for first, second, one in self.between_plans
+            ],
+            "classes": self._classes(),
+            "images_per_second": self._speeds(),
+        }
+
+    def _classes(self) -> list[dict[str, Any]]:
+        labels, counts = np.unique(self.labels, return_counts=True)
+        base = class_top1(self.float_right, self.labels)
+        each = [class_top1(one.right, self.labels) for one in self.quantized]
+        records = []
+        for row, (label, count) in enumerate(zip(labels.tolist(), counts.tolist(), strict=True)):
+            found = [
+                {"top1": round(own[row], 4), "difference": round(own[row] - base[row], 4)}
+                for own in (values.tolist() for values in each)
+            ]
+            records.append(
+                {
+                    "class": label,
+                    "name": self._class_name(label),
+                    "n": count,
+                    "float": round(float(base[row]), 4),
+                    "uniform": None if self.uniform is None else found.pop(0),
+                    "plans": found,
+                }
+            )
+        return records
+
+    def _class_name(self, label: int) -> str | None:
+        names = self.class_names or ()
+        return names[label] if label < len(names) else None
+
+    def _speeds(self) -> dict[str, Any] | None:
+        if self.float_images_per_second is None:
+            return None
+        speeds = [round(one.images_per_second or 0.0, 1) for one in self.quantized]
+        return {
+            "float": round(self.float_images_per_second, 1),
+            "uniform": None if self.uniform is None else speeds.pop(0),
+            "plans": speeds,
         }
 
 
@@ -87,6 +194,18 @@ def _record(one: Measured) -> dict[str, Any]:
     if one.notes:
         record["notes"] = dict(one.notes)
     return record
+
+
+def _comparison(one: Paired, first: str, second: str) -> dict[str, Any]:
+    return {
+        f"only_{first}": one.only_first,
+        f"only_{second}": one.only_second,
+        "difference": round(one.difference, 4),
+        "interval": [round(end, 4) for end in one.interval],
+        # Small ones lie many digits behind the point.
+        "p_value": float(f"{one.p_value:.6g}"),
+        "p_holm": float(f"{one.p_holm:.6g}"),
+    }
 
 
 def evaluate(
@@ -105,12 +224,22 @@ def evaluate(
 ) -> Evaluation:
     """Measured accuracy of plans, beside the float network and a uniform one.
 
+    All are run on the same images and compared image by image: see `Evaluation`.
     `data` are the unlabelled images for the correction and the activation ranges; the
     correction is each plan's own unless given. `latency` is the table (or its file) that plans
-    with a budget on latency were made with: without it they get no uniform rival.
+    with a budget on latency were made with: without it they get no uniform rival. `names` stand
+    for the plans in what is reported.
+
+    **Raises** `UsageError` without plans or labels, or where `names` are not as many as plans;
+    `ProxyqError` for a plan of another model.
     """
     if not plans:
         raise UsageError("`plans` must hold at least one plan.")
+    if names is not None and len(names) != len(plans):
+        raise UsageError(
+            f"`names` must hold one name for each of the {len(plans)} plans, got {len(names)}: "
+            "give as many, or leave them out."
+        )
     check_correction(correction)
     if isinstance(latency, (str, os.PathLike)):
         latency = load_latency(latency)
@@ -158,43 +287,63 @@ def measure(
                 model, plan, inputs, correction=correction, memory=memory, progress=progress
             )
     engine = Engine.build(model, len(measured_on), memory=memory)
-    hits, divergence = dict.fromkeys([None, *runs], 0), dict.fromkeys(runs, 0.0)
-    total = -(-len(measured_on) // engine.batch_size)
+    networks = {None: {}, **{key: run.edits for key, run in runs.items()}}  # None: float
+    hits: dict[Any, list[np.ndarray]] = {key: [] for key in networks}
+    seconds, divergence = dict.fromkeys(networks, 0.0), dict.fromkeys(runs, 0.0)
+    timed, total = 0, -(-len(measured_on) // engine.batch_size)
     # One pass over the images, which may be decoded on the way, serves all networks.
     batches = labelled_batches(measured_on, model, engine.batch_size)
     for done, (batch, labels) in enumerate(batches):
-        start = engine.start(jax.tree.map(jnp.asarray, batch))
-
-        def logits(edits: Any, start: Any = start, count: int = len(labels)) -> np.ndarray:
-            return np.asarray(logits_of(engine.resume(start, 0, edits)))[:count]
-
-        reference = logits({})
-        hits[None] += int(right(reference, labels).sum())
-        for key, run in runs.items():
-            own = logits(run.edits)
-            hits[key] += int(right(own, labels).sum())
-            divergence[key] += float(kl_divergence(reference, own).sum())
+        batch = jax.tree.map(jnp.asarray, batch)
+        began = time.perf_counter()
+        start = engine.start(batch)
+        jax.block_until_ready(list(start.values()))
+        shared = time.perf_counter() - began
+        # Programs are compiled in the first batch, and the last may be filled up.
+        warm = done > 0 and len(labels) == engine.batch_size
+        timed += warm * engine.batch_size
+        outputs = {}
+        for key, edits in networks.items():
+            began = time.perf_counter()
+            outputs[key] = np.asarray(logits_of(engine.resume(start, 0, edits)))[: len(labels)]
+            seconds[key] += warm * (shared + time.perf_counter() - began)
+        for key, own in outputs.items():
+            hits[key].append(right(own, labels))
+        for key in runs:
+            divergence[key] += float(kl_divergence(outputs[None], outputs[key]).sum())
         progress("evaluate", done + 1, total)
     number = len(measured_on)
+    found = {key: np.concatenate(rows) for key, rows in hits.items()}
+    speeds = {key: timed / spent if timed else None for key, spent in seconds.items()}
     results = [
         Measured(
             name=name,
-            top1=100.0 * hits[key] / number,
+            top1=_share(found[key]),
             size_bits=plan.size_bits,
             average_bits=plan.average_bits,
+            right=found[key],
             kl=divergence[key] / number,
             activation_bits=_one_width(plan),
             correction=runs[key].correction,
             notes=runs[key].notes,
+            images_per_second=speeds[key],
         )
         for name, plan, key in zip([*given, "uniform"], wanted, keys, strict=False)
     ]
     return Evaluation(
         images=number,
-        float_top1=100.0 * hits[None] / number,
+        float_top1=_share(found[None]),
         uniform=None if uniform is None else results[-1],
         plans=tuple(results[: len(plans)]),
+        labels=np.asarray(measured_on.labels),
+        float_right=found[None],
+        class_names=measured_on.class_names if isinstance(measured_on, Data) else None,
+        float_images_per_second=speeds[None],
     )
+
+
+def _share(right: np.ndarray) -> float:
+    return 100.0 * int(right.sum()) / len(right)
 
 
 def _what_runs(plan: Plan) -> tuple[Any, ...]:

@@ -157,7 +157,7 @@ def pareto(
         return front
     result = measure(
         model, front.plans, inputs, labelled, latency=table, memory=memory, progress=progress
-    ).to_json()
+    ).summary()
     return front.with_measured(
         result["float"],
         [{what: one[what] for what in ("top1", "kl", "correction")} for one in result["plans"]],

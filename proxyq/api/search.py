@@ -279,7 +279,7 @@ def search(
         progress=progress,
     )
     record = plan.model_dump(by_alias=True)
-    return Plan.model_validate({**record, "measured": result.to_json()})
+    return Plan.model_validate({**record, "measured": result.summary()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -29,7 +29,7 @@ def evaluate(
     no_cache: o.NoCache = False,
     device: o.Device = None,
 ) -> None:
-    """Measure plans: accuracy beside the float network and uniform bits."""
+    """Measure plans: accuracy beside float and uniform bits, tested image by image."""
     model, files = model_and_plans(arguments)
     bound = None if memory is None else byte_count(memory, "--memory")
     with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
@@ -66,9 +66,14 @@ def evaluate(
     if json:
         print_json(result)
         return
-    from proxyq.report.tables import accuracy_table
+    from proxyq.report.tables import accuracy_table, class_table, comparison_table, speed_line
 
-    print_blocks(accuracy_table(result, files))
+    print_blocks(
+        accuracy_table(result, files),
+        comparison_table(result, files),
+        class_table(result, files),
+        speed_line(result),
+    )
 
 
 def model_and_plans(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -12,3 +12,12 @@ def right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def top1(logits: np.ndarray, labels: np.ndarray) -> float:
     """Share of images whose largest logit is at the label, in percent."""
     return 100.0 * float(np.mean(right(logits, labels)))
+
+
+def class_top1(right: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Top-1 of each class that has images, in percent: `[classes]`, in the order of the labels.
+
+    - `right`: bool `[images]`; `labels`: integers `[images]`.
+    """
+    _, place, images = np.unique(labels, return_inverse=True, return_counts=True)
+    return 100.0 * np.bincount(place, weights=right) / images

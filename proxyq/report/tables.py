@@ -4,9 +4,11 @@ Nothing here prints. Give the tables to a `rich.console.Console`.
 """
 
 import inspect
+import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -245,31 +247,156 @@ def _raw(name: str, amount: int) -> str:
 # -- accuracy --------------------------------------------------------------------------
 
 
+SHOWN_PAIRS = 15
+SHOWN_CLASSES = 3
+
+
 def accuracy_table(measured: Mapping[str, Any], names: Sequence[str] | None = None) -> Table:
     """Float, uniform and plans, one below the other; `measured` is what `evaluate` reports.
 
-    `names` stand for the plans, `plan` when there is one.
+    `names` stand for the plans, `plan` when there is one. How each differs from float stands
+    beside it; plan files of earlier versions do not hold that.
     """
     plans = measured.get("plans") or []
-    if names is None:
-        names = ["plan"] if len(plans) == 1 else [str(plan.get("file")) for plan in plans]
     uniform = measured.get("uniform")
     rows = [("float", {"top1": measured["float"]["top1"], "average_bits": FLOAT_BITS})]
     if uniform:
-        rows.append((f"uniform {uniform['bits']} bit", uniform))
-    rows += list(zip(names, plans, strict=True))
+        rows.append((_uniform_name(uniform), uniform))
+    rows += list(zip(_plan_names(plans, names), plans, strict=True))
     records = [record for _, record in rows]
     columns = [
         Column(head="top-1 %", cells=[f"{one['top1']:.2f}" for one in records]),
         Column(head="bits", cells=[f"{one['average_bits']:.4g}" for one in records]),
         Column(head="KiB", cells=[_kib(one.get("size_bits")) for one in records]),
         Column(head="KL, nats", cells=[_divergence(one) for one in records]),
-        Column(
-            head="correction", cells=[one.get("correction", "") for one in records], right=False
-        ),
     ]
     caption = f"on {measured['float']['n']:,} images"
+    corrections = [one.get("correction", "") for one in records]
+    paired = [one.get("versus_float") for one in records]
+    if any(paired):
+        columns += _paired_columns(paired)
+        caption += (
+            "; points: top-1 less float's, with 95 % interval; p: McNemar's exact test, adjusted "
+            "by Holm"
+        )
+    if any(paired) and len(set(corrections[1:])) == 1:
+        caption += f"; correction: {corrections[1]}"
+    else:
+        columns.append(Column(head="correction", cells=corrections, right=False))
     return _named(Column(head="network", cells=[name for name, _ in rows]), columns, caption)
+
+
+def _uniform_name(uniform: Mapping[str, Any]) -> str:
+    return f"uniform {uniform['bits']} bit"
+
+
+def _plan_names(plans: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> list[str]:
+    if names is None:
+        names = ["plan"] if len(plans) == 1 else [str(plan.get("file")) for plan in plans]
+    # The folder tells files of one folder not apart.
+    alike = len({os.path.dirname(name) for name in names}) == 1
+    return [os.path.basename(name) if alike else name for name in names]
+
+
+def _paired_columns(comparisons: Sequence[Mapping[str, Any] | None]) -> list[Column]:
+    """Difference, its interval and Holm's p-value; empty where there is no comparison."""
+    points, intervals, p_values = [], [], []
+    for one in comparisons:
+        low, high = one["interval"] if one else (0.0, 0.0)
+        points.append(f"{one['difference']:+.2f}" if one else "")
+        intervals.append(f"{low:+.2f} {high:+.2f}" if one else "")
+        p_values.append(_p_value(one["p_holm"]) if one else "")
+    return [
+        Column(head="points", cells=points),
+        Column(head="95 %", cells=intervals),
+        Column(head="p", cells=p_values),
+    ]
+
+
+def _p_value(p: float) -> str:
+    return "<0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def comparison_table(
+    measured: Mapping[str, Any], names: Sequence[str] | None = None
+) -> Table | None:
+    """Plans against uniform and against each other; those of least p where there are many."""
+    plans = measured["plans"]
+    names = _plan_names(plans, names)
+    rows = []
+    if measured["uniform"]:
+        first = _uniform_name(measured["uniform"])
+        for name, plan in zip(names, plans, strict=True):
+            one = plan["versus_uniform"]
+            rows.append((first, name, {"only_first": one["only_uniform"], **one}))
+    pairs = combinations(names, 2)
+    rows += [(*pair, one) for pair, one in zip(pairs, measured["comparisons"], strict=True)]
+    if not rows:
+        return None
+    least = sorted(range(len(rows)), key=lambda i: rows[i][2]["p_holm"])[:SHOWN_PAIRS]
+    shown = [rows[i] for i in sorted(least)]
+    caption = "only: images that it alone gets right; points: second less first, 95 % interval"
+    if len(shown) < len(rows):
+        caption += f"; {len(rows) - len(shown)} more, less distinct, by --json"
+    records = [one for *_, one in shown]
+    columns = [
+        Column(head="only\nfirst", cells=[str(one["only_first"]) for one in records]),
+        Column(
+            head="only\nsecond",
+            cells=[str(one.get("only_second", one.get("only_plan"))) for one in records],
+        ),
+        *_paired_columns(records),
+    ]
+    room = (WIDTH - sum(column.width + 2 for column in columns)) // 2 - 2
+    firsts, seconds = ([elided(row[side], room) for row in shown] for side in (0, 1))
+    columns.insert(0, Column(head="second", cells=seconds, right=False))
+    return _named(Column(head="first", cells=firsts), columns, caption)
+
+
+def class_table(measured: Mapping[str, Any], names: Sequence[str] | None = None) -> Table | None:
+    """Of each plan the classes that lose most and those that gain most against float."""
+    classes = measured["classes"]
+    shown: list[list[str]] = []
+    for index, name in enumerate(_plan_names(measured["plans"], names)):
+        changes = [one["plans"][index]["difference"] for one in classes]
+        sides = []
+        for sign in (-1, 1):
+            moved = [place for place, change in enumerate(changes) if sign * change > 0]
+            moved.sort(key=lambda place: -abs(changes[place]))
+            sides.append([_class_cells(classes[i], changes[i]) for i in moved[:SHOWN_CLASSES]])
+        for row, (loses, gains) in enumerate(zip_longest(*sides, fillvalue=("", "", ""))):
+            shown.append(["" if row else name, *loses, *gains])
+    if not shown:
+        return None
+    least, most = (end(one["n"] for one in classes) for end in (min, max))
+    images = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    heads = ("loses most", "float %", "points", "gains most", "float %", "points")
+    columns = [
+        Column(head=head, cells=[row[1 + at] for row in shown], right=at % 3 > 0)
+        for at, head in enumerate(heads)
+    ]
+    caption = f"classes against float; {images} images a class"
+    return _named(Column(head="network", cells=[row[0] for row in shown]), columns, caption)
+
+
+def _class_cells(one: Mapping[str, Any], change: float) -> tuple[str, str, str]:
+    name = str(one["class"]) if one["name"] is None else one["name"]
+    return elided(name, 16), f"{one['float']:.1f}", f"{change:+.1f}"
+
+
+def speed_line(measured: Mapping[str, Any]) -> str | None:
+    """How fast the networks ran, and what that is not."""
+    speeds = measured["images_per_second"]
+    if speeds is None:
+        return None
+    uniform = [] if speeds["uniform"] is None else [speeds["uniform"]]
+    least, most = (f"{end([*uniform, *speeds['plans']]):,.0f}" for end in (min, max))
+    quantized = least if least == most else f"{least} to {most}"
+    line = (
+        f"images per second: float {speeds['float']:,.0f}, quantized {quantized}; the speed of "
+        "this simulation on this machine, not of a runtime"
+    )
+    return textwrap.fill(line, WIDTH)
 
 
 def _divergence(record: Mapping[str, Any]) -> str:
