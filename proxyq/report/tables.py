@@ -293,7 +293,7 @@ def _uniform_name(uniform: Mapping[str, Any]) -> str:
 def _plan_names(plans: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> list[str]:
     if names is None:
         names = ["plan"] if len(plans) == 1 else [str(plan.get("file")) for plan in plans]
-    # The folder tells files of one folder not apart.
+    # Files of one folder are told apart by their names alone.
     alike = len({os.path.dirname(name) for name in names}) == 1
     return [os.path.basename(name) if alike else name for name in names]
 
