@@ -11,6 +11,8 @@ from proxyq.proxies import PROXIES
 from proxyq.report.plots import check_format, draw_plan, plot_plan
 from proxyq.report.tables import (
     accuracy_table,
+    class_table,
+    comparison_table,
     counted,
     layer_scores,
     network_table,
@@ -19,6 +21,7 @@ from proxyq.report.tables import (
     proxies_table,
     recipes_table,
     short_names,
+    speed_line,
 )
 from proxyq.search.allocate.plan import SCHEMA, Plan
 from proxyq.search.recipes import available_recipes, load_recipe
@@ -212,6 +215,59 @@ def test_accuracy_table():
     assert lines[-1].strip() == "on 10,000 images"
     lines = shown(accuracy_table({**measured, "uniform": None, "plans": measured["plans"][:1]}))
     assert [line.split()[0] for line in lines[2:4]] == ["float", "plan"]
+
+
+def paired(first: str, second: str, p: float = 0.2) -> dict[str, Any]:
+    counts = {f"only_{first}": 12, f"only_{second}": 3}
+    return {**counts, "difference": -2.25, "interval": [-4.0, 0.125], "p_value": p / 2, "p_holm": p}
+
+
+def test_comparisons_of_many_plans():
+    names = [f"folder/a-long-name-of-a-plan-{number}.json" for number in range(8)]
+    row = {"average_bits": 3.0, "size_bits": 81920, "kl": 0.0123, "correction": "statistics"}
+    row |= {"top1": 80.25, "versus_float": paired("float", "plan", 1e-9)}
+    pairs = [paired("first", "second", p=1 / (1 + number)) for number in range(28)]
+    measured = {
+        "float": {"top1": 91.5, "n": 10000},
+        "uniform": {"bits": 3, **row},
+        "plans": [
+            {"file": name, **row, "versus_uniform": paired("uniform", "plan")} for name in names
+        ],
+        "comparisons": pairs,
+    }
+    lines = shown(accuracy_table(measured))
+    assert max(map(len, lines)) <= 88
+    assert lines[3].split()[-4:] == ["-2.25", "-4.00", "+0.12", "<0.0001"]
+    assert "folder" not in "".join(lines) and "correction: statistics" in " ".join(lines)
+    lines = shown(comparison_table(measured))
+    assert max(map(len, lines)) <= 88
+    assert len([line for line in lines if line.split()[-1:] and "-2.25" in line]) == 15
+    assert lines[-1].endswith("by --json") and "21 more" in " ".join(lines)
+    alone = {**measured, "plans": measured["plans"][:1], "uniform": None, "comparisons": []}
+    assert comparison_table(alone) is None
+
+
+def test_classes_that_change_most():
+    changes = {"ant": -5.0, "bee": 2.5, "cow": 0.0, "dog": -7.5, "elk": -1.0, "fox": -2.0}
+    classes = [
+        {"class": i, "name": n, "n": 40 + i, "float": 90.0, "plans": [{"difference": change}]}
+        for i, (n, change) in enumerate(changes.items())
+    ]
+    measured = {"plans": [{"file": "a.json"}], "classes": classes}
+    lines = shown(class_table(measured))
+    assert lines[2].split() == ["plan", "dog", "90.0", "-7.5", "bee", "90.0", "+2.5"]
+    assert [line.split()[0] for line in lines[3:5]] == ["ant", "fox"]
+    assert lines[-1].strip() == "classes against float; 40 to 45 images a class"
+    unnamed = [{**one, "name": None} for one in classes]
+    assert shown(class_table({**measured, "classes": unnamed}))[2].split()[1] == "3"
+    assert class_table({**measured, "classes": classes[2:3]}) is None
+
+
+def test_speed_line():
+    speeds = {"float": 1234.5, "uniform": 900.0, "plans": [850.2, 910.0]}
+    line = speed_line({"images_per_second": speeds})
+    assert line is not None and "float 1,234, quantized 850 to 910;" in line
+    assert speed_line({"images_per_second": None}) is None
 
 
 def test_listings():

@@ -134,7 +134,15 @@ class Evaluation:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `evaluate --json` prints."""
+        """The object that `evaluate --json` prints: the summary, and three keys more.
+
+        - `comparisons`: every two plans, `first` and `second` by name. Differences everywhere are
+          in points of top-1, of the second (the plan) less the first, with a 95 % interval.
+        - `classes`: of each class that has images how many (`n`), top-1 in percent of `float` and
+          of the others, with its difference from float in points; the plans in their order.
+        - `images_per_second`: of `float`, `uniform` and the plans; `null` where all images fit
+          one batch. This alone is not the same twice.
+        """
         return {
             **self.summary(),
             "comparisons": [

@@ -29,7 +29,7 @@ def evaluate(
     no_cache: o.NoCache = False,
     device: o.Device = None,
 ) -> None:
-    """Measure plans: accuracy beside float and uniform bits, tested image by image."""
+    """Measure plans beside float and uniform bits, tested image by image."""
     model, files = model_and_plans(arguments)
     bound = None if memory is None else byte_count(memory, "--memory")
     with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
