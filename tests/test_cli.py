@@ -235,6 +235,10 @@ def test_evaluate_two_plans(searched: tuple[Finished, Path], tmp_path: Path):
     result = json.loads(done.out)
     assert result["float"] == {"top1": 99.0, "n": 400}
     assert result["uniform"]["bits"] == 3
+    assert [(one["first"], one["second"]) for one in result["comparisons"]] == [
+        (str(plan), str(other))
+    ]
+    assert sum(one["n"] for one in result["classes"]) == 400
     assert [one["file"] for one in result["plans"]] == [str(plan), str(other)]
     assert set(result["plans"][0]) >= {"top1", "size_bits", "average_bits", "kl", "correction"}
     measured = json.loads(searched[0].out)["measured"]

@@ -181,10 +181,9 @@ def test_two_plans_on_a_hub_data_set(digits: Data, plans: tuple[Path, Path], mon
     class Table:
         """What is used of `datasets.Dataset`."""
 
-        features = {  # noqa: RUF012
-            "image": type("Image", (), {})(),
-            "label": type("ClassLabel", (), {"names": list(NAMES)})(),
-        }
+        def __init__(self) -> None:
+            names = type("ClassLabel", (), {"names": list(NAMES)})()
+            self.features = {"image": type("Image", (), {})(), "label": names}
 
         def __len__(self) -> int:
             return IMAGES
