@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from proxyq.api import rank as rank
     from proxyq.api import score as score
     from proxyq.api import table as table
+    from proxyq.api import write_report as write_report
     from proxyq.data import Data as Data
     from proxyq.data import load_data as load_data
     from proxyq.engine import Engine as Engine
@@ -86,6 +87,7 @@ _PUBLIC = {
         "Evolution",
         "ModelSpec",
         "quantize_model",
+        "write_report",
         "Evaluation",
     ),
 }

@@ -23,7 +23,7 @@ from proxyq.version import __version__
 
 COMMANDS = (
     *("search", "score", "allocate", "pareto", "evaluate", "table", "rank", "evolve"),
-    *("inspect", "proxies", "models", "recipes"),
+    *("report", "inspect", "proxies", "models", "recipes"),
 )
 
 

@@ -4,7 +4,8 @@
 `allocate` are its two halves, with a file between them; `pareto` answers for a range of budgets;
 `evaluate` measures plans, `table` many random ones, against which `rank` holds proxies and from
 which `evolve` makes new ones;
-`quantize_model` applies a plan; `inspect` shows what a model is made of.
+`write_report` shows plans on a page; `quantize_model` applies a plan; `inspect` shows what a model
+is made of.
 """
 
 from proxyq.api.allocate import allocate as allocate
@@ -29,6 +30,7 @@ from proxyq.api.quantize import check_plan_fits as check_plan_fits
 from proxyq.api.quantize import quantize_model as quantize_model
 from proxyq.api.rank import RankResult as RankResult
 from proxyq.api.rank import rank as rank
+from proxyq.api.report import write_report as write_report
 from proxyq.api.score import score as score
 from proxyq.api.search import DEFAULT_BUDGET as DEFAULT_BUDGET
 from proxyq.api.search import search as search

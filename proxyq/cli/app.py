@@ -20,6 +20,7 @@ from proxyq.cli import (
     proxies,
     rank,
     recipes,
+    report,
     score,
     search,
     table,
@@ -46,6 +47,7 @@ app.command()(evaluate.evaluate)
 app.command()(table.table)
 app.command()(rank.rank)
 app.command()(evolve.evolve)
+app.command()(report.report)
 app.command()(inspect.inspect)
 app.command()(proxies.proxies)
 app.command()(models.models)

@@ -742,6 +742,47 @@ Plans = Annotated[
         help="Write a plan for each point into this folder: plan-01.json and so on.",
     ),
 ]
+ReportedPlans = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PLAN.json...", show_default=False, help="One or several plans of one model."
+    ),
+]
+OutPage = Annotated[
+    str, _option("--out", metavar="REPORT.html", panel=RESULT, help="Write the page to this file.")
+]
+ReportedScores = Annotated[
+    str | None,
+    _option(
+        "--scores",
+        metavar="SCORES.json",
+        panel=RESULT,
+        help="Show these scores of the layers, from `proxyq score`, and their couplings.",
+    ),
+]
+ReportedFront = Annotated[
+    str | None,
+    _option(
+        "--front",
+        metavar="FRONT.json",
+        panel=RESULT,
+        help="Show the plans beside this front, from `proxyq pareto`.",
+    ),
+]
+ReportedEvaluation = Annotated[
+    str | None,
+    _option(
+        "--evaluation",
+        metavar="FILE.json",
+        panel=RESULT,
+        help="Show this accuracy, printed by `proxyq evaluate --json`. Default: what the plans "
+        "hold.",
+    ),
+]
+PageTitle = Annotated[
+    str | None,
+    _option("--title", metavar="TEXT", panel=RESULT, help="Headline. Default: the model's name."),
+]
 Plot = Annotated[
     str | None,
     _option(
