@@ -75,9 +75,11 @@ def bits_row(shown: Shown, highest: int) -> Markup:
     layers = list(shown.plan.layers.items())
     count, top, base = len(layers), 18.0, 120.0
     scale = Scale(0, highest)
-    ticks = sorted({width for _, one in layers if (width := one.weight_bits)} | {highest})
-    ticks = [tick for tick in ticks if tick == highest or highest - tick >= highest / 10]
-    parts = [y_axis(scale, top, base, [0, *ticks])]
+    ticks = [highest]
+    for width in sorted({one.weight_bits or highest for _, one in layers}, reverse=True):
+        if ticks[-1] - width >= 0.11 * highest <= width:  # a line of text apart
+            ticks.append(width)
+    parts = [y_axis(scale, top, base, [*ticks, 0])]
     beside = {one.activation_bits for _, one in layers}
     for index, (name, one) in enumerate(layers):
         height = scale(one.weight_bits or highest) * (base - top)
@@ -143,9 +145,8 @@ def mix_bar(shown: Shown) -> Markup:
     total = sum(one.weights for one in shown.plan.layers.values()) or 1
     for width, layers, weights in bit_mix(shown.plan):
         share = weights / total
-        words = (
-            f"{_bit_words(width)}: {layers} layer{'s' * (layers != 1)}, {share:.1%} of the weights"
-        )
+        words = f"{_bit_words(width)}: {layers} layer{'s' * (layers != 1)}"
+        words += f", {100 * share:.1f} % of the weights"
         inner = [
             title(words),
             tag(
@@ -153,7 +154,7 @@ def mix_bar(shown: Shown) -> Markup:
             ),
         ]
         if share >= 0.09:
-            text = f"{_bit_words(width)} · {share:.0%}"
+            text = f"{_bit_words(width)} · {100 * share:.0f} %"
             place = {"x": percent(x + share / 2), "y": 14}
             inner.append(tag("text", text, class_=f"mid on-{bits_class(width)}", **place))
         parts.append(tag("g", *inner))
@@ -181,7 +182,7 @@ def weights_row(layers: Mapping[str, PlannedLayer]) -> Markup:
     total, count, base = sum(one.weights for one in layers.values()) or 1, len(layers), 52.0
     shares = [one.weights / total for one in layers.values()]
     scale = Scale(0, max(*shares, 1e-9) if count > 1 else max(shares[0], 1e-9))
-    most = tag("text", f"{max(shares):.0%}", x=-8, y=10, dy="0.32em", class_="end")
+    most = tag("text", f"{100 * max(shares):.0f} %", x=-8, y=10, dy="0.32em", class_="end")
     parts = [most, tag("line", x1=0, x2="100%", y1=base, y2=base, class_="grid")]
     for index, ((name, one), share) in enumerate(zip(layers.items(), shares, strict=True)):
         height = scale(share) * (base - 8)
@@ -193,7 +194,7 @@ def weights_row(layers: Mapping[str, PlannedLayer]) -> Markup:
             height=height,
             class_="share",
         )
-        text = title(f"{name}: {one.weights:,} weights, {share:.2%} of all")
+        text = title(f"{name}: {one.weights:,} weights, {100 * share:.2f} % of all")
         parts.append(tag("g", text, _hit(index, count, base), bar))
     return plot(*parts, height=base + 4, label="Share of all weights by layer")
 
@@ -207,7 +208,7 @@ def names_row(names: Sequence[str]) -> Markup:
         text = tag("text", short[index], transform="rotate(-90)", dy="0.32em", class_="end")
         parts.append(tag("svg", title(names[index]), text, x=percent((index + 0.5) / count), y=2))
     longest = max(map(len, short))
-    return plot(*parts, height=8 + 6.4 * longest, label="", hidden=True)
+    return plot(*parts, height=8 + 6.0 * longest, label="", hidden=True)
 
 
 # -- scores ----------------------------------------------------------------------------

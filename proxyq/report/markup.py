@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-VOID = frozenset({"meta", "br", "hr", "link"})
+VOID = frozenset({"meta", "wbr"})
 # Neither HTML nor UTF-8 can hold these; JSON's text can.
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 

@@ -6,6 +6,7 @@ shows is. The same records give the same bytes.
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import PurePath
@@ -16,7 +17,7 @@ import numpy as np
 from proxyq.errors import ProxyqError
 from proxyq.report import charts
 from proxyq.report.charts import LayerScores, Placed, Shown, bits_class, layer_size, width_text
-from proxyq.report.markup import Markup, joined, percent, tag
+from proxyq.report.markup import Markup, escaped, joined, percent, tag
 from proxyq.report.svg import SHAPES, mark, number
 from proxyq.report.tables import counted
 from proxyq.search.allocate.budget import SHARE
@@ -28,6 +29,12 @@ from proxyq.version import __version__
 
 PAIRS = 8
 """Pairs of layers that are named below a coupling map."""
+_MEASURES = {
+    "predicted": "predicted_kl",
+    "measured": "kl_fitted",
+    "held back": "kl",
+    "rescaled": "rescaled",
+}
 _SIZES = {"KiB": 2**13, "MiB": 2**23, "GiB": 2**33, "KB": 8e3, "MB": 8e6, "GB": 8e9}
 
 
@@ -47,17 +54,17 @@ def page(
     """
     shown = _shown(plans, names)
     _check_one_model(shown, scores, front)
-    measured = _measured(shown, names, evaluation)
-    found = evaluation or next((one for one in _own(shown).values()), None)
+    results = _results(shown, evaluation)
+    measured = _measured(shown, names, evaluation, results)
     heading = title or " · ".join(dict.fromkeys(_model_name(one.plan) for one in shown))
     sections = [
-        ("summary", "Summary", _summary(shown, measured, found)),
+        ("summary", "Summary", _summary(shown, measured, results)),
         ("budgets", "Budgets", _budgets(shown)),
         ("bits", "Bits per layer", _bits(shown)),
         ("scores", "Score per layer", _scores(shown, scores)),
         ("coupling", "Coupling map", _coupling(shown, scores)),
         ("front", "Pareto front", _front(front, shown, measured)),
-        ("accuracy", "Accuracy", _accuracy(shown, evaluation)),
+        ("accuracy", "Accuracy", _accuracy(shown, measured, evaluation, results)),
         ("candidates", "Plans that were tried", _candidates(shown)),
         ("groups", "Groups", _groups(shown)),
         ("plan", "The plan" if len(shown) == 1 else "The plans", _layers(shown, scores)),
@@ -149,23 +156,30 @@ def _check_one_model(shown: Sequence[Shown], scores: ScoreFile | None, front: Fr
                 )
 
 
-def _own(shown: Sequence[Shown]) -> dict[int, EvaluationFile]:
-    """What plans hold of their own accuracy, by their index."""
-    return {
-        index: EvaluationFile.from_json(one.plan.measured, f"accuracy in the plan {one.name!r}")
-        for index, one in enumerate(shown)
-        if one.plan.measured is not None
-    }
+def _results(
+    shown: Sequence[Shown], evaluation: EvaluationFile | None
+) -> list[EvaluationFile | None]:
+    """For each plan where its accuracy stands: the evaluation of all, else what it holds."""
+    if evaluation is not None:
+        return [evaluation] * len(shown)
+    return [
+        None
+        if one.plan.measured is None
+        else EvaluationFile.from_json(one.plan.measured, f"accuracy in the plan {one.name!r}")
+        for one in shown
+    ]
 
 
 def _measured(
-    shown: Sequence[Shown], names: Sequence[str], evaluation: EvaluationFile | None
+    shown: Sequence[Shown],
+    names: Sequence[str],
+    evaluation: EvaluationFile | None,
+    results: Sequence[EvaluationFile | None],
 ) -> list[NetworkMeasured | None]:
     """Each plan's accuracy, where it was measured."""
     if evaluation is None:
-        own = _own(shown)
-        return [own[i].plans[0] if i in own else None for i in range(len(shown))]
-    results: list[NetworkMeasured | None] = []
+        return [None if one is None else one.plans[0] for one in results]
+    matched: list[NetworkMeasured | None] = []
     for index, (one, name) in enumerate(zip(shown, names, strict=True)):
         ways = (
             lambda file, name=name: file == name,
@@ -180,8 +194,8 @@ def _measured(
                 f"{match.size_bits:,} bits by that name, and this one has "
                 f"{one.plan.size_bits:,}; run `proxyq evaluate` again."
             )
-        results.append(match)
-    return results
+        matched.append(match)
+    return matched
 
 
 def _model_name(plan: Plan) -> str:
@@ -219,8 +233,19 @@ def _badge(shown: Shown) -> Markup | None:
     return tag("span", shown.key, class_="badge") if shown.key else None
 
 
+def _name(text: str) -> Markup:
+    """A name, which may be broken after its dots and strokes where it is long."""
+    parts = re.split(r"(?<=[._/])", text)
+    return tag("span", joined(parts, tag("wbr")), class_="name")
+
+
 def _titled(shown: Shown) -> Markup:
-    return joined([_badge(shown), tag("span", shown.name, class_="name")])
+    return joined([_badge(shown), _name(shown.name)])
+
+
+def _starred(text: str, star: bool) -> Markup:
+    """A number that keeps its place in the column with a star and without."""
+    return joined([text, tag("span", "*" if star else "", class_="star")])
 
 
 def _chip(bits: int | None) -> Markup:
@@ -259,10 +284,9 @@ def _table(
     return tag("div", inner, class_="table", tabindex=0, role="group", aria_label=label)
 
 
-def _definitions(facts: Mapping[str, Any]) -> Markup:
-    return tag(
-        "dl", *(part for key, value in facts.items() for part in (tag("dt", key), tag("dd", value)))
-    )
+def _definitions(facts: Mapping[str, Any], class_: str | None = None) -> Markup:
+    pairs = (part for key, value in facts.items() for part in (tag("dt", key), tag("dd", value)))
+    return tag("dl", *pairs, class_=class_)
 
 
 def _swatches(widths: Iterable[int | None]) -> list[Markup]:
@@ -284,10 +308,12 @@ def _tiny(*children: Markup) -> Markup:
 def _summary(
     shown: Sequence[Shown],
     measured: Sequence[NetworkMeasured | None],
-    evaluation: EvaluationFile | None,
+    results: Sequence[EvaluationFile | None],
 ) -> Markup:
-    float_top1 = None if evaluation is None else evaluation.float_.top1
-    cards = [_card(one, result, float_top1) for one, result in zip(shown, measured, strict=True)]
+    cards = [
+        _card(one, result, None if where is None else where.float_.top1)
+        for one, result, where in zip(shown, measured, results, strict=True)
+    ]
     how = (
         "Bits on average count the weights of layers that are not pinned. The size counts all "
         "weights, not scales and biases. The gap is how far the cost can at most lie above the "
@@ -360,7 +386,7 @@ def _budgets(shown: Sequence[Shown]) -> Markup | None:
             row += [budget.name, (f"{number(budget.asked, '.5g')}{unit}",)]
             row += [(f"{number(budget.achieved, '.5g')}{unit}",)]
             row += [(tag("span", used, class_="flag") if over else used,), _use(share, over)]
-            rows.append([*row, " ".join(counted(budget, one.plan).split())])
+            rows.append([*row, tag("div", counted(budget, one.plan), class_="words")])
     if not rows:
         return None
     heads = [*(["plan"] if len(shown) > 1 else []), "budget", ("asked",), ("taken",), ("",)]
@@ -375,7 +401,15 @@ def _use(share: float | None, over: bool) -> Markup:
         "rect", width=percent(min(share, 1.0)), height=8, rx=2, class_="over" if over else "used"
     )
     track = tag("rect", width="100%", height=8, rx=2, class_="track")
-    svg = tag("svg", track, bar, width="100%", height=8, role="img", aria_label=f"{share:.0%} used")
+    svg = tag(
+        "svg",
+        track,
+        bar,
+        width="100%",
+        height=8,
+        role="img",
+        aria_label=f"{100 * share:.0f} % used",
+    )
     return tag("div", svg, class_="use")
 
 
@@ -518,7 +552,9 @@ def _pairs(matrix: np.ndarray, alike: np.ndarray, names: Sequence[str]) -> Marku
         one, other = int(rows[k]), int(columns[k])
         share = float(alike[one, other])
         shown = "" if np.isnan(share) else number(share, ".2f")
-        found.append([names[one], names[other], (shown,), (number(float(values[k]), ".3g"),)])
+        found.append(
+            [_name(names[one]), _name(names[other]), (shown,), (number(float(values[k]), ".3g"),)]
+        )
     heads = ["layer", "with", ("normalised",), ("adds to the cost",)]
     caption = "The pairs that change the cost most"
     return _table(heads, found, caption=caption, label=caption)
@@ -545,7 +581,7 @@ def _front(
     )
     if any(one.cost is None for one in placed):
         how += " A dotted upright is a plan made by other costs, which cannot be compared."
-    below = tag("p", f"{front.budget.name}{unit}", class_="soft")
+    below = tag("p", f"{front.budget.name}{unit}", class_="unit")
     panels = [tag("div", tag("h3", "Predicted cost"), charts.front_costs(front, placed), below)]
     float_top1 = None
     if any(point.measured for point in front.points):
@@ -555,7 +591,7 @@ def _front(
         drawn = charts.front_accuracy(front, placed, float_top1)
         panels.append(tag("div", tag("h3", "Measured top-1, %"), drawn, below))
     notes = [tag("p", note, class_="note") for note in front.notes]
-    table = tag("details", tag("summary", "All points"), _points(front))
+    table = tag("details", tag("summary", "All points"), _points(front), open="open")
     return joined([_how(how), *notes, tag("div", *panels, class_="charts"), table])
 
 
@@ -592,15 +628,15 @@ def _points(front: Front) -> Markup:
     for index, one in enumerate(front.points, 1):
         first, last = one.asked[0], one.asked[-1]
         asked = f"{first:.4g}" if first == last else f"{first:.4g} to {last:.4g}"
-        cost = f"{number(one.predicted)}{' *' if one.dominated else ''}"
+        cost = _starred(number(one.predicted), one.dominated)
         gap = "" if one.gap is None else f"{number(round(100 * one.gap, 6), '.2g')} %"
         row: list[Cell] = [str(index), (asked,), (f"{one.achieved:.5g}",)]
         row += [(_size(one.size_bits),), (cost,), (gap,)]
         if there:
             found = one.measured
             row += [("",), ("",)] if found is None else [
-                (f"{found.top1:.2f}{' *' if found.top1_dominated else ''}",),
-                (f"{number(found.kl)}{' *' if found.kl_dominated else ''}",),
+                (_starred(f"{found.top1:.2f}", found.top1_dominated),),
+                (_starred(number(found.kl), found.kl_dominated),),
             ]  # fmt: skip
         rows.append(row)
     return _table(heads, rows, label="Points of the front", caption="* dominated")
@@ -609,16 +645,18 @@ def _points(front: Front) -> Markup:
 # -- accuracy --------------------------------------------------------------------------
 
 
-def _accuracy(shown: Sequence[Shown], evaluation: EvaluationFile | None) -> Markup | None:
+def _accuracy(
+    shown: Sequence[Shown],
+    measured: Sequence[NetworkMeasured | None],
+    evaluation: EvaluationFile | None,
+    results: Sequence[EvaluationFile | None],
+) -> Markup | None:
+    # Records are known by their identity: two plans may well measure alike.
+    labels = {id(result): _titled(one) for one, result in zip(shown, measured, strict=True)}
     if evaluation is not None:
-        tables = [_measured_table(evaluation, None)]
+        tables = [_measured_table(evaluation, labels)]
     else:
-        own = _own(shown)
-        tables = []
-        for index, found in own.items():
-            one = shown[index]
-            tables += [tag("h3", _titled(one))] if one.key else []
-            tables.append(_measured_table(found, one.name))
+        tables = [_measured_table(one, labels) for one in results if one is not None]
     if not tables:
         return None
     how = (
@@ -629,15 +667,15 @@ def _accuracy(shown: Sequence[Shown], evaluation: EvaluationFile | None) -> Mark
     return joined([_how(how), *tables])
 
 
-def _measured_table(found: EvaluationFile, name: str | None) -> Markup:
+def _measured_table(found: EvaluationFile, labels: Mapping[int, Markup]) -> Markup:
     """Float, uniform and plans; then what was compared, and classes."""
-    records: list[tuple[str, NetworkMeasured]] = []
+    records: list[tuple[Markup, NetworkMeasured]] = []
     if found.uniform is not None:
-        records.append((f"uniform {width_text(found.uniform.bits)} bit", found.uniform))
-    records += [(name or one.file, one) for one in found.plans]
+        records.append((escaped(f"uniform {width_text(found.uniform.bits)} bit"), found.uniform))
+    records += [(labels.get(id(one), escaped(one.file)), one) for one in found.plans]
     versus = any(one.versus_float is not None for _, one in records)
     heads: list[Cell] = ["network", ("top-1 %",)]
-    heads += [("less float",), ("interval",), ("p",), ("p, Holm",)] if versus else []
+    heads += [("against float",), ("interval",), ("p",), ("p, Holm",)] if versus else []
     heads += [("bits",), ("size",), ("KL, nats",), "correction"]
     blank: list[Cell] = [("",)] * 4 if versus else []
     top1 = f"{found.float_.top1:.2f}"
@@ -648,7 +686,7 @@ def _measured_table(found: EvaluationFile, name: str | None) -> Markup:
             beside = blank if one.versus_float is None else _difference(one.versus_float)
         rows.append(
             [
-                tag("span", label, class_="name"),
+                label,
                 (f"{one.top1:.2f}",),
                 *beside,
                 (f"{one.average_bits:.4g}",),
@@ -663,7 +701,7 @@ def _measured_table(found: EvaluationFile, name: str | None) -> Markup:
     parts = [_table(heads, rows, caption=caption, label="Accuracy"), _only(records)]
     if found.comparisons:
         pairs = [[one.first, one.second, *_difference(one)] for one in found.comparisons]
-        heads = ["network", "less", ("difference",), ("interval",), ("p",), ("p, Holm",)]
+        heads = ["network", "against", ("difference",), ("interval",), ("p",), ("p, Holm",)]
         parts += [tag("h3", "Plans against each other"), _table(heads, pairs, label="Comparisons")]
     if found.classes:
         parts += [tag("h3", "By class"), _anything(found.classes, "By class")]
@@ -682,10 +720,10 @@ def _chance(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _only(records: Sequence[tuple[str, NetworkMeasured]]) -> Markup | None:
+def _only(records: Sequence[tuple[Markup, NetworkMeasured]]) -> Markup | None:
     """Images that only one of float network and plan gets right."""
     found = [
-        f"{label}: {one.versus_float.only_float:,} and {one.versus_float.only_plan:,}"
+        joined([label, f" {one.versus_float.only_float:,} and {one.versus_float.only_plan:,}"])
         for label, one in records
         if one.versus_float is not None
         and one.versus_float.only_float is not None
@@ -694,7 +732,7 @@ def _only(records: Sequence[tuple[str, NetworkMeasured]]) -> Markup | None:
     if not found:
         return None
     text = "Images that only the float network gets right, and only the plan: "
-    return tag("p", f"{text}{'; '.join(found)}.", class_="how")
+    return tag("p", text, joined(found, "; "), ".", class_="how")
 
 
 def _anything(value: Any, label: str) -> Markup:
@@ -717,17 +755,21 @@ def _candidates(shown: Sequence[Shown]) -> Markup | None:
         found = auto.get("candidates") if auto is not None else None
         if auto is None or not isinstance(found, list):
             continue
-        keys = ("predicted_kl", "kl_fitted", "kl", "rescaled")
+        records = [record for record in found if isinstance(record, dict)]
+        columns = {
+            head: key
+            for head, key in _MEASURES.items()
+            if any(_is_number(record.get(key)) for record in records)
+        }
         rows = [
             [
                 _text(record.get("proxy")),
-                *((number(v) if _is_number(v := record.get(key)) else "",) for key in keys),
+                *((number(v) if _is_number(v := record.get(k)) else "",) for k in columns.values()),
                 "kept" if record.get("proxy") == auto.get("chosen") else "",
             ]
-            for record in found
-            if isinstance(record, dict)
+            for record in records
         ]
-        heads = ["proposed by", ("predicted",), ("measured",), ("held back",), ("rescaled",), ""]
+        heads = ["proposed by", *((head,) for head in columns), ""]
         if rows:
             tables += [tag("h3", _titled(one))] if one.key else []
             tables.append(_table(heads, rows, label=f"Plans tried for {one.name}"))
@@ -762,12 +804,15 @@ def _groups(shown: Sequence[Shown]) -> Markup | None:
     heads += [f"bits, {one.key}" if one.key else "bits" for one in shown]
     rows = []
     for group, names in several.items():
-        row: list[Cell] = [group, joined([tag("span", n, class_="name") for n in names], ", ")]
+        row: list[Cell] = [
+            _name(group),
+            tag("div", joined(map(_name, names), ", "), class_="words"),
+        ]
         for one in shown:
             bits = [one.plan.layers[name].weight_bits for name in names]
             shapes = joined([_chip(width) for width in bits], " ")
             flag = tag("span", "differ", class_="flag") if len(set(bits)) > 1 else None
-            row.append(joined([shapes, flag], " ") if flag else shapes)
+            row.append(tag("span", shapes, " ", flag, class_="whole"))
         rows.append(row)
     how = (
         "Layers of a group end in one residual sum. Where activations are quantized the terms of "
@@ -787,16 +832,16 @@ def _layers(shown: Sequence[Shown], scores: ScoreFile | None) -> Markup:
         heads += [(f"share{key}",)]
     rows = []
     for name, layer in layers.items():
-        row: list[Cell] = [tag("span", name, class_="name")]
+        row: list[Cell] = [_name(name)]
         row += [scores.layers[name].kind] if scores is not None else []
         row += [(f"{layer.weights:,}",), (f"{layer.macs:,}",)]
         for one, act in zip(shown, beside, strict=True):
             own = one.plan.layers[name]
             pinned = tag("span", " pinned", class_="soft") if own.pinned else None
-            row.append(joined([_chip(own.weight_bits), pinned]))
+            row.append(tag("span", _chip(own.weight_bits), pinned, class_="whole"))
             row += [(width_text(own.activation_bits),)] if act else []
             row.append((f"{layer_size(own) / 8192:,.1f}",))
-            row.append((f"{layer_size(own) / (one.plan.size_bits or 1):.1%}",))
+            row.append((f"{100 * layer_size(own) / (one.plan.size_bits or 1):.1f} %",))
         rows.append(row)
     foot: list[Cell] = [f"{len(layers)} layers", *([""] if scores is not None else [])]
     foot += [(f"{sum(one.weights for one in layers.values()):,}",)]
@@ -839,11 +884,11 @@ def _provenance(
     }
     parts: list[Markup] = []
     if shared:
-        parts += [tag("h3", "All of them"), _definitions(shared)]
+        parts += [tag("h3", "All of them"), _definitions(shared, "facts")]
     for head, facts in found:
         own = {key: value for key, value in facts.items() if key not in shared}
         if own:
-            parts += [tag("h3", head), _definitions(own)]
+            parts += [tag("h3", head), _definitions(own, "facts")]
     if not parts:
         return None
     how = "What made these files: the same facts, and the same versions, give the same plans."

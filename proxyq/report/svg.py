@@ -84,6 +84,14 @@ def number(value: float, form: str = ".4g") -> str:
     return f"10{power}" if mantissa == "1" else f"{mantissa}×10{power}"
 
 
+def tick_text(value: float, scale: Scale) -> str:
+    """A number at an axis; far from one, powers of ten on a logarithmic one."""
+    power = math.log10(value) if scale.log else 0.0
+    if abs(power) > 2.5 and abs(power - round(power)) < 1e-9:
+        return f"10{str(round(power)).translate(_SUPERSCRIPTS)}"
+    return number(value, ".3g")
+
+
 def plot(
     *children: Any, height: float, label: str, class_: str = "plot", hidden: bool = False
 ) -> Markup:
@@ -100,7 +108,7 @@ def y_axis(scale: Scale, top: float, bottom: float, ticks: Sequence[float] | Non
     for value in scale.ticks() if ticks is None else ticks:
         y = bottom - scale(value) * (bottom - top)
         marks.append(tag("line", x1=0, x2="100%", y1=y, y2=y, class_="grid"))
-        text = number(value, ".3g")
+        text = tick_text(value, scale)
         marks.append(tag("text", text, x=-8, y=y, dy="0.32em", class_="end"))
     return joined(marks)
 
