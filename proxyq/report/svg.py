@@ -59,7 +59,9 @@ def scale_of(values: Iterable[float], *, log: bool = False, zero: bool = False) 
     `log`: by logarithms where what is positive spans more than a decade; what is not positive
     has no place there. `zero`: from zero on where the scale is even.
     """
-    found = [float(value) for value in values if math.isfinite(value)] or [0.0, 1.0]
+    # Within these ends no sum, difference or step between ticks is infinite, or vanishes.
+    found = [max(-1e300, min(1e300, float(value))) for value in values if math.isfinite(value)]
+    found = [0.0 if abs(value) < 1e-290 else value for value in found] or [0.0]
     positive = [value for value in found if value > 0]
     if log and len(positive) * 2 > len(found) and max(positive) > 10 * min(positive):
         room = (max(positive) / min(positive)) ** 0.04
@@ -67,6 +69,8 @@ def scale_of(values: Iterable[float], *, log: bool = False, zero: bool = False) 
     low, high = min(found), max(found)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
+    if low == high == 0:
+        return Scale(0.0, 1.0)
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return Scale(
         low if zero and low == 0 else low - room, high if zero and high == 0 else high + room

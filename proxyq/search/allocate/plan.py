@@ -248,9 +248,11 @@ def _shown(bits: int | None) -> str:
 def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic error as `'layers.fc.weight_bits': what is wrong`."""
     problem = error.errors()[0]
-    # Branches of unions and names of wrappers are no part of the path that people know.
+    # Branches of unions and names of wrappers are no part of the path that people know; what
+    # comes first is always a field.
+    wrappers = ("int", "float", "constrained-int")
     path = ".".join(
-        str(step) for step in problem["loc"] if step not in ("int", "float", "constrained-int")
+        str(step) for at, step in enumerate(problem["loc"]) if not at or step not in wrappers
     )
     message = problem["msg"].removeprefix("Value error, ")
     got = problem.get("input")
