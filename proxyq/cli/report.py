@@ -19,10 +19,10 @@ def report(
     no_cache: o.UnusedFlag = False,
     device: o.UnusedDevice = None,
 ) -> None:
-    """Write one HTML page about plans of one model; it needs no network to be read.
+    """Show plans of one model on an HTML page.
 
     Bits and scores by layer, couplings, Pareto front, accuracy, groups, provenance: each where
-    the files hold it.
+    the files hold it. The page fetches nothing and runs no script.
     """
     with working(no_cache=True, quiet=quiet):
         from proxyq import api
