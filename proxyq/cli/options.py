@@ -745,7 +745,7 @@ Plans = Annotated[
 ReportedPlans = Annotated[
     list[str],
     typer.Argument(
-        metavar="PLAN.json...", show_default=False, help="One or several plans of one model."
+        metavar="PLAN.json", show_default=False, help="One or several plans of one model."
     ),
 ]
 OutPage = Annotated[
