@@ -186,7 +186,12 @@ def evaluation_data(plan: Plan, file: str = "plan.json", *, statistics: bool = T
         }
         pair = {"first": file, "second": "other.json", "difference": 0.5, "p_value": 0.2}
         found["comparisons"] = [pair]
-        found["classes"] = [{"class": "seven", "float": 90.0, "plan": 88.0}]
+        part = {"top1": 88.0, "difference": -2.0}
+        row["versus_uniform"] = {"difference": 1.5, "p_value": 0.5}
+        found["classes"] = [
+            {"class": k, "name": "seven", "n": 9, "float": 90.0, "uniform": None, "plans": [part]}
+            for k in range(25)
+        ]
     return found
 
 
@@ -269,7 +274,8 @@ def test_every_section_is_there_and_in_order(files: dict[str, Path], tmp_path: P
     assert "point 3: size 5.9 bit, cost 0.6, dominated" in said("front")
     assert "1 budget could not be met" in said("front") and "float" in said("front")
     assert "−2.75 to −0.25" in said("accuracy") and "< 0.001" in said("accuracy")
-    assert "seven" in said("accuracy") and "other.json" in said("accuracy")
+    assert "seven990.088.0 (−2.0)" in said("accuracy").replace(" 88", "88")
+    assert "the 20 of 25 classes" in said("accuracy") and "other.json" in said("accuracy")
     assert "11 and 3" in said("accuracy") and "differ" in said("groups")
     assert "versions.jax" in said("provenance") and "ab" * 32 in said("provenance")
     for name in layer_names(6):
@@ -339,7 +345,7 @@ def test_text_from_files_is_escaped(tmp_path: Path):
     }
     plan = Plan.from_json(data)
     evaluation = evaluation_data(plan, HOSTILE)
-    evaluation["classes"] = {HOSTILE: {HOSTILE: HOSTILE}}
+    evaluation["classes"][0].update({"class": HOSTILE, "name": HOSTILE})
     page = Reader(
         written(
             tmp_path,
@@ -469,6 +475,14 @@ def test_files_of_different_models_are_refused(files: dict[str, Path], tmp_path:
         ({"float": {"top1": 101, "n": 3}, "plans": [{}]}, "'float.top1'"),
         ({"float": {"top1": 9, "n": 3}, "plans": []}, "'plans'"),
         ({"float": {"top1": 9, "n": 3}, "plans": [{"file": 3}]}, "'plans.0.top1': it is missing"),
+        (
+            {
+                "float": {"top1": 9, "n": 3},
+                "plans": [{"file": "a", "top1": 9, "size_bits": 8, "average_bits": 2}],
+                "classes": [{"class": 5, "n": 3, "float": 9, "plans": []}],
+            },
+            "is wrong: the class 5 must hold 1 plans",
+        ),
         ({"float": {"top1": float("nan"), "n": 3}, "plans": []}, "'float.top1'"),
     ],
 )

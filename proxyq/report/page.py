@@ -22,7 +22,13 @@ from proxyq.report.svg import SHAPES, mark, number
 from proxyq.report.tables import counted
 from proxyq.search.allocate.budget import SHARE
 from proxyq.search.allocate.plan import FLOAT_BITS, Plan
-from proxyq.search.evaluation_file import Difference, EvaluationFile, NetworkMeasured
+from proxyq.search.evaluation_file import (
+    ClassMeasured,
+    ClassPart,
+    Difference,
+    EvaluationFile,
+    NetworkMeasured,
+)
 from proxyq.search.front_file import Front
 from proxyq.search.scores_file import ScoreFile
 from proxyq.version import __version__
@@ -35,6 +41,8 @@ _MEASURES = {
     "held back": "kl",
     "rescaled": "rescaled",
 }
+CLASSES = 20
+"""Classes that are shown; of more those whose accuracy changes most."""
 _SIZES = {"KiB": 2**13, "MiB": 2**23, "GiB": 2**33, "KB": 8e3, "MB": 8e6, "GB": 8e9}
 
 
@@ -697,14 +705,23 @@ def _measured_table(found: EvaluationFile, labels: Mapping[int, Markup]) -> Mark
         )
     caption = f"On {found.float_.n:,} images"
     if versus:
-        caption += "; differences are in percentage points"
+        caption += (
+            "; differences are in points, with 95 % interval; p by McNemar's exact test, "
+            "then adjusted by Holm"
+        )
     parts = [_table(heads, rows, caption=caption, label="Accuracy"), _only(records)]
-    if found.comparisons:
-        pairs = [[one.first, one.second, *_difference(one)] for one in found.comparisons]
+    pairs = [
+        [label, "uniform", *_difference(one.versus_uniform)]
+        for label, one in records
+        if one.versus_uniform is not None
+    ]
+    pairs += [[_name(one.second), _name(one.first), *_difference(one)] for one in found.comparisons]
+    if pairs:
         heads = ["network", "against", ("difference",), ("interval",), ("p",), ("p, Holm",)]
-        parts += [tag("h3", "Plans against each other"), _table(heads, pairs, label="Comparisons")]
+        head = "Against uniform bits and each other"
+        parts += [tag("h3", head), _table(heads, pairs, label=head)]
     if found.classes:
-        parts += [tag("h3", "By class"), _anything(found.classes, "By class")]
+        parts += [tag("h3", "By class"), _classes(found, [label for label, _ in records])]
     return joined(parts)
 
 
@@ -735,16 +752,30 @@ def _only(records: Sequence[tuple[Markup, NetworkMeasured]]) -> Markup | None:
     return tag("p", text, joined(found, "; "), ".", class_="how")
 
 
-def _anything(value: Any, label: str) -> Markup:
-    """Records of an unknown kind: a table where they are alike, else name and value."""
-    if isinstance(value, dict) and value and all(isinstance(one, dict) for one in value.values()):
-        value = [{"": key, **one} for key, one in value.items()]
-    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-        keys = list(dict.fromkeys(key for one in value for key in one))
-        rows = [[_text(one.get(key)) for key in keys] for one in value]
-        cells = [[row[0], *((text,) for text in row[1:])] for row in rows]
-        return _table([keys[0], *((key,) for key in keys[1:])], cells, label=label)
-    return _definitions(_flat(value if isinstance(value, dict) else {"": value}))
+def _classes(found: EvaluationFile, labels: Sequence[Markup]) -> Markup:
+    """Top-1 by class and its change from float; of many classes those that change most."""
+
+    def parts(one: ClassMeasured) -> list[ClassPart | None]:
+        return [*([one.uniform] if found.uniform is not None else []), *one.plans]
+
+    def change(one: ClassMeasured) -> float:
+        return max((abs(part.difference) for part in parts(one) if part is not None), default=0.0)
+
+    caption = "Top-1 in percent, and its change from float in points"
+    classes = list(found.classes)
+    if len(classes) > CLASSES:
+        classes = sorted(classes, key=change, reverse=True)[:CLASSES]
+        caption += f"; the {CLASSES} of {len(found.classes):,} classes that change most"
+    rows: list[list[Cell]] = []
+    for one in classes:
+        cells = [
+            ("",) if part is None else (f"{part.top1:.1f} ({number(part.difference, '+.1f')})",)
+            for part in parts(one)
+        ]
+        name = str(one.class_) if one.name is None else one.name
+        rows.append([name, (f"{one.n:,}",), (f"{one.float_:.1f}",), *cells])
+    heads = ["class", ("images",), ("float",), *((label,) for label in labels)]
+    return _table(heads, rows, caption=caption, label="Accuracy by class")
 
 
 def _candidates(shown: Sequence[Shown]) -> Markup | None:

@@ -7,7 +7,7 @@ version can still be shown.
 import os
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from proxyq.errors import ProxyqError
 from proxyq.files import read_json
@@ -22,7 +22,7 @@ class _Record(BaseModel):
 
 
 class Difference(_Record):
-    """Two networks on the same images: top-1 of one less the other's, in percentage points.
+    """Two networks on the same images: top-1 of the second less the first's, in points.
 
     `interval` are its ends; `p_holm` is `p_value` corrected for how many were compared.
     """
@@ -34,14 +34,14 @@ class Difference(_Record):
 
 
 class VersusFloat(Difference):
-    """A plan against the float network, and the images that only one of them gets right."""
+    """The float network, then a plan; and the images that only one of them gets right."""
 
     only_float: Count | None = None
     only_plan: Count | None = None
 
 
 class Comparison(Difference):
-    """The network named `first` against the one named `second`."""
+    """Two plans by name."""
 
     first: str
     second: str
@@ -63,6 +63,7 @@ class NetworkMeasured(_Record):
     kl: Number | None = None
     correction: str = "none"
     versus_float: VersusFloat | None = None
+    versus_uniform: Difference | None = None
 
 
 class UniformMeasured(NetworkMeasured):
@@ -77,17 +78,42 @@ class PlanMeasured(NetworkMeasured):
     file: str
 
 
-class EvaluationFile(_Record):
-    """Accuracy of plans beside the float network and a uniform plan.
+class ClassPart(_Record):
+    """A network on the images of one class: top-1 in percent, less float's in points."""
 
-    `classes` is shown as it is: by class, whatever was measured.
-    """
+    top1: Percent
+    difference: Number
+
+
+class ClassMeasured(_Record):
+    """One class: its `n` images, and all networks on them, the plans in their order."""
+
+    class_: int | str = Field(alias="class")
+    name: str | None = None
+    n: Count
+    float_: Percent = Field(alias="float")
+    uniform: ClassPart | None = None
+    plans: list[ClassPart]
+
+
+class EvaluationFile(_Record):
+    """Accuracy of plans beside the float network and a uniform plan, over all and by class."""
 
     float_: FloatMeasured = Field(alias="float")
     uniform: UniformMeasured | None = None
     plans: list[PlanMeasured] = Field(min_length=1)
     comparisons: list[Comparison] = []
-    classes: Any = None
+    classes: list[ClassMeasured] = []
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "EvaluationFile":
+        for one in self.classes:
+            if len(one.plans) != len(self.plans):
+                raise ValueError(
+                    f"the class {one.class_!r} must hold {len(self.plans)} plans, as many as there "
+                    f"are, got {len(one.plans)}"
+                )
+        return self
 
     @classmethod
     def from_json(cls, data: Any, what: str = "evaluation") -> "EvaluationFile":
@@ -100,6 +126,10 @@ class EvaluationFile(_Record):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
+            problem = error.errors()[0]
+            if not problem["loc"]:
+                message = problem["msg"].removeprefix("Value error, ")
+                raise ProxyqError(f"the {what} is wrong: {message}.") from None
             raise ProxyqError(f"the {what} has a bad field {first_problem(error)}.") from None
 
     @classmethod
