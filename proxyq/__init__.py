@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from proxyq.api import evaluate as evaluate
     from proxyq.api import evolve as evolve
     from proxyq.api import inspect as inspect
+    from proxyq.api import pack as pack
     from proxyq.api import pareto as pareto
     from proxyq.api import quantize_model as quantize_model
     from proxyq.api import rank as rank
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from proxyq.proxies import Proxy as Proxy
     from proxyq.proxies import Scores as Scores
     from proxyq.proxies import register as register
+    from proxyq.ptq.packed import load_packed as load_packed
+    from proxyq.ptq.quantized import QuantizedModel as QuantizedModel
+    from proxyq.ptq.reconstruct import Learning as Learning
     from proxyq.search.allocate import Assignment as Assignment
     from proxyq.search.allocate import InfeasibleError as InfeasibleError
     from proxyq.search.allocate import Limit as Limit
@@ -75,6 +79,9 @@ _PUBLIC = {
     "proxyq.search.scores_file": ("ScoreFile",),
     "proxyq.search.front_file": ("Front",),
     "proxyq.search.table_file": ("MeasuredTable",),
+    "proxyq.ptq.quantized": ("QuantizedModel",),
+    "proxyq.ptq.reconstruct": ("Learning",),
+    "proxyq.ptq.packed": ("load_packed",),
     "proxyq.api": (
         "inspect",
         "score",
@@ -87,6 +94,7 @@ _PUBLIC = {
         "Evolution",
         "ModelSpec",
         "quantize_model",
+        "pack",
         "write_report",
         "Evaluation",
     ),

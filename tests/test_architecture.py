@@ -31,6 +31,7 @@ STAGES = [
     ("search",),
     ("ptq",),
     ("auto",),
+    ("export",),
     ("report",),
     ("api", "testing"),
     ("cli",),
@@ -39,6 +40,7 @@ STAGES = [
 RANK = {name: rank for rank, names in enumerate(STAGES) for name in names}
 OPTIONAL = {
     *("torch", "torchvision", "timm", "datasets", "sklearn", "ray", "pyscipopt", "deap", "sympy"),
+    *("onnx", "onnxruntime", "onnxscript", "torchao", "compressed_tensors", "qwix"),
 }
 
 

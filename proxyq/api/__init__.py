@@ -4,8 +4,8 @@
 `allocate` are its two halves, with a file between them; `pareto` answers for a range of budgets;
 `evaluate` measures plans, `table` many random ones, against which `rank` holds proxies and from
 which `evolve` makes new ones;
-`write_report` shows plans on a page; `quantize_model` applies a plan; `inspect` shows what a model
-is made of.
+`write_report` shows plans on a page; `quantize_model` applies a plan, `pack` writes what it makes;
+`inspect` shows what a model is made of.
 """
 
 from proxyq.api.allocate import allocate as allocate
@@ -26,7 +26,9 @@ from proxyq.api.method import method_of as method_of
 from proxyq.api.model_spec import ModelSpec as ModelSpec
 from proxyq.api.pareto import DEFAULT_POINTS as DEFAULT_POINTS
 from proxyq.api.pareto import pareto as pareto
+from proxyq.api.quantize import Packed as Packed
 from proxyq.api.quantize import check_plan_fits as check_plan_fits
+from proxyq.api.quantize import pack as pack
 from proxyq.api.quantize import quantize_model as quantize_model
 from proxyq.api.rank import RankResult as RankResult
 from proxyq.api.rank import rank as rank

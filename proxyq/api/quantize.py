@@ -1,20 +1,44 @@
-"""`quantize_model`: a plan applied to a model."""
+"""`quantize_model`: a plan applied to a model; `pack`: the same, from data to a packed file."""
 
-from dataclasses import fields
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from proxyq.engine import Engine
-from proxyq.engine.ranges import input_grids
+from proxyq.api.inputs import as_data, as_eval_data, as_model, inputs_of, labelled_batches
+from proxyq.api.method import DEFAULT_SAMPLES
+from proxyq.engine import Edit, Engine
+from proxyq.engine.ranges import ActivationRange, input_grids
+from proxyq.engine.statistics import correct_statistics, float_moments
 from proxyq.errors import ProxyqError, UsageError, near
-from proxyq.model.model import Model
+from proxyq.files import check_folder
+from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
+from proxyq.proxies import Cache
 from proxyq.ptq.correct import correct
-from proxyq.ptq.quantized import QuantizedModel, round_weights, with_input_grids
+from proxyq.ptq.measure import right
+from proxyq.ptq.packed import PackedSize, save_packed
+from proxyq.ptq.quantized import QuantizedModel, integer_weights, with_input_grids, with_weights
+from proxyq.ptq.reconstruct import Learning, Level, learning_facts, reconstruct
 from proxyq.quantize import Rounding
+from proxyq.quantize.integers import Integers
 from proxyq.search.allocate.plan import Plan
+
+RECONSTRUCTIONS: dict[str, Level | None] = {
+    "none": None,
+    "bias": None,
+    "adaround": "layer",
+    "block": "block",
+}
+"""What `reconstruct` may be, and at which level rounding is learned."""
 
 
 def quantize_model(
@@ -23,14 +47,35 @@ def quantize_model(
     inputs: Any = None,
     *,
     correction: str | None = None,
+    reconstruction: str = "none",
+    learning: Learning | None = None,
+    activation_range: ActivationRange = "mse",
+    seed: int = 0,
     memory: int | None = None,
+    cache: Cache | None = None,
     progress: Progress = silent,
 ) -> QuantizedModel:
     """The model with a plan applied: weights rounded, statistics corrected, inputs rounded.
 
-    `inputs` are prepared calibration images `[images, …]`; `correction` is the plan's own
-    unless given. **Raises** `ProxyqError` when the plan is for another model.
+    **Arguments:**
+
+    - `inputs`: prepared calibration images `[images, …]`.
+    - `correction`: of layer statistics; the plan's own unless given.
+    - `reconstruction`: how weights are rounded. `none` takes the nearest code; `bias` does too and
+      corrects each channel's mean alone; `adaround` and `block` learn the rounding, layer by
+      layer or block by block, with gains and shifts of the channels, which takes the place of a
+      correction unless one is asked for.
+    - `learning`: the settings of these two; `seed`: of the order of their batches.
+    - `activation_range`: how inputs of layers get their ranges, where the plan rounds them.
+    - `cache`: keeps how far the learning is.
+
+    **Raises** `ProxyqError` when the plan is for another model, `UsageError` when images are
+    missing for what is asked.
     """
+    if reconstruction not in RECONSTRUCTIONS:
+        raise UsageError(
+            f"`reconstruction` must be one of {', '.join(RECONSTRUCTIONS)}, got {reconstruction!r}."
+        )
     widths = {name: b for name, b in plan.bits().items() if b is not None}
     activations = {
         name: layer.activation_bits
@@ -38,16 +83,201 @@ def quantize_model(
         if layer.activation_bits is not None
     }
     check_plan_fits(model, plan)
+    wanted = correction or str(plan.method.get("correction", "none"))
+    if reconstruction != "none":
+        if inputs is None:
+            raise UsageError(
+                f"reconstruction={reconstruction!r} needs calibration images: give `data` (--data)."
+            )
+        if reconstruction == "bias" and correction not in (None, "none"):
+            raise UsageError(
+                f"reconstruction='bias' corrects means alone: leave correction={correction!r} out."
+            )
+        wanted = correction or "none"
     images = LAYERS_AT if inputs is None else len(jax.tree.leaves(inputs)[0])
     engine = Engine.build(model, images, memory=memory)
-    edits = round_weights(engine, widths, rounding_of(plan))
+    integers = integer_weights(engine, widths, rounding_of(plan))
+    grids = {}
     if activations:
         if inputs is None:
             raise UsageError("activation ranges need calibration images: give `data` (--data).")
-        edits = with_input_grids(edits, input_grids(engine, activations, inputs))
-    wanted = correction or str(plan.method.get("correction", "none"))
-    edits, used, notes = correct(engine, edits, inputs, wanted, progress=progress)  # type: ignore[arg-type]
-    return QuantizedModel(model=model, bits=widths, edits=edits, correction=used, notes=notes)
+        grids = input_grids(engine, activations, inputs, method=activation_range)
+    offsets: dict[int, np.ndarray] = {}
+    level = RECONSTRUCTIONS[reconstruction]
+    if level is not None:
+        learning = learning or Learning()
+        own = Engine.build(model, images, batch_size=min(learning.batch_size, images))
+        kept = cache or Cache()
+        facts = kept.facts(
+            model,
+            inputs=inputs,
+            labels=None,
+            rounding=rounding_of(plan),
+            level=level,
+            learning=learning_facts(learning),
+            seed=seed,
+            bits=widths,
+            activations=activations,
+            range=activation_range,
+        )
+        checkpoint = kept.checkpoint(_digest(facts))
+        learned = reconstruct(
+            own,
+            integers,
+            inputs,
+            level=level,
+            input_grids=grids,
+            learning=learning,
+            key=jax.random.key(seed),
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        integers = {index: found.integers for index, found in learned.items()}
+        offsets = {index: found.offset for index, found in learned.items()}
+    edits = with_weights(engine, integers)
+    edits = {i: e._replace(offset=_or_none(offsets.get(i))) for i, e in edits.items()}
+    edits = with_input_grids(edits, grids)
+    if reconstruction == "bias":
+        moments, _ = float_moments(engine, inputs, progress=progress)
+        edits, used, notes = (
+            correct_statistics(engine, edits, inputs, moments, means_alone=True, progress=progress),
+            "none",
+            {},
+        )
+    else:
+        edits, used, notes = correct(engine, edits, inputs, wanted, progress=progress)  # type: ignore[arg-type]
+        if used != "none":
+            integers = {i: _taken(engine, i, own, edits[i]) for i, own in integers.items()}
+            edits = with_weights(engine, integers, edits)
+    if level is not None:
+        checkpoint.clear()
+    return QuantizedModel(
+        model=model,
+        bits=widths,
+        edits=edits,
+        integers=integers,
+        activation_bits=activations,
+        correction=used,
+        reconstruction="nearest" if reconstruction == "none" else reconstruction,
+        notes=notes,
+    )
+
+
+def _or_none(offset: np.ndarray | None) -> Any:
+    return None if offset is None else jnp.asarray(offset)
+
+
+def _taken(engine: Engine, index: int, own: Integers, edit: Edit) -> Integers:
+    """The same codes, on the grid that the correction has moved them to."""
+    return own.taking(np.asarray(engine.network.sites[index].columns(edit.weight)))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What `pack` made: the network, its packed `file`, and the file's `size` in bytes.
+
+    `plan_bytes` is what the plan promised for the weights that it rounds. `accuracy` is there
+    where labelled images were given: `top1` and `float` in percent, on `n` images.
+    """
+
+    model: QuantizedModel
+    file: Path
+    size: PackedSize
+    plan_bytes: int
+    accuracy: Mapping[str, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `quantize --json` prints."""
+        return {
+            "file": str(self.file),
+            "size": {**asdict(self.size), "total": self.size.total},
+            "plan_bytes": self.plan_bytes,
+            "reconstruction": self.model.reconstruction,
+            "correction": self.model.correction,
+            "accuracy": None if self.accuracy is None else dict(self.accuracy),
+        }
+
+
+def pack(
+    model: Any,
+    plan: Plan,
+    data: Any = None,
+    *,
+    out: str | os.PathLike[str],
+    correction: str | None = None,
+    reconstruction: str = "none",
+    learning: Learning | None = None,
+    activation_range: ActivationRange = "mse",
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    memory: int | None = None,
+    cache_dir: str | os.PathLike[str] | Cache | None = None,
+    eval_data: Any = None,
+    progress: Progress = silent,
+) -> Packed:
+    """Apply a plan for good: a packed network, `packed.safetensors`, and its plan in a folder.
+
+    `data` are unlabelled calibration images, `samples` of them; with `eval_data`, labelled
+    images, its accuracy is measured too. All else as for `quantize_model`.
+
+    **Raises** as `quantize_model`, and `ProxyqError` when the folder cannot be written.
+    """
+    check_folder(out)
+    model = as_model(model)
+    measured_on = None if eval_data is None else as_eval_data(eval_data, model)
+    calibration = as_data(data, model)
+    inputs = None if calibration is None else inputs_of(calibration, model, samples, None)
+    cache = cache_dir if isinstance(cache_dir, Cache) or cache_dir is None else Cache(cache_dir)
+    made = quantize_model(
+        model,
+        plan,
+        inputs,
+        correction=correction,
+        reconstruction=reconstruction,
+        learning=learning,
+        activation_range=activation_range,
+        seed=seed,
+        memory=memory,
+        cache=cache,
+        progress=progress,
+    )
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {"seed": seed, "activation_range": activation_range}
+    if calibration is not None:
+        facts["data"] = calibration.identity
+        facts["samples"] = len(jax.tree.leaves(inputs)[0])
+    if RECONSTRUCTIONS[reconstruction] is not None:
+        facts["learning"] = learning_facts(learning or Learning())
+    size = save_packed(
+        made, folder / "packed.safetensors", plan=json.loads(plan.to_json()), facts=facts
+    )
+    plan.save(folder / "plan.json")
+    quantized = (layer for layer in plan.layers.values() if layer.weight_bits is not None)
+    return Packed(
+        model=made,
+        file=folder / "packed.safetensors",
+        size=size,
+        plan_bytes=-(-sum(own.weights * (own.weight_bits or 0) for own in quantized) // 8),
+        accuracy=None if measured_on is None else _accuracy(made, measured_on, memory),
+    )
+
+
+def _accuracy(made: QuantizedModel, data: Any, memory: int | None) -> dict[str, float]:
+    """Top-1 of the quantized network and the float one, in one pass."""
+    engine = Engine.build(made.model, len(data), memory=memory)
+    hits = np.zeros(2, int)
+    for batch, labels in labelled_batches(data, made.model, engine.batch_size):
+        start = engine.start(jax.tree.map(jnp.asarray, batch))
+        for place, edits in enumerate((made.edits, {})):
+            logits = np.asarray(logits_of(engine.resume(start, 0, edits)))[: len(labels)]
+            hits[place] += int(right(logits, labels).sum())
+    top1, exact = (round(100.0 * int(own) / len(data), 4) for own in hits)
+    return {"top1": top1, "float": exact, "n": len(data)}
 
 
 def rounding_of(plan: Plan) -> Rounding:

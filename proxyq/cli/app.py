@@ -18,6 +18,7 @@ from proxyq.cli import (
     models,
     pareto,
     proxies,
+    quantize,
     rank,
     recipes,
     report,
@@ -44,6 +45,7 @@ app.command()(score.score)
 app.command()(allocate.allocate)
 app.command()(pareto.pareto)
 app.command()(evaluate.evaluate)
+app.command()(quantize.quantize)
 app.command()(table.table)
 app.command()(rank.rank)
 app.command()(evolve.evolve)

@@ -44,6 +44,14 @@ ModelAndPlans = Annotated[
         help="The plans to measure, and the model where it is not the embedded one.",
     ),
 ]
+ModelAndPlan = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[MODEL] PLAN.json",
+        show_default=False,
+        help="The plan to apply, and the model where it is not the embedded one.",
+    ),
+]
 ModelOrScores = Annotated[
     str | None,
     typer.Argument(
@@ -420,6 +428,39 @@ PlanCorrection = Annotated[
         help="auto, none, weights or statistics: what is corrected when a plan is run. "
         "Default: what the plan says.",
     ),
+]
+Reconstruct = Annotated[
+    str,
+    _option(
+        "--reconstruct",
+        metavar="HOW",
+        panel=METHOD,
+        help="How weights are rounded. none: to the nearest code; bias: the same, and means "
+        "corrected; adaround: learned layer by layer; block: learned block by block.",
+    ),
+]
+Steps = Annotated[
+    int | None,
+    _option(
+        "--steps",
+        metavar="N",
+        panel=METHOD,
+        help="Steps of learning for each layer or block. Default: 1000.",
+    ),
+]
+ActivationRanges = Annotated[
+    str,
+    _option(
+        "--activation-range",
+        metavar="HOW",
+        panel=METHOD,
+        help="min-max, percentile, mse or moving-average: what range inputs of layers get, "
+        "where the plan rounds them.",
+    ),
+]
+OutFolder = Annotated[
+    str,
+    _option("--out", metavar="DIR", panel=RESULT, help="Write the packed network and plan here."),
 ]
 Evaluate = Annotated[
     bool,

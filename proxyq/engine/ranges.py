@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,17 @@ import numpy as np
 
 from proxyq.engine.engine import Engine
 from proxyq.engine.gradients import stride
+from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.examples import locate, split_examples
 from proxyq.quantize import Grid, Range, fake_quantize, fit_grid
 
+ActivationRange = Literal["min-max", "percentile", "mse", "moving-average"]
+"""How a layer's input gets its range: all values seen, all but a thousandth of them on each side,
+the range with the least squared error, or extremes of batches averaged as they come."""
+
 _SAMPLES = 1 << 16
+_AVERAGED = 32  # images in a batch whose extremes enter the moving average
+_NEW = 0.1  # weight of a new batch in it
 
 
 def input_samples(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict[int, np.ndarray]:
@@ -44,14 +51,67 @@ def input_samples(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict[in
 
 
 def input_grids(
-    engine: Engine, bits: Mapping[str, int], inputs: Any, *, method: Range = "mse"
+    engine: Engine, bits: Mapping[str, int], inputs: Any, *, method: ActivationRange = "mse"
 ) -> dict[int, Grid]:
-    """A grid for each named layer's input: asymmetric, one for the tensor, by site."""
+    """A grid for each named layer's input: asymmetric, one for the tensor, by site.
+
+    **Raises** `UsageError` for an unknown method, and `ProxyqError` for a layer that reads nothing
+    but zeros: any range of it would be made up.
+    """
+    if method not in get_args(ActivationRange):
+        known = ", ".join(get_args(ActivationRange))
+        raise UsageError(f"the range of activations must be one of {known}, got {method!r}.")
     samples = input_samples(engine, inputs, tuple(bits))
+    for index, x in samples.items():
+        if not np.any(x):
+            name = engine.network.sites[index].layer
+            raise ProxyqError(
+                f"the layer {name!r} reads nothing but zeros on the calibration data, so its "
+                "activations have no range: give other data, or leave its activations float."
+            )
+    fit: Range = "mse"
+    if method == "moving-average":
+        samples, fit = _moving_averages(engine, inputs, tuple(bits)), "absmax"
+    elif method != "mse":
+        fit = "absmax" if method == "min-max" else "percentile"
     return {
-        index: fit_input_grid(x, bits[engine.network.sites[index].layer], method=method)
+        index: fit_input_grid(x, bits[engine.network.sites[index].layer], method=fit)
         for index, x in samples.items()
     }
+
+
+def _moving_averages(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict[int, np.ndarray]:
+    """Least and greatest input of the named layers' sites, `[2]` each, averaged over batches.
+
+    The images come in their order, 32 at a time (Jacob et al. 2018, arXiv:1712.05877, section
+    3.1), however many run at once.
+    """
+    network, places = engine.network, locate(engine.network.graph)
+    found: dict[int, list[np.ndarray]] = {}
+    for batch, count in engine.chunks(inputs):
+        state = engine.start(batch)
+        for index, site in enumerate(network.sites):
+            data = network.graph.main[site.position].invars[1 - site.operand]
+            if site.layer in layers:
+                x = np.asarray(state[data] if data in state else engine.frontier[data])
+                split = x[None]
+                if data in places:
+                    split = split_examples(x, places[data], engine.batch_size)[:count]
+                rows = split.reshape(len(split), -1)
+                ends = np.stack([rows.min(axis=1), rows.max(axis=1)], axis=1)
+                found.setdefault(index, []).append(ends)
+            state, _ = engine.step(state, index)
+    averages = {}
+    for index, parts in found.items():
+        ends = np.concatenate(parts).astype(np.float64)
+        average: Any = None
+        for start in range(0, len(ends), _AVERAGED):
+            some = ends[start : start + _AVERAGED]
+            new = np.array([some[:, 0].min(), some[:, 1].max()])
+            # r <- r + 0.1 (new - r)
+            average = new if average is None else average + _NEW * (new - average)
+        averages[index] = average
+    return averages
 
 
 @partial(jax.jit, static_argnames="method")

@@ -136,12 +136,14 @@ def correct_statistics(
     reference: list[Moments],
     *,
     shrink: bool = True,
+    means_alone: bool = False,
     progress: Progress = silent,
 ) -> dict[int, Edit]:
     """Match each output channel's mean and deviation to the float network's, layer by layer.
 
     `reference` holds the float network's moments on the same `inputs`. States of all images
-    are held at one cut at a time. Costs about two forward passes.
+    are held at one cut at a time. Costs about two forward passes. With `means_alone` the weights
+    stay as they are: bias correction (Nagel et al. 2019, arXiv:1906.04721, section 4.2).
     """
     network = engine.network
     walk = _Walk(engine, inputs)
@@ -149,7 +151,9 @@ def correct_statistics(
     for index in range(len(network.sites)):
         edit = edits.get(index)
         if edit is not None and edit.weight is not None:
-            edit = walk.matched(index, edit, reference[index], shrink=shrink)
+            edit = walk.matched(
+                index, edit, reference[index], shrink=shrink, means_alone=means_alone
+            )
         if edit is not None:
             corrected[index] = edit
         walk.step(index, edit or NO_EDIT)
@@ -194,12 +198,25 @@ class _Walk:
         self.counts = [count for _, count in chunks]
         self.states = [engine.start(part) for part, _ in chunks]
 
-    def matched(self, index: int, edit: Edit, reference: Moments, *, shrink: bool) -> Edit:
+    def matched(
+        self,
+        index: int,
+        edit: Edit,
+        reference: Moments,
+        *,
+        shrink: bool,
+        means_alone: bool = False,
+    ) -> Edit:
         """The edit, with the statistics that the site has in the float network."""
         site = self.engine.network.sites[index]
         raw = [self.engine.site_output(state, index, edit) for state in self.states]
         rounded = _moments(raw, self.counts, site, self.engine.batch_size)
         ratio, shift = match(reference, rounded, shrink=shrink)
+        if means_alone:
+            ratio, shift = np.ones_like(ratio), _mean(reference) - _mean(rounded)
+        # What was added before goes through the ratio too: r (W x + o) + shift.
+        if edit.offset is not None:
+            shift = shift + ratio * np.asarray(edit.offset, np.float64)
         weight = self.engine.weight(index) if edit.weight is None else edit.weight
         columns = site.columns(weight) * jnp.asarray(ratio, jnp.float32)
         return edit._replace(
@@ -209,6 +226,10 @@ class _Walk:
     def step(self, index: int, edit: Edit) -> None:
         """Pass the site, under an edit."""
         self.states = [self.engine.step(state, index, edit)[0] for state in self.states]
+
+
+def _mean(moments: Moments) -> np.ndarray:
+    return moments.mean_and_deviation()[0]
 
 
 def match(

@@ -71,7 +71,7 @@ def _chain(graph: Graph, site: Site) -> list[int]:
         if name not in _AFFINE or (name == "div" and eqn.invars[0] is not var):
             break
         other = eqn.invars[1] if eqn.invars[0] is var else eqn.invars[0]
-        if other is var or not _is_per_channel(graph, other, site):
+        if other is var or not is_per_channel(graph, other, site):
             break
         chain.append(index)
         if name in ("mul", "div"):
@@ -80,7 +80,7 @@ def _chain(graph: Graph, site: Site) -> list[int]:
     return chain[:last_factor]
 
 
-def _is_per_channel(graph: Graph, atom: Any, site: Site) -> bool:
+def is_per_channel(graph: Graph, atom: Any, site: Site) -> bool:
     """Whether an operand holds parameters and varies along the output channels alone."""
     if is_literal(atom) or graph.is_data(atom) or not graph.leaves[atom]:
         return False
@@ -109,7 +109,7 @@ def _affine(graph: Graph, site: Site, chain: list[int], env: dict[Var, Any]) -> 
     for index in chain:
         eqn = graph.main[index]
         first = eqn.invars[0] is var
-        value = _vector(graph, site, eqn.invars[1] if first else eqn.invars[0], env)
+        value = channel_vector(graph, site, eqn.invars[1] if first else eqn.invars[0], env)
         # After each operation: y = scale * output + shift.
         match eqn.primitive.name:
             case "add" | "add_any":
@@ -126,7 +126,8 @@ def _affine(graph: Graph, site: Site, chain: list[int], env: dict[Var, Any]) -> 
     return scale, shift
 
 
-def _vector(graph: Graph, site: Site, operand: Var, env: dict[Var, Any]) -> Any:
+def channel_vector(graph: Graph, site: Site, operand: Var, env: dict[Var, Any]) -> Any:
+    """An operand that `is_per_channel`, as a vector over the output channels."""
     source, axes = _source(graph, operand)
     shape = [1] * site.output_ndim
     for axis, size in zip(axes, source.aval.shape, strict=True):

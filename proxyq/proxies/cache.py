@@ -34,7 +34,7 @@ from proxyq.proxies.proxy import Proxy, Scores
 from proxyq.quantize import Rounding
 
 SCHEMA = "proxyq/cached-scores/1"
-_STAGES = ("psd.py", "model", "quantize", "engine", "proxies")
+_STAGES = ("psd.py", "model", "quantize", "engine", "proxies", "ptq")
 _PRECISION = ("jax_enable_x64", "jax_default_matmul_precision")
 
 

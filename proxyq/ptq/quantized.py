@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from proxyq.engine import Edit, Edits, Engine
-from proxyq.engine.rounded import rounded_weight
 from proxyq.errors import UsageError, near
 from proxyq.model.model import Model
 from proxyq.quantize import Grid, Rounding, check_bits
+from proxyq.quantize.integers import Integers, to_integers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,15 +20,22 @@ class QuantizedModel:
     """A model with rounded weights (and, if asked, rounded inputs of its layers).
 
     - `bits`: weight bits by layer; layers that are not named stay in floating point.
-    - `edits`: what replaces each site's weight and input; they fit the model at every batch
-      size.
-    - `correction`: which correction of layer statistics is inside, and `notes` about it.
+      `activation_bits`: of the inputs that are rounded.
+    - `integers`: each site's weight as whole numbers `[fan_in, channels]`, by the site's index in
+      the network; its edit holds just their values.
+    - `edits`: what replaces each site's weight and input, and what is added to its output; they
+      fit the model at every batch size.
+    - `correction`: which correction of layer statistics is inside, and `reconstruction`: how the
+      rounding was found (`nearest`, `bias`, `adaround`, `block`). `notes` about both.
     """
 
     model: Model
     bits: Mapping[str, int]
     edits: Edits
+    integers: Mapping[int, Integers] = field(default_factory=dict)
+    activation_bits: Mapping[str, int] = field(default_factory=dict)
     correction: str = "none"
+    reconstruction: str = "nearest"
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def logits(self, inputs: Any, *, memory: int | None = None) -> np.ndarray:
@@ -36,10 +44,10 @@ class QuantizedModel:
         return engine.logits(inputs, self.edits)
 
 
-def round_weights(
+def integer_weights(
     engine: Engine, bits: Mapping[str, int], rounding: Rounding | None = None
-) -> dict[int, Edit]:
-    """Edits that round each named layer's weights: one grid an output channel.
+) -> dict[int, Integers]:
+    """Each named layer's weights rounded to nearest, one grid an output channel, by site.
 
     **Raises** `UsageError` for an unknown layer or an impossible bit-width.
     """
@@ -48,12 +56,30 @@ def round_weights(
         if name not in names:
             raise UsageError(f"the model has no layer {name!r}: {near(name, list(names))}")
         check_bits(width, f"bits of layer {name}")
-    edits = {
-        index: Edit(weight=rounded_weight(engine, index, bits[site.layer], rounding))
+    return {
+        index: to_integers(engine.columns(index), bits[site.layer], rounding)
         for index, site in enumerate(engine.network.sites)
         if site.layer in bits
     }
-    return edits
+
+
+def round_weights(
+    engine: Engine, bits: Mapping[str, int], rounding: Rounding | None = None
+) -> dict[int, Edit]:
+    """Edits with the values of `integer_weights`."""
+    return with_weights(engine, integer_weights(engine, bits, rounding))
+
+
+def with_weights(
+    engine: Engine, integers: Mapping[int, Integers], edits: Edits | None = None
+) -> dict[int, Edit]:
+    """The edits, with the values of integers for weights."""
+    found = dict(edits or {})
+    for index, own in integers.items():
+        site, shape = engine.network.sites[index], engine.weight(index).shape
+        weight = site.from_columns(jnp.asarray(own.values()), shape)
+        found[index] = found.get(index, Edit())._replace(weight=weight)
+    return found
 
 
 def with_input_grids(edits: Edits, grids: Mapping[int, Grid]) -> dict[int, Edit]:

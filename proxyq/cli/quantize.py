@@ -1,0 +1,104 @@
+"""`proxyq quantize`: a plan applied for good, as a packed network."""
+
+from typing import Any
+
+from proxyq.cli import options as o
+from proxyq.cli.arguments import byte_count
+from proxyq.cli.evaluate import model_and_plans
+from proxyq.cli.models import load
+from proxyq.cli.output import print_json, print_text, say
+from proxyq.cli.runtime import score_cache, working
+from proxyq.errors import UsageError
+
+
+def quantize(
+    arguments: o.ModelAndPlan,
+    reconstruct: o.Reconstruct = "none",
+    steps: o.Steps = None,
+    activation_range: o.ActivationRanges = "mse",
+    data: o.CalibrationData = None,
+    samples: o.Samples = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    size: o.Size = None,
+    resize: o.Resize = None,
+    weights: o.Weights = None,
+    input_shape: o.InputShape = None,
+    correction: o.PlanCorrection = None,
+    eval_data: o.EvalData = None,
+    out: o.OutFolder = "quantized",
+    seed: o.Seed = None,
+    memory: o.Memory = None,
+    json: o.AsJson = False,
+    quiet: o.Quiet = False,
+    cache_dir: o.CacheDir = None,
+    no_cache: o.NoCache = False,
+    device: o.Device = None,
+) -> None:
+    """Apply a plan: round, correct or reconstruct, and write the packed network.
+
+    The folder gets packed.safetensors, with weights at their true bit-width, and plan.json.
+    """
+    model, files = model_and_plans(arguments)
+    if len(files) > 1:
+        raise UsageError(f"name one plan to apply, got {files[0]!r} and {files[1]!r}.")
+    bound = None if memory is None else byte_count(memory, "--memory")
+    with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
+        from proxyq import api
+        from proxyq.ptq.reconstruct import Learning
+        from proxyq.search.allocate.plan import Plan
+
+        learning = Learning() if steps is None else Learning(steps=steps)
+        plan = Plan.load(files[0])
+        loaded = load(
+            model,
+            weights=weights,
+            input_shape=input_shape,
+            mean=mean,
+            std=std,
+            size=size,
+            resize=resize,
+        )
+        if plan.model.get("digest") not in (None, loaded.digest()):
+            say(f"{files[0]} was made for other weights of this network.", quiet=quiet)
+        made = api.pack(
+            loaded,
+            plan,
+            data,
+            out=out,
+            correction=correction,
+            reconstruction=reconstruct,
+            learning=learning,
+            activation_range=activation_range,  # type: ignore[arg-type]
+            samples=api.DEFAULT_SAMPLES if samples is None else samples,
+            seed=0 if seed is None else seed,
+            memory=bound,
+            cache_dir=score_cache(cache_dir, no_cache=no_cache),
+            eval_data=eval_data,
+            progress=progress,
+        )
+    record = made.to_json()
+    if json:
+        print_json(record)
+    else:
+        print_text("\n".join(_lines(record)))
+
+
+def _lines(record: dict[str, Any]) -> list[str]:
+    size = record["size"]
+    lines = [
+        f"wrote {record['file']}: {size['total'] / 1024:,.1f} KiB",
+        f"  weights       {size['codes'] / 1024:>12,.1f} KiB, as the plan says "
+        f"({record['plan_bytes'] / 1024:,.1f})",
+        f"  scales, bias  {size['scales'] / 1024:>12,.1f} KiB",
+        f"  not quantized {size['unquantized'] / 1024:>12,.1f} KiB",
+        f"  plan, names   {size['header'] / 1024:>12,.1f} KiB",
+        f"rounding: {record['reconstruction']}; correction: {record['correction']}",
+    ]
+    if record["accuracy"] is not None:
+        accuracy = record["accuracy"]
+        lines.append(
+            f"top-1 {accuracy['top1']:.2f} %, float {accuracy['float']:.2f} %, on "
+            f"{accuracy['n']:,} images"
+        )
+    return lines

@@ -1,0 +1,1 @@
+"""Quantized networks for the runtimes that people have, one file for each."""

@@ -1,0 +1,165 @@
+"""A quantized network put back into the `torch.nn.Module` that it came from, by name.
+
+Weights and biases get the values that proxyq runs; batch norm that went into them becomes an
+`Identity`. What exporters start from, and a way to run a plan in torch as it is.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from proxyq.errors import ProxyqError, UsageError
+from proxyq.model.torch_import import import_torch
+from proxyq.ptq.deploy import DeployedLayer, deployed_layers
+from proxyq.ptq.quantized import QuantizedModel
+
+_OWN = frozenset({"weight", "bias", "running_mean", "running_var"})
+
+
+def to_torch(quantized: QuantizedModel, module: Any, *, round_inputs: bool = True) -> Any:
+    """A copy of `module`, in evaluation mode and float32, with a quantized network's numbers.
+
+    **Arguments:**
+
+    - `module`: the one that the model was made from, or one with the same names and shapes.
+    - `round_inputs`: whether layers whose plan says so round what they read, by torch's own fake
+      quantization in a hook before each of them.
+
+    **Raises** `ProxyqError` when a layer cannot be put back: its module is missing or has another
+    shape, its weight is computed from several parameters, something other than batch norm went
+    into it, or its input cannot be reached.
+    """
+    torch = import_torch()
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(f"`module` must be a torch.nn.Module, got {type(module).__name__}.")
+    made = copy.deepcopy(module).eval().float()
+    layers = deployed_layers(quantized)
+    norms: dict[str, str] = {}
+    for layer in layers:
+        _put_back(torch, made, layer)
+        for norm in _norms(torch, made, layer):
+            if norms.setdefault(norm, layer.name) != layer.name:
+                raise ProxyqError(
+                    f"the batch norm {norm!r} follows two layers, {norms[norm]!r} and "
+                    f"{layer.name!r}, and cannot be folded into both."
+                )
+    for norm in norms:
+        owner, _, attribute = norm.rpartition(".")
+        setattr(made.get_submodule(owner), attribute, torch.nn.Identity())
+    if round_inputs:
+        _round_inputs(torch, made, layers)
+    return made
+
+
+def owner_of(module: Any, layer: DeployedLayer) -> tuple[Any, str]:
+    """The module that holds a layer's weight, and the attribute that it is.
+
+    **Raises** `ProxyqError` where the module has none of that name and shape.
+    """
+    owner, _, attribute = layer.parameter.rpartition(".")
+    try:
+        holder = module.get_submodule(owner)
+        found = getattr(holder, attribute)
+        shape = tuple(found.shape)
+    except AttributeError:
+        raise ProxyqError(
+            f"the module has no parameter {layer.parameter!r}: it is not the one that the model "
+            "was made from."
+        ) from None
+    if layer.computed:
+        raise ProxyqError(
+            f"the weight of {layer.name!r} is computed from several parameters, or has other "
+            "numbers at each use, and cannot be put back into one."
+        )
+    if shape != layer.weight.codes.shape:
+        raise ProxyqError(
+            f"the parameter {layer.parameter!r} has the shape {shape} in the module and "
+            f"{layer.weight.codes.shape} in the quantized network."
+        )
+    return holder, attribute
+
+
+def _put_back(torch: Any, module: Any, layer: DeployedLayer) -> None:
+    holder, attribute = owner_of(module, layer)
+    with torch.no_grad():
+        getattr(holder, attribute).copy_(torch.from_numpy(layer.weight.values()))
+        if layer.bias is None:
+            return
+        name = (layer.bias_parameter or "bias").rpartition(".")[2]
+        bias = torch.nn.Parameter(torch.from_numpy(np.array(layer.bias)), requires_grad=False)
+        if layer.bias_parameter is None and attribute != "weight":
+            name = attribute.replace("weight", "bias")
+        if not hasattr(holder, name):
+            raise ProxyqError(
+                f"the layer {layer.name!r} has a bias, and its module "
+                f"({type(holder).__name__}) no place for one."
+            )
+        setattr(holder, name, bias)
+
+
+def _norms(torch: Any, module: Any, layer: DeployedLayer) -> list[str]:
+    """The batch norms that went into a layer, wholly."""
+    found: dict[str, set[str]] = {}
+    for name in layer.absorbed:
+        owner, _, attribute = name.rpartition(".")
+        found.setdefault(owner, set()).add(attribute)
+    for owner, attributes in found.items():
+        norm = module.get_submodule(owner)
+        own = {n for n in _OWN if isinstance(getattr(norm, n, None), torch.Tensor)}
+        kind = torch.nn.modules.batchnorm._BatchNorm
+        if not isinstance(norm, kind) or attributes != own:
+            raise ProxyqError(
+                f"{sorted(f'{owner}.{a}' for a in attributes)} went into the weight of "
+                f"{layer.name!r}, and only a whole batch norm can be taken out of a module."
+            )
+    return list(found)
+
+
+def _round_inputs(torch: Any, module: Any, layers: Sequence[DeployedLayer]) -> None:
+    for layer in layers:
+        if layer.inputs is None:
+            continue
+        holder, attribute = owner_of(module, layer)
+        kinds = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+        inside = type(holder).__name__ == "NonDynamicallyQuantizableLinear"
+        attention = isinstance(holder, torch.nn.MultiheadAttention)
+        if inside or not (isinstance(holder, kinds) or (attention and attribute != "weight")):
+            raise ProxyqError(
+                f"what {layer.name!r} reads cannot be reached from outside of its module: leave "
+                "its activations float (--pin 'PATTERN=BITS/float'), or round no inputs."
+            )
+        holder.register_forward_pre_hook(
+            _Rounder(torch, layer, 3 if attention else 1), with_kwargs=True
+        )
+
+
+class _Rounder:
+    """Rounds the first inputs of a module to a grid."""
+
+    def __init__(self, torch: Any, layer: DeployedLayer, inputs: int):
+        assert layer.inputs is not None and layer.activation_bits is not None
+        self.torch, self.inputs = torch, inputs
+        self.scale = float(np.float32(layer.inputs.scale))
+        self.zero = round(float(layer.inputs.zero))
+        self.top = 2**layer.activation_bits - 1
+
+    def __call__(self, module: Any, args: Any, kwargs: Any) -> Any:
+        del module
+
+        def one(x: Any) -> Any:
+            return self.torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, 0, self.top)
+
+        names = ("input", "query", "key", "value")
+        args = tuple(one(x) if i < self.inputs else x for i, x in enumerate(args))
+        return args, {k: one(v) if k in names else v for k, v in kwargs.items()}
+
+
+def largest_difference(quantized: QuantizedModel, run: Any, inputs: Any) -> float:
+    """How far a function of NCHW float32 images is from the quantized network, relative to the
+    largest output."""
+    ours = quantized.logits(inputs)
+    theirs = np.asarray(run(jax.tree.map(np.asarray, inputs)))
+    return float(np.max(np.abs(ours - theirs)) / max(float(np.max(np.abs(ours))), 1e-30))

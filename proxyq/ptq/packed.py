@@ -1,0 +1,214 @@
+"""The packed file: a quantized network at the size that its plan promised.
+
+Integers at their true bit-width, scales, zero points and biases, what stays float, and the plan,
+in one safetensors file; `unpack.py` tells its form and reads it with NumPy alone.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save
+
+from proxyq.engine import Edit, Engine
+from proxyq.errors import ProxyqError
+from proxyq.files import read_bytes, write_atomic
+from proxyq.model.model import Model
+from proxyq.model.network import LAYERS_AT
+from proxyq.model.origin import parameter_indices, trailing_bias
+from proxyq.provenance import provenance
+from proxyq.ptq.deploy import DeployedLayer, deployed_layers
+from proxyq.ptq.quantized import QuantizedModel, with_weights
+from proxyq.ptq.unpack import SCHEMA, pack, read, unpack
+from proxyq.quantize import Grid
+from proxyq.quantize.integers import Integers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSize:
+    """Bytes of a packed file: `codes` of the weights, `scales` with their zero points and biases,
+    what stays `unquantized`, and the `header` with names, plan and provenance."""
+
+    codes: int
+    scales: int
+    unquantized: int
+    header: int
+
+    @property
+    def total(self) -> int:
+        """The size of the file."""
+        return self.codes + self.scales + self.unquantized + self.header
+
+
+def save_packed(
+    quantized: QuantizedModel,
+    path: str | os.PathLike[str],
+    *,
+    plan: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> PackedSize:
+    """Write a quantized network; see `proxyq.ptq.unpack` for the form of the file.
+
+    - `plan`: the plan as JSON, kept whole; `facts`: more for the provenance.
+
+    **Raises** `ProxyqError` when the file cannot be written.
+    """
+    layers = deployed_layers(quantized)
+    tensors: dict[str, np.ndarray] = {}
+    sizes = {"codes": 0, "scales": 0, "unquantized": 0}
+
+    def add(name: str, value: np.ndarray, kind: str) -> None:
+        array = np.ascontiguousarray(value)
+        tensors[name] = array
+        sizes[kind] += array.nbytes
+
+    records = {}
+    for layer in layers:
+        weight = layer.name if layer.computed else layer.parameter
+        add(weight, pack(layer.weight.codes, layer.bits), "codes")
+        add(f"{weight}.scale", layer.weight.scale, "scales")
+        add(f"{weight}.zero", layer.weight.zero, "scales")
+        record: dict[str, Any] = {
+            "weight": weight,
+            "bits": layer.bits,
+            "shape": list(layer.weight.codes.shape),
+            "kind": layer.kind,
+            "absorbed": list(layer.absorbed),
+        }
+        if layer.computed:
+            record["computed"] = True
+        if layer.bias is not None:
+            record["bias"] = _bias_tensor(layer)
+            add(record["bias"], layer.bias, "scales")
+        if layer.inputs is not None:
+            record["inputs"] = {
+                "bits": layer.activation_bits,
+                "scale": float(np.float32(layer.inputs.scale)),
+                "zero": float(np.float32(layer.inputs.zero)),
+            }
+        records[layer.name] = record
+    gone = {name for layer in layers for name in (layer.parameter, *layer.absorbed)}
+    for name, value in quantized.model.params.items():
+        if name not in gone and name not in tensors:
+            add(name, np.asarray(value), "unquantized")
+    header = {
+        "schema": SCHEMA,
+        "model": {"name": quantized.model.name, "digest": quantized.model.digest()},
+        "layers": records,
+        "correction": quantized.correction,
+        "reconstruction": quantized.reconstruction,
+        "plan": dict(plan or {}),
+        "provenance": provenance(**dict(facts or {})),
+    }
+    text = json.dumps(header, ensure_ascii=False, allow_nan=False, sort_keys=True)
+    content = save(tensors, {"proxyq": text})
+    write_atomic(path, content)
+    return PackedSize(header=len(content) - sum(sizes.values()), **sizes)
+
+
+def _bias_tensor(layer: DeployedLayer) -> str:
+    if layer.bias_parameter is not None and not layer.computed:
+        return layer.bias_parameter
+    return f"{layer.name}.bias"
+
+
+def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
+    """The quantized network of a packed file, on the model that it was made of.
+
+    **Raises** `ProxyqError` when the file is no packed network, is damaged, or is one of another
+    model.
+    """
+    read_bytes(path, "packed network")  # one sentence where it is not there
+    try:
+        header, tensors = read(path)
+    except ValueError as error:
+        raise ProxyqError(f"the packed network {error}") from None
+    records = header["layers"]
+    engine = Engine.build(model, LAYERS_AT, batch_size=LAYERS_AT)
+    network, indices = engine.network, parameter_indices(engine.network)
+    integers: dict[int, Integers] = {}
+    edits: dict[int, Edit] = {}
+    activations: dict[str, int] = {}
+    used = set()
+    for layer in network.layers:
+        own = [f"{layer.name}#{n}" if n > 1 else layer.name for n in range(1, 99)]
+        entries = [name for name in own if name in records]
+        used.update(entries)
+        for place, index in enumerate(network.sites_of(layer.name)):
+            if not entries:
+                continue
+            record = records[entries[min(place, len(entries) - 1)]]
+            site = network.sites[index]
+            whole = _integers(record, tensors)
+            where = indices[index]
+            if record.get("computed"):
+                if whole.codes.shape != tuple(site.weight.aval.shape):
+                    raise _other(path, layer.name)
+                parts = [np.broadcast_to(p, whole.codes.shape) for p in whole[:3]]
+            else:
+                if where is None or whole.codes.size != np.prod(
+                    model.params[layer.parameter].shape
+                ):
+                    raise _other(path, layer.name)
+                parts = [np.broadcast_to(p, whole.codes.shape).ravel()[where] for p in whole[:3]]
+            codes, scale, zero = (np.asarray(site.columns(jnp.asarray(p))) for p in parts)
+            integers[index] = Integers(codes, scale[:1], zero[:1], whole.bits)
+            edit = Edit()
+            if "bias" in record:
+                added, _ = trailing_bias(network, site, engine.frontier)
+                bias = tensors[record["bias"]]
+                bias = _slice(bias, where, site) if len(bias) != scale.shape[1] else bias
+                offset = bias if added is None else bias - added
+                edit = edit._replace(offset=jnp.asarray(offset, jnp.float32))
+            if "inputs" in record:
+                grid = record["inputs"]
+                activations[layer.name] = int(grid["bits"])
+                edit = edit._replace(
+                    input_grid=Grid(
+                        jnp.float32(grid["scale"]),
+                        jnp.float32(grid["zero"]),
+                        jnp.float32(0),
+                        jnp.float32(2.0 ** grid["bits"] - 1),
+                    )
+                )
+            edits[index] = edit
+    if set(records) - used:
+        raise _other(path, min(set(records) - used))
+    return QuantizedModel(
+        model=model,
+        bits={
+            layer.name: records[layer.name]["bits"]
+            for layer in network.layers
+            if layer.name in records
+        },
+        edits=with_weights(engine, integers, edits),
+        integers=integers,
+        activation_bits=activations,
+        correction=header.get("correction", "none"),
+        reconstruction=header.get("reconstruction", "nearest"),
+    )
+
+
+def _slice(bias: np.ndarray, where: Any, site: Any) -> np.ndarray:
+    """A slice's part of the bias of a whole weight, by the rank of its first element."""
+    width = int(np.prod(site.channel_shape))
+    first = int(where.min()) * len(bias) // (where.size * len(bias) // width)
+    return bias[first : first + width]
+
+
+def _integers(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Integers:
+    name = record["weight"]
+    codes = unpack(tensors[name], record["bits"], record["shape"])
+    return Integers(codes, tensors[f"{name}.scale"], tensors[f"{name}.zero"], record["bits"])
+
+
+def _other(path: str | os.PathLike[str], layer: str) -> ProxyqError:
+    return ProxyqError(
+        f"the packed network {str(Path(path))!r} is of another model: its layer {layer!r} does "
+        "not fit."
+    )

@@ -1,0 +1,121 @@
+"""Read a packed network with NumPy alone: `proxyq/packed/1`.
+
+This file imports nothing of proxyq and can be copied beside the network that it reads:
+
+    weights = load("network.safetensors")      # {"layer1.0.conv1.weight": float32 array, …}
+
+The file is in the format of safetensors. A quantized weight is a tensor of bytes with its codes,
+`bits` to each, the first code in the lowest bits of the first byte, in the C order of the
+parameter's shape. Beside it lie `NAME.scale` and `NAME.zero`, which broadcast against it:
+
+    weight = (code - zero) * scale        in float32
+
+All other tensors are as they are. The metadata's entry `proxyq` is JSON: `layers` tells of each
+layer which tensor is its `weight` and its `bias`, the `shape`, the `bits`, and which parameters of
+the original network are `absorbed` in the two; `inputs`, where it is there, is the grid of what
+the layer reads, in the same formula, with codes from 0 to `2^bits - 1`.
+"""
+
+import json
+import os
+import struct
+from typing import Any
+
+import numpy as np
+
+SCHEMA = "proxyq/packed/1"
+_TYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Every parameter of the network in the file by name: quantized weights as float32 values.
+
+    **Raises** `ValueError` when the file is not one, or damaged.
+    """
+    header, tensors = read(path)
+    arrays = dict(tensors)
+    for layer in header["layers"].values():
+        name = layer["weight"]
+        codes = unpack(tensors[name], layer["bits"], layer["shape"])
+        scale, zero = arrays.pop(f"{name}.scale"), arrays.pop(f"{name}.zero")
+        arrays[name] = (codes.astype(np.float32) - zero) * scale
+    return arrays
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The JSON of the metadata, and all tensors as they lie in the file.
+
+    **Raises** `ValueError` when the file is not one, or damaged.
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        (length,) = struct.unpack("<Q", content[:8])
+        table = json.loads(content[8 : 8 + length].decode())
+        header = json.loads(table.pop("__metadata__")["proxyq"])
+    except (struct.error, KeyError, ValueError, AttributeError, TypeError, RecursionError):
+        raise ValueError(f"{os.fspath(path)!r} is no packed network, or cut short.") from None
+    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+        found = header.get("schema") if isinstance(header, dict) else None
+        raise ValueError(f"{os.fspath(path)!r} has the schema {found!r}; this reads {SCHEMA!r}.")
+    data = memoryview(content)[8 + length :]
+    try:
+        tensors = {name: _tensor(data, entry) for name, entry in table.items()}
+        for name, layer in header["layers"].items():
+            _check(name, layer, tensors)
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is damaged ({error}).") from None
+    return header, tensors
+
+
+def _tensor(data: memoryview, entry: dict[str, Any]) -> np.ndarray:
+    start, stop = entry["data_offsets"]
+    if not 0 <= start <= stop <= len(data):
+        raise ValueError("a tensor lies outside of the file")
+    return np.frombuffer(data[start:stop], _TYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _check(name: str, layer: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """Refuse a layer whose tensors do not fit each other."""
+    weight, bits, shape = layer["weight"], layer["bits"], layer["shape"]
+    if not (isinstance(bits, int) and 1 <= bits <= 16):
+        raise ValueError(f"the layer {name} has {bits!r} bits")
+    if any(not isinstance(size, int) or size < 0 for size in shape):
+        raise ValueError(f"the layer {name} has the shape {shape!r}")
+    count = 1
+    for size in shape:
+        count *= size
+    if tensors[weight].dtype != np.uint8 or tensors[weight].size != -(-count * bits // 8):
+        raise ValueError(f"the layer {name} has not the codes of its shape")
+    for part in ("scale", "zero"):
+        own = tensors[f"{weight}.{part}"].shape
+        if len(own) != len(shape) or any(a not in (1, b) for a, b in zip(own, shape, strict=True)):
+            raise ValueError(f"the {part} of the layer {name} has the shape {own}")
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned codes as bytes, `bits` to each, the first code in the lowest bits."""
+    flat = np.ascontiguousarray(codes, np.uint16).ravel()
+    step = 1 << 20  # a multiple of 8, so that every part fills whole bytes
+    parts = []
+    for start in range(0, len(flat), step):
+        some = flat[start : start + step, None]
+        parts.append(np.packbits((some >> np.arange(bits)) & 1, bitorder="little"))
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+
+
+def unpack(packed: np.ndarray, bits: int, shape: Any) -> np.ndarray:
+    """The codes that `pack` made bytes of, uint16, in their shape."""
+    count = int(np.prod(shape, dtype=np.int64))
+    codes = np.empty(count, np.uint16)
+    step = 1 << 20
+    weights = (1 << np.arange(bits)).astype(np.uint16)
+    for start in range(0, count, step):
+        some = min(step, count - start)
+        part = packed[start * bits // 8 : -(-(start + some) * bits // 8)]
+        rows = np.unpackbits(part, count=some * bits, bitorder="little").reshape(some, bits)
+        codes[start : start + some] = rows @ weights
+    return codes.reshape(shape)
