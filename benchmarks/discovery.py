@@ -298,7 +298,29 @@ def rankings(args):
                 f"{row['mean_regret']:.2f}"
             )
         text.append(f"| {'*' + name + '*' if trivial else name} | " + " | ".join(cells) + " |")
+    text += ["", *spread(args, names)]
     return text
+
+
+def spread(args, names):
+    """How far the plans of each table lie apart, beside what its images can tell."""
+    parts = []
+    for name in names:
+        file = Path(args.tables) / f"{name}.json"
+        if not file.is_file():  # on the package's shelf
+            continue
+        plans = json.loads(file.read_text())["plans"]
+        images = json.loads(file.read_text())["float"]["images"]
+        top1 = np.array([plan["top1"] for plan in plans])
+        # The variance of a share p of n images is p (1 - p) / n.
+        noise = np.mean(top1 * (100 - top1)) / images
+        ceiling = np.sqrt(max(0.0, 1 - noise / top1.var()))
+        parts.append(
+            f"{name} {top1.std():.2f} points ({np.sqrt(noise):.2f} of it noise, were each plan "
+            f"measured on {images:,} images of its own; then no cost could correlate by more than "
+            f"about {ceiling:.2f})"
+        )
+    return ["Standard deviation of top-1 over the plans: " + "; ".join(parts) + "."]
 
 
 def plans(args):
