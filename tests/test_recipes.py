@@ -41,7 +41,7 @@ def test_the_published_settings() -> None:
     assert (ompq.proxy, ompq.bits, ompq.solver) == ("orthogonality", [2, 3, 4], "lp")
     assert ompq.solver_options() == {"rounding": "closest-below"}
     assert ompq.options["batch_norm"] == "batch" and ompq.options["suffix_mean"] is True
-    assert ompq.ties_features and ompq.tie_patterns == []
+    assert ompq.ties == ["same-feature"]
     csmpq = load_recipe("csmpq")
     assert (csmpq.proxy, csmpq.options["form"]) == ("separability", "exp")
     assert csmpq.samples == 32 and csmpq.correction == "none"
@@ -50,14 +50,14 @@ def test_the_published_settings() -> None:
 def test_the_recipes_that_choose_activations() -> None:
     hawq = load_recipe("hawq-v3")
     assert (hawq.proxy, hawq.bits, hawq.activation_bits) == ("hessian-trace", [4, 8], "weights")
-    assert hawq.ties_inputs and not hawq.ties_features and hawq.tie_patterns == []
+    assert hawq.ties == ["same-input"]
     assert (hawq.pins, hawq.outliers) == (["@first=8", "@last=8"], "keep")
     clado = load_recipe("clado")
     assert (clado.proxy, clado.solver, clado.bits) == ("clado", "iqp", [2, 4, 8])
     assert clado.options == {"pair_loss": "cross-entropy", "psd": True}
     limpq = load_recipe("limpq")
     assert (limpq.proxy, limpq.activation_bits) == ("limpq", [2, 3, 4, 5, 6])
-    assert limpq.pins == ["@first=8/8", "@last=8/8"] and not limpq.ties_inputs
+    assert limpq.pins == ["@first=8/8", "@last=8/8"] and limpq.ties == []
     assert (limpq.outliers, limpq.options) == ("erase", {"alpha": 2.0, "ends": False})
 
 
@@ -79,15 +79,14 @@ def test_every_recipe_makes_a_problem(name: str) -> None:
         recipe.bits,
         ["bops=60%", "size=50%"],
         pins=recipe.pins,
-        ties=recipe.tie_patterns,
-        shared=shared_by(layers, "shares_input") if recipe.ties_inputs else (),
+        shared=shared_by(layers, "shares_input") if "same-input" in recipe.ties else (),
         activation_bits=beside,
         activation_cost=chosen,
     )
     answer = solve(problem, recipe.solver, **recipe.solver_options())
     if recipe.pins:
         assert (answer.bits[0], answer.bits[-1]) == (8, 8)
-    if recipe.ties_inputs:
+    if "same-input" in recipe.ties:
         assert answer.bits[1] == answer.bits[2]
     if beside == "weights":
         assert answer.activation_bits == answer.bits
@@ -108,7 +107,7 @@ def test_a_recipe_from_a_file(tmp_path: Path) -> None:
     path.write_text(text)
     recipe = load_recipe(path)
     assert recipe.solver == "auto" and recipe.solver_options() == {}
-    assert recipe.tie_patterns == ["a.*"] and not recipe.ties_features
+    assert recipe.ties == ["a.*"]
     assert load_recipe(str(path)) == recipe
 
 

@@ -15,10 +15,9 @@ from proxyq.provenance import provenance
 from proxyq.proxies import Scores
 from proxyq.proxies.cost import NEED_ERRORS, check_cost, cost_name
 from proxyq.search.allocate import Assignment, Problem, solve
-from proxyq.search.allocate.build import shared_by
 from proxyq.search.allocate.latency import LatencyTable, load_latency
 from proxyq.search.allocate.plan import Plan, plan_from
-from proxyq.search.recipes import SAME_FEATURE, SAME_INPUT
+from proxyq.search.allocate.together import together
 from proxyq.search.scores_file import ScoreFile
 
 
@@ -31,6 +30,7 @@ def allocate(
     activation_bits: int | str | Sequence[int] | None = None,
     pins: Sequence[str] = (),
     ties: Sequence[str] = (),
+    unties: Sequence[str] = (),
     candidates: Sequence[str] = (),
     solver: str | None = None,
     time_limit: float = 60.0,
@@ -44,8 +44,6 @@ def allocate(
     - `scores`: what `score` gives, or its file. `proxy`: whose, where there are several.
     - `activation_bits`: as for `search`; `None` is what the scores were measured for, and a
       list must be of those.
-    - `ties`: patterns, `same-feature` (layers that hand on one tensor, which count once) and
-      `same-input` (layers that read one tensor).
     - All others: as for `search`.
 
     **Returns** the `Plan` that `search` would find by the same method.
@@ -60,6 +58,7 @@ def allocate(
         activation_bits=activation_bits,
         pins=pins,
         ties=ties,
+        unties=unties,
         candidates=candidates,
         solver=solver,
         latency=latency,
@@ -91,6 +90,7 @@ def allocation(
     activation_bits: int | str | Sequence[int] | None = None,
     pins: Sequence[str] = (),
     ties: Sequence[str] = (),
+    unties: Sequence[str] = (),
     candidates: Sequence[str] = (),
     solver: str | None = None,
     latency: str | os.PathLike[str] | LatencyTable | None = None,
@@ -117,17 +117,18 @@ def allocation(
         found = _activations_among(found, beside)
     layers = found.layers
     name = cost_name(found, cost)
+    joined = together(layers, ties, unties, scores.same_feature)
     problem = program(
         layers,
         found,
         budget,
         cost=cost,
         errors=scores.errors() if name in NEED_ERRORS else None,
-        counted_once=scores.same_feature if SAME_FEATURE in ties else (),
-        shared=shared_by(layers, "shares_input") if SAME_INPUT in ties else (),
+        counted_once=joined.counted_once,
+        shared=joined.shared,
         activation_bits=beside,
         pins=pins,
-        ties=[tie for tie in ties if tie not in (SAME_FEATURE, SAME_INPUT)],
+        ties=joined.patterns,
         candidates=candidates,
         latency=load_latency(latency) if isinstance(latency, (str, os.PathLike)) else latency,
         schedule=scores.steps(),

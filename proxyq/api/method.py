@@ -39,8 +39,7 @@ class Method:
     solver_options: Mapping[str, Any]
     pins: tuple[str, ...]
     ties: tuple[str, ...]
-    tie_features: bool
-    tie_inputs: bool
+    unties: tuple[str, ...]
     outliers: str
     recipe: str | None
     start: "Method | None" = None
@@ -77,6 +76,7 @@ def method_of(
     solver: str | None = None,
     pins: Sequence[str] = (),
     ties: Sequence[str] = (),
+    unties: Sequence[str] = (),
 ) -> Method:
     """The method that a proxy or a recipe stands for; what is given explicitly wins.
 
@@ -123,8 +123,7 @@ def method_of(
             solver_options={},
             pins=tuple(pins),
             ties=tuple(ties),
-            tie_features=False,
-            tie_inputs=False,
+            unties=tuple(unties),
             outliers="keep",
             recipe=None,
         )
@@ -151,9 +150,8 @@ def method_of(
         solver=solver or found.solver,
         solver_options=solving if same_solver else {},
         pins=(*found.pins, *pins),
-        ties=(*found.tie_patterns, *ties),
-        tie_features=found.ties_features,
-        tie_inputs=found.ties_inputs,
+        ties=(*found.ties, *ties),
+        unties=tuple(unties),
         outliers=found.outliers,
         recipe=found.name,
         start=start,

@@ -42,6 +42,7 @@ def pareto(
     extra_code: str | None = None,
     pins: Sequence[str] = (),
     ties: Sequence[str] = (),
+    unties: Sequence[str] = (),
     candidates: Sequence[str] = (),
     solver: str | None = None,
     time_limit: float = TIME_LIMIT,
@@ -69,7 +70,7 @@ def pareto(
       `kl-delta` takes. `options` are the proxy's.
     - `time_limit`: seconds for the solver at all points together.
     - `evaluate`, `eval_data`: run every plan quantized, in one pass over the images.
-    - `ties`: as for `allocate`. All others: as for `search`.
+    - All others: as for `search`.
 
     **Returns** a `Front`: plans that are alike are one point, and the dominated ones are marked.
     Budgets that cannot be met are left out, and `notes` says so.
@@ -85,6 +86,7 @@ def pareto(
     binding: dict[str, Any] = {
         "pins": pins,
         "ties": ties,
+        "unties": unties,
         "candidates": candidates,
         "solver": solver,
         "latency": table,

@@ -24,9 +24,9 @@ from proxyq.provenance import provenance
 from proxyq.proxies import Cache, Proxy, Scores, score
 from proxyq.proxies.cost import NEED_ERRORS, cost_name, weight_errors
 from proxyq.search.allocate import SOLVERS, Problem, solve
-from proxyq.search.allocate.build import shared_by
 from proxyq.search.allocate.latency import LatencyTable, load_latency
 from proxyq.search.allocate.plan import Plan, plan_from
+from proxyq.search.allocate.together import together
 from proxyq.search.recipes import Recipe
 
 DEFAULT_BUDGET = "size=4bit"
@@ -48,6 +48,7 @@ def search(
     samples: int | None = None,
     pins: Sequence[str] = (),
     ties: Sequence[str] = (),
+    unties: Sequence[str] = (),
     candidates: Sequence[str] = (),
     solver: str | None = None,
     time_limit: float = 60.0,
@@ -81,7 +82,10 @@ def search(
     - `budget`: one or several, such as `size=3bit`, `size=1.5MiB`, `bops=75G`; all hold.
       Without any, 4 bits on average, or halfway where no candidate has more than 4.
     - `bits`: candidate bit-widths. `pins` (`'PATTERN=8'`), `ties` (`'PATTERN'`) and
-      `candidates` (`'PATTERN=2,4'`) bind layers by shell patterns, or `re:` expressions.
+      `candidates` (`'PATTERN=2,4'`) bind layers by shell patterns, or `re:` expressions. A tie may
+      also be `same-feature` (layers that hand on one tensor, which count once), `same-input`
+      (that read one) or `same-sum` (that are added up). Layers that runtimes fuse (query, key and
+      value; gate and up) share bits unless `unties` matches them.
     - `activation_bits`: bits of every layer's input; several to choose from, by a proxy that
       measures activations too; `"weights"`, as many as the layer's weights; or `"float"`. `None`
       is the recipe's, else float.
@@ -111,6 +115,7 @@ def search(
         solver=solver,
         pins=pins,
         ties=ties,
+        unties=unties,
     )
     check_effort(effort)
     _check_seconds(time_budget, refine)
@@ -137,12 +142,13 @@ def search(
     # What cannot be solved (or not by this solver) and images that do not fit are told before
     # minutes of measuring.
     layers = found.layers
+    joined = together(layers, method.ties, method.unties, layers_by_feature(found))
     binding = {
-        "counted_once": layers_by_feature(found) if method.tie_features else (),
-        "shared": shared_by(layers, "shares_input") if method.tie_inputs else (),
+        "counted_once": joined.counted_once,
+        "shared": joined.shared,
         "activation_bits": method.activation_bits,
         "pins": method.pins,
-        "ties": method.ties,
+        "ties": joined.patterns,
         "candidates": candidates,
         "latency": load_latency(latency) if isinstance(latency, (str, os.PathLike)) else latency,
         "schedule": schedule(found),

@@ -37,8 +37,10 @@ def network_json(network: Any) -> dict[str, Any]:
     """The object that `inspect --json` prints."""
     from proxyq.model.live import float_peak
     from proxyq.model.schedule import schedule
+    from proxyq.search.allocate.together import fused
 
     peak = float_peak(schedule(network))
+    siblings = {name: names for names in fused(network.layers) for name in names}
     return {
         "layers": {
             layer.name: {
@@ -48,6 +50,7 @@ def network_json(network: Any) -> dict[str, Any]:
                 "output_shape": list(layer.output_shape),
                 "group": layer.group,
                 "shares_input": layer.shares_input,
+                "fused": siblings[layer.name][0] if layer.name in siblings else None,
             }
             for layer in network.layers
         },

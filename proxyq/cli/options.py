@@ -242,17 +242,18 @@ Ties = Annotated[
         "--tie",
         metavar="PATTERN",
         panel=LAYERS,
-        help="Layers that share one bit-width; repeatable.",
+        help="Layers that share one bit-width; same-feature: those that hand on one tensor; "
+        "same-input: those that read one; same-sum: those that are added up; repeatable.",
     ),
 ]
-TiesByFile = Annotated[
+Unties = Annotated[
     list[str] | None,
     _option(
-        "--tie",
+        "--untie",
         metavar="PATTERN",
         panel=LAYERS,
-        help="Layers that share one bit-width; same-feature: those that hand on one tensor; "
-        "same-input: those that read one; repeatable.",
+        help="Layers that runtimes fuse (query, key and value; gate and up) and that shall have "
+        "bits of their own all the same; repeatable.",
     ),
 ]
 Candidates = Annotated[

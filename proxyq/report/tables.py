@@ -592,6 +592,7 @@ def network_table(network: "Network") -> Table:
     """A line for each layer: kind, weights, MACs, output shape, group; totals below."""
     from proxyq.model.live import float_peak
     from proxyq.model.schedule import schedule
+    from proxyq.search.allocate.together import fused
 
     layers = network.layers
     weights, macs = (sum(getattr(layer, what) for layer in layers) for what in ("weights", "macs"))
@@ -604,6 +605,10 @@ def network_table(network: "Network") -> Table:
         Column(head="output", cells=shapes),
         Column(head="group", cells=groups, right=False),
     ]
+    siblings = {name: own[0] for own in fused(layers) for name in own}
+    if siblings:
+        cells = [elided(siblings.get(layer.name, ""), 22) for layer in layers]
+        columns.append(Column(head="fused", cells=cells, right=False))
     names = [layer.name for layer in layers]
     peak = float_peak(schedule(network))
     where = "the input" if peak.layer is None else peak.layer

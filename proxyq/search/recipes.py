@@ -21,7 +21,6 @@ from proxyq.search.allocate.problem import check_bits
 from proxyq.shelf import shelf
 
 FOLDER = "search/recipes"
-SAME_FEATURE, SAME_INPUT = "same-feature", "same-input"
 
 
 def _one_of_roundings(value: str | None) -> str | None:
@@ -83,21 +82,6 @@ class Recipe(BaseModel):
     pins: list[str] = []
     correction: Literal["auto", "none", "weights", "statistics"] = "none"
     note: str = ""
-
-    @property
-    def ties_features(self) -> bool:
-        """Whether layers that are measured on one tensor share bits."""
-        return SAME_FEATURE in self.ties
-
-    @property
-    def ties_inputs(self) -> bool:
-        """Whether layers that read one tensor share bits: those of one `Layer.shares_input`."""
-        return SAME_INPUT in self.ties
-
-    @property
-    def tie_patterns(self) -> list[str]:
-        """The ties that are patterns on layer names."""
-        return [tie for tie in self.ties if tie not in (SAME_FEATURE, SAME_INPUT)]
 
     def solver_options(self) -> dict[str, Any]:
         """Keyword arguments for `solve` beside the method."""

@@ -11,7 +11,6 @@ from proxyq.search.allocate.budget import parse_budget_range as parse_budget_ran
 from proxyq.search.allocate.budget import parse_budgets as parse_budgets
 from proxyq.search.allocate.build import LayerLike as LayerLike
 from proxyq.search.allocate.build import build_problem as build_problem
-from proxyq.search.allocate.build import shared_by as shared_by
 from proxyq.search.allocate.dispatch import SOLVERS as SOLVERS
 from proxyq.search.allocate.dispatch import Solver as Solver
 from proxyq.search.allocate.dispatch import solve as solve
@@ -28,3 +27,4 @@ from proxyq.search.allocate.problem import InfeasibleError as InfeasibleError
 from proxyq.search.allocate.problem import Limit as Limit
 from proxyq.search.allocate.problem import Pin as Pin
 from proxyq.search.allocate.problem import Problem as Problem
+from proxyq.search.allocate.together import shared_by as shared_by

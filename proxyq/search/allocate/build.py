@@ -268,16 +268,6 @@ def _activations(
     return _Activations(variable=False, fixed=fixed, candidates=(), cost=nothing)
 
 
-def shared_by(layers: Sequence[Any], attribute: str) -> tuple[tuple[str, ...], ...]:
-    """Names of the layers with the same non-empty `attribute`, two or more each, for `shared`."""
-    found: dict[Any, list[str]] = {}
-    for layer in layers:
-        value = getattr(layer, attribute)
-        if value:
-            found.setdefault(value, []).append(layer.name)
-    return tuple(tuple(names) for names in found.values() if len(names) > 1)
-
-
 def _groups(
     names: list[str], ties: Sequence[str], shared: Sequence[Sequence[str]]
 ) -> tuple[tuple[int, ...], ...]:
