@@ -76,11 +76,12 @@ def test_a_packed_network_comes_back(make, correction, tmp_path):
     model = make()
     x = images(model)
     made = quantize_model(model, plan_of(model, 3, 8), x, correction=correction)
-    size = save_packed(made, tmp_path / "net.safetensors", plan={"any": 1})
+    size = save_packed(made, tmp_path / "net.safetensors")
     assert size.total == (tmp_path / "net.safetensors").stat().st_size
     promised = sum(-(-own.codes.size * 3 // 8) for own in made.integers.values())
     assert size.codes <= promised + len(made.integers)
     back = load_packed(tmp_path / "net.safetensors", model)
+    assert back.plan == made.plan == plan_of(model, 3, 8)
     for index, own in made.integers.items():
         for a, b in zip(own, back.integers[index], strict=True):
             np.testing.assert_array_equal(a, b)
@@ -248,6 +249,13 @@ def test_the_command(tmp_path):
     assert record["size"]["total"] == Path(record["file"]).stat().st_size
     assert abs(record["size"]["codes"] / record["plan_bytes"] - 1) < 0.02
     assert sorted(p.name for p in folder.iterdir()) == ["packed.safetensors", "plan.json"]
+    packed = folder / "packed.safetensors"
+    done = here("evaluate", plan, packed, "--correction", "none", "--json")
+    assert done.code == 0, done.err
+    both = json.loads(done.out)["plans"]
+    assert [one["file"] for one in both] == [str(plan), str(packed)]
+    assert both[1]["top1"] == record["accuracy"]["top1"]
+    assert both[1]["size_bits"] == both[0]["size_bits"]
     text = here("quantize", plan, "--out", folder)
     assert text.code == 0 and "as the plan says" in text.out
 

@@ -218,7 +218,7 @@ def _comparison(one: Paired, first: str, second: str) -> dict[str, Any]:
 
 def evaluate(
     model: Any,
-    plans: Sequence[Plan],
+    plans: Sequence[Plan | QuantizedModel],
     data: Any = None,
     eval_data: Any = None,
     *,
@@ -232,7 +232,8 @@ def evaluate(
 ) -> Evaluation:
     """Measured accuracy of plans, beside the float network and a uniform one.
 
-    All are run on the same images and compared image by image: see `Evaluation`.
+    A plan is applied first, rounded to nearest; a `QuantizedModel`, such as `load_packed` gives,
+    runs as it is. All are run on the same images and compared image by image: see `Evaluation`.
     `data` are the unlabelled images for the correction and the activation ranges; the
     correction is each plan's own unless given. `latency` is the table (or its file) that plans
     with a budget on latency were made with: without it they get no uniform rival. `names` stand
@@ -270,7 +271,7 @@ def evaluate(
 
 def measure(
     model: Model,
-    plans: Sequence[Plan],
+    plans: Sequence[Plan | QuantizedModel],
     inputs: Any,
     measured_on: Any,
     *,
@@ -281,14 +282,16 @@ def measure(
     progress: Progress = silent,
 ) -> Evaluation:
     """`evaluate`, from prepared calibration inputs and checked, labelled data."""
-    for plan in plans:
+    whole = [_plan_of(one) for one in plans]
+    for plan in whole:
         check_plan_fits(model, plan)
     given = list(names) if names else [f"plan {i + 1}" for i in range(len(plans))]
-    uniform = uniform_plan(model, plans[0], latency)
+    uniform = uniform_plan(model, whole[0], latency)
     # A plan is run once, however often it is asked for; the uniform one may be among them.
-    wanted = [*plans, *([] if uniform is None else [uniform])]
-    keys = [_what_runs(plan) for plan in wanted]
-    runs: dict[Any, QuantizedModel] = {}
+    wanted = [*whole, *([] if uniform is None else [uniform])]
+    ready = {i: one for i, one in enumerate(plans) if isinstance(one, QuantizedModel)}
+    keys: list[Any] = [i if i in ready else _what_runs(plan) for i, plan in enumerate(wanted)]
+    runs: dict[Any, QuantizedModel] = dict(ready)
     for key, plan in zip(keys, wanted, strict=True):
         if key not in runs:
             runs[key] = quantize_model(
@@ -356,6 +359,14 @@ def measure(
 
 def _share(right: np.ndarray) -> float:
     return 100.0 * int(right.sum()) / len(right)
+
+
+def _plan_of(one: Plan | QuantizedModel) -> Plan:
+    if isinstance(one, Plan):
+        return one
+    if one.plan is None:
+        raise UsageError("a quantized model without its plan cannot be evaluated: pass the plan.")
+    return one.plan
 
 
 def _what_runs(plan: Plan) -> tuple[Any, ...]:

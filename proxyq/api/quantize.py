@@ -160,6 +160,7 @@ def quantize_model(
         correction=used,
         reconstruction="nearest" if reconstruction == "none" else reconstruction,
         notes=notes,
+        plan=plan,
     )
 
 
@@ -253,9 +254,7 @@ def pack(
         facts["samples"] = len(jax.tree.leaves(inputs)[0])
     if RECONSTRUCTIONS[reconstruction] is not None:
         facts["learning"] = learning_facts(learning or Learning())
-    size = save_packed(
-        made, folder / "packed.safetensors", plan=json.loads(plan.to_json()), facts=facts
-    )
+    size = save_packed(made, folder / "packed.safetensors", facts=facts)
     plan.save(folder / "plan.json")
     quantized = (layer for layer in plan.layers.values() if layer.weight_bits is not None)
     return Packed(

@@ -30,13 +30,14 @@ def evaluate(
     device: o.Device = None,
 ) -> None:
     """Measure plans beside float and uniform bits, tested image by image."""
-    model, files = model_and_plans(arguments)
+    model, files = model_and_plans(arguments, packed=True)
     bound = None if memory is None else byte_count(memory, "--memory")
     with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
         from proxyq import api
+        from proxyq.ptq.packed import load_packed
         from proxyq.search.allocate.plan import Plan
 
-        plans = [Plan.load(file) for file in files]
+        read = {file: Plan.load(file) for file in files if file.endswith(".json")}
         loaded = load(
             model,
             weights=weights,
@@ -46,12 +47,12 @@ def evaluate(
             size=size,
             resize=resize,
         )
-        for file, plan in zip(files, plans, strict=True):
+        for file, plan in read.items():
             if plan.model.get("digest") not in (None, loaded.digest()):
                 say(f"{file} was made for other weights of this network.", quiet=quiet)
         result = api.evaluate(
             loaded,
-            plans,
+            [read[file] if file in read else load_packed(file, loaded) for file in files],
             data,
             eval_data,
             names=files,
@@ -76,10 +77,12 @@ def evaluate(
     )
 
 
-def model_and_plans(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """What ends in `.json` is a plan; at most one other argument names the model."""
-    plans = [argument for argument in arguments if argument.endswith(".json")]
-    others = [argument for argument in arguments if not argument.endswith(".json")]
+def model_and_plans(arguments: list[str], *, packed: bool = False) -> tuple[str | None, list[str]]:
+    """What ends in `.json` is a plan, and in `.safetensors`, where they may stand, a `packed`
+    network; at most one other argument names the model."""
+    ends = (".json", ".safetensors") if packed else (".json",)
+    plans = [argument for argument in arguments if argument.endswith(ends)]
+    others = [argument for argument in arguments if not argument.endswith(ends)]
     if len(others) > 1:
         raise UsageError(
             f"name one model, got {others[0]!r} and {others[1]!r}: plans are files that end in "

@@ -41,7 +41,8 @@ ModelAndPlans = Annotated[
     typer.Argument(
         metavar="[MODEL] PLAN.json...",
         show_default=False,
-        help="The plans to measure, and the model where it is not the embedded one.",
+        help="The plans to measure, or networks that `proxyq quantize` packed, and the model "
+        "where it is not the embedded one.",
     ),
 ]
 ModelAndPlan = Annotated[

@@ -27,6 +27,7 @@ from proxyq.ptq.quantized import QuantizedModel, with_weights
 from proxyq.ptq.unpack import SCHEMA, pack, read, unpack
 from proxyq.quantize import Grid
 from proxyq.quantize.integers import Integers
+from proxyq.search.allocate.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +50,11 @@ def save_packed(
     quantized: QuantizedModel,
     path: str | os.PathLike[str],
     *,
-    plan: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> PackedSize:
     """Write a quantized network; see `proxyq.ptq.unpack` for the form of the file.
 
-    - `plan`: the plan as JSON, kept whole; `facts`: more for the provenance.
+    - `facts`: more for the provenance. The plan is kept whole.
 
     **Raises** `ProxyqError` when the file cannot be written.
     """
@@ -102,7 +102,7 @@ def save_packed(
         "layers": records,
         "correction": quantized.correction,
         "reconstruction": quantized.reconstruction,
-        "plan": dict(plan or {}),
+        "plan": None if quantized.plan is None else json.loads(quantized.plan.to_json()),
         "provenance": provenance(**dict(facts or {})),
     }
     text = json.dumps(header, ensure_ascii=False, allow_nan=False, sort_keys=True)
@@ -128,7 +128,7 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
         header, tensors = read(path)
     except ValueError as error:
         raise ProxyqError(f"the packed network {error}") from None
-    records = header["layers"]
+    records, plan = header["layers"], header.get("plan")
     engine = Engine.build(model, LAYERS_AT, batch_size=LAYERS_AT)
     network, indices = engine.network, parameter_indices(engine.network)
     integers: dict[int, Integers] = {}
@@ -191,6 +191,7 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
         activation_bits=activations,
         correction=header.get("correction", "none"),
         reconstruction=header.get("reconstruction", "nearest"),
+        plan=None if plan is None else Plan.from_json(plan, f"plan in {str(Path(path))!r}"),
     )
 
 

@@ -13,6 +13,7 @@ from proxyq.errors import UsageError, near
 from proxyq.model.model import Model
 from proxyq.quantize import Grid, Rounding, check_bits
 from proxyq.quantize.integers import Integers, to_integers
+from proxyq.search.allocate.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,6 +28,7 @@ class QuantizedModel:
       fit the model at every batch size.
     - `correction`: which correction of layer statistics is inside, and `reconstruction`: how the
       rounding was found (`nearest`, `bias`, `adaround`, `block`). `notes` about both.
+    - `plan`: the plan that was applied, where it is known.
     """
 
     model: Model
@@ -37,6 +39,7 @@ class QuantizedModel:
     correction: str = "none"
     reconstruction: str = "nearest"
     notes: Mapping[str, Any] = field(default_factory=dict)
+    plan: Plan | None = None
 
     def logits(self, inputs: Any, *, memory: int | None = None) -> np.ndarray:
         """The network's first output on a set of inputs, `[images, …]`."""
