@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from proxyq.data import Data as Data
     from proxyq.data import load_data as load_data
     from proxyq.engine import Engine as Engine
+    from proxyq.export.torch_module import to_torch as to_torch
     from proxyq.model.flax_import import from_linen as from_linen
     from proxyq.model.flax_import import from_nnx as from_nnx
     from proxyq.model.function_import import from_function as from_function
@@ -82,6 +83,7 @@ _PUBLIC = {
     "proxyq.ptq.quantized": ("QuantizedModel",),
     "proxyq.ptq.reconstruct": ("Learning",),
     "proxyq.ptq.packed": ("load_packed",),
+    "proxyq.export.torch_module": ("to_torch",),
     "proxyq.api": (
         "inspect",
         "score",
