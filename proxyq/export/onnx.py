@@ -45,7 +45,9 @@ from proxyq.version import __version__
 OPSET, OPSET_INT2 = 21, 25
 """The first with 4-bit and 16-bit integers, and the first with 2-bit ones."""
 TOLERANCE = 1e-4
-"""Largest difference of outputs with rounded weights alone, relative to the largest output."""
+"""Largest difference of outputs, relative to the largest, with rounded weights alone."""
+ROUNDED_TOLERANCE, OPTIMIZED_TOLERANCE = 2e-3, 5e-2
+"""The median of these differences with rounded inputs, operator by operator and optimised."""
 EXAMPLES = 16
 """How many inputs the file is run on."""
 MAX_BYTES = 2**31 - 2**20
@@ -124,9 +126,10 @@ def export_onnx(
     examples = _examples(quantized.model, inputs)
     difference = _check_weights(content, quantized, examples)
     if any(layer.inputs is not None for layer in layers):
-        _round_inputs(exported.graph, quantized, layers, found)
+        _round_inputs(exported.graph, quantized, layers, found, weights)
         content = _serialized(exported)
-        difference = _check_rounded(content, quantized, examples)
+        difference, note = _check_rounded(content, quantized, examples)
+        notes += [note] if note else []
     if difference is None:
         notes.append("the file was not run: `pip install 'proxyq[onnx]'` brings ONNX Runtime.")
     return Exported(
@@ -309,9 +312,10 @@ def _weight_values(graph: Any, module: Any, layer: DeployedLayer) -> list[Any]:
     wanted = own.detach().to(torch.float32).numpy()
     for value in graph.initializers.values():
         held = value.const_value
-        if held is not None and tuple(held.shape) == wanted.shape:
-            if np.array_equal(held.numpy(), wanted):
-                found.append(value)
+        if held is None or tuple(held.shape) != wanted.shape:
+            continue
+        if np.array_equal(held.numpy(), wanted):
+            found.append(value)
     if not found:
         raise ProxyqError(
             f"the weight {layer.parameter!r} is not in the graph that torch.onnx makes: leave the "
@@ -325,6 +329,7 @@ def _round_inputs(
     quantized: QuantizedModel,
     layers: Sequence[DeployedLayer],
     weights: Mapping[str, Any],
+    stored_weights: Mapping[str, Stored],
 ) -> None:
     """QuantizeLinear and DequantizeLinear before each product of layers that round inputs."""
     network = Engine.build(quantized.model, LAYERS_AT, batch_size=LAYERS_AT).network
@@ -352,7 +357,40 @@ def _round_inputs(
                 name = f"{layer.name}.input" if number == 1 else f"{layer.name}.input#{number}"
                 rounded[read, key] = _rounded(graph, name, read, *key)
             node.replace_input_with(place, rounded[read, key])
+            if _bias_overflows(node, key[0], stored_weights[layer.name].scale):
+                _add_bias_apart(graph, node)
     graph.sort()
+
+
+def _bias_overflows(node: Any, step: float, scale: np.ndarray) -> bool:
+    """Whether ONNX Runtime would saturate a bias, which it rounds to 32 bits and `step * scale`.
+
+    So it does by default where inputs, weights and outputs are integers, and checks no range.
+    """
+    if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3 or node.inputs[2] is None:
+        return False
+    bias = node.inputs[2].const_value
+    if bias is None:
+        return True
+    with np.errstate(divide="ignore", over="ignore"):
+        return bool((np.abs(bias.numpy()) / np.abs(step * scale) >= 2.0**30).any())
+
+
+def _add_bias_apart(graph: Any, node: Any) -> None:
+    """A product and an addition in place of one operator for both."""
+    ir = _import_onnx("onnx_ir")
+    bias, output = node.inputs[2], node.outputs[0]
+    node.replace_input_with(2, None)
+    if node.op_type == "Conv":
+        # [channels] -> [channels, 1, 1], beside [batch, channels, height, width]
+        value = bias.const_value.numpy().reshape(-1, *[1] * (len(node.inputs[1].shape) - 2))
+        bias = _initializer(graph, f"{bias.name}.column", value, ir.DataType.FLOAT)
+    added = ir.node("Add", [output, bias], name=f"{node.name}.bias")
+    added.outputs[0].name = f"{output.name}.biased"
+    added.outputs[0].type, added.outputs[0].shape = output.type, output.shape
+    output.replace_all_uses_with(added.outputs[0], replace_graph_outputs=True)
+    added.replace_input_with(0, output)
+    graph.append(added)
 
 
 def _products(value: Any) -> list[tuple[Any, int]]:
@@ -493,29 +531,53 @@ def _check_weights(content: bytes, quantized: QuantizedModel, examples: Any) -> 
     ours = replace(quantized, edits=edits).logits(examples)
     found = _differences(ours, theirs).max()
     if not found <= TOLERANCE:
-        raise ProxyqError(
-            f"the ONNX file gives other outputs than the quantized network (they differ by "
-            f"{found:.1e} of the largest, and {TOLERANCE:.0e} is rounding): please report the "
-            "model, and choose another format (--to) meanwhile."
-        )
+        raise _differs(float(found), TOLERANCE)
     return float(found)
 
 
-def _check_rounded(content: bytes, quantized: QuantizedModel, examples: Any) -> float | None:
-    theirs = run_onnx(content, examples)
-    if theirs is None:
-        return None
+def _check_rounded(
+    content: bytes, quantized: QuantizedModel, examples: Any
+) -> tuple[float | None, str | None]:
+    """Compare a file with rounded inputs with the network, operator by operator and optimised.
+
+    A value that lies on a boundary between two codes goes to either side, by the order of a sum,
+    and the step that it makes moves whatever comes after it: single outputs differ by much more
+    than rounding of float32, without any fault. The median over all outputs does not: operator
+    by operator it is below 1e-5 for small networks, while one grid with a zero point off by one,
+    or one layer left unrounded, makes it ten to a hundred times `ROUNDED_TOLERANCE`. Optimised,
+    ONNX Runtime computes with integers and rounds biases to 32 bits; that is its own and reported.
+    """
+    plain = run_onnx(content, examples, optimized=False)
+    if plain is None:
+        return None, None
     ours = quantized.logits(examples)
-    found = _differences(ours, theirs)
+    median = float(np.median(_differences(ours, plain)))
+    if not median <= ROUNDED_TOLERANCE:
+        raise _differs(median, ROUNDED_TOLERANCE)
+    optimized = run_onnx(content, examples)
+    assert optimized is not None
+    found = _differences(ours, optimized)
+    median, note = float(np.median(found)), None
+    if not median <= OPTIMIZED_TOLERANCE:
+        note = (
+            f"ONNX Runtime's default optimisations change the outputs by {median:.1%} in the "
+            "median, ORT_DISABLE_ALL does not: measure the accuracy before use."
+        )
     print(
-        "ROUNDED median",
-        np.median(found),
-        "max",
+        "DBG",
+        np.median(_differences(ours, plain)),
+        _differences(ours, plain).max(),
+        median,
         found.max(),
-        "top1",
-        (ours.argmax(-1) == theirs.argmax(-1)).mean(),
     )
-    return float(found.max())
+    return float(found.max()), note
+
+
+def _differs(found: float, tolerance: float) -> ProxyqError:
+    return ProxyqError(
+        f"the ONNX file gives other outputs than the quantized network (by {found:.1e} of the "
+        f"largest, where {tolerance:.0e} is allowed): nothing was written; please report the model."
+    )
 
 
 def _differences(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -525,12 +587,12 @@ def _differences(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.abs(ours - theirs) / max(float(np.abs(ours).max()), 1e-30)
 
 
-def run_onnx(content: bytes, inputs: Any) -> np.ndarray | None:
+def run_onnx(content: bytes, inputs: Any, *, optimized: bool = True) -> np.ndarray | None:
     """The first output of a model in ONNX Runtime on the CPU; `None` where that is missing.
 
     `inputs` are arrays `[images, …]` in the structure that the proxyq model takes.
     """
-    session = _session(content)
+    session = _session(content, optimized=optimized)
     if session is None:
         return None
     named = session.get_inputs()
@@ -550,14 +612,17 @@ def run_onnx(content: bytes, inputs: Any) -> np.ndarray | None:
 _NUMPY = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
 
 
-def _session(content: bytes) -> Any:
-    """A session of ONNX Runtime with its default settings; `None` where it is missing."""
+def _session(content: bytes, *, optimized: bool = True) -> Any:
+    """A session of ONNX Runtime, with its default settings or as the file says it, operator by
+    operator; `None` where it is missing."""
     try:
         runtime = import_module("onnxruntime")
     except ImportError:
         return None
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # what it has to say comes as exceptions
+    if not optimized:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
