@@ -46,7 +46,7 @@ OPSET, OPSET_INT2 = 21, 25
 """The first with 4-bit and 16-bit integers, and the first with 2-bit ones."""
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest, with rounded weights alone."""
-ROUNDED_TOLERANCE = 1e-3
+ROUNDED_TOLERANCE = 1e-4
 """The median of these differences where inputs are rounded too."""
 OPTIMIZED_TOLERANCE = 2e-3
 """The median that is worth a note where ONNX Runtime optimises as it likes."""
@@ -534,7 +534,8 @@ def _check(
     The largest difference counts where weights alone are rounded. Where inputs are too, a value
     on a boundary between two codes goes to either side, by the order of a sum, and its step
     moves whatever comes after: single outputs differ by far more than rounding of float32,
-    without any fault. Their median does not: for a ResNet-20 it is 1e-7 with 4 or 8 bits.
+    without any fault. Their median does not: it is 1e-7 for a ResNet-20 and a small
+    vision transformer at 4 and 8 bits, 3e-6 at 16.
     """
     theirs = run_onnx(content, examples, optimized=False)
     if theirs is None:
