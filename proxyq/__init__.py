@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from proxyq.api import allocate as allocate
     from proxyq.api import evaluate as evaluate
     from proxyq.api import evolve as evolve
+    from proxyq.api import export_model as export_model
     from proxyq.api import inspect as inspect
     from proxyq.api import pack as pack
     from proxyq.api import pareto as pareto
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from proxyq.data import Data as Data
     from proxyq.data import load_data as load_data
     from proxyq.engine import Engine as Engine
+    from proxyq.export.exported import Exported as Exported
     from proxyq.export.torch_module import to_torch as to_torch
     from proxyq.model.flax_import import from_linen as from_linen
     from proxyq.model.flax_import import from_nnx as from_nnx
@@ -83,6 +85,7 @@ _PUBLIC = {
     "proxyq.ptq.quantized": ("QuantizedModel",),
     "proxyq.ptq.reconstruct": ("Learning",),
     "proxyq.ptq.packed": ("load_packed",),
+    "proxyq.export.exported": ("Exported",),
     "proxyq.export.torch_module": ("to_torch",),
     "proxyq.api": (
         "inspect",
@@ -97,6 +100,7 @@ _PUBLIC = {
         "ModelSpec",
         "quantize_model",
         "pack",
+        "export_model",
         "write_report",
         "Evaluation",
     ),

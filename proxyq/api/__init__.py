@@ -4,7 +4,8 @@
 `allocate` are its two halves, with a file between them; `pareto` answers for a range of budgets;
 `evaluate` measures plans, `table` many random ones, against which `rank` holds proxies and from
 which `evolve` makes new ones;
-`write_report` shows plans on a page; `quantize_model` applies a plan, `pack` writes what it makes;
+`write_report` shows plans on a page; `quantize_model` applies a plan, `pack` writes what it makes,
+`export_model` for other programs;
 `inspect` shows what a model is made of.
 """
 
@@ -14,6 +15,7 @@ from proxyq.api.evaluate import Measured as Measured
 from proxyq.api.evaluate import evaluate as evaluate
 from proxyq.api.evolve import Evolution as Evolution
 from proxyq.api.evolve import evolve as evolve
+from proxyq.api.export import export_model as export_model
 from proxyq.api.inputs import as_data as as_data
 from proxyq.api.inputs import as_model as as_model
 from proxyq.api.inputs import inputs_of as inputs_of

@@ -14,6 +14,7 @@ from proxyq.cli import (
     allocate,
     evaluate,
     evolve,
+    export,
     inspect,
     models,
     pareto,
@@ -46,6 +47,7 @@ app.command()(allocate.allocate)
 app.command()(pareto.pareto)
 app.command()(evaluate.evaluate)
 app.command()(quantize.quantize)
+app.command()(export.export)
 app.command()(table.table)
 app.command()(rank.rank)
 app.command()(evolve.evolve)

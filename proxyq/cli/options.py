@@ -464,6 +464,41 @@ OutFolder = Annotated[
     str,
     _option("--out", metavar="DIR", panel=RESULT, help="Write the packed network and plan here."),
 ]
+ModelAndMaybePlan = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL] PLAN.json",
+        show_default=False,
+        help="The plan to apply, and the model where it is not the embedded one. With --packed "
+        "the plan may be left out.",
+    ),
+]
+ExportFormat = Annotated[
+    str | None,
+    _option("--to", metavar="FORMAT", panel=RESULT, help="The format to write: onnx."),
+]
+PackedFile = Annotated[
+    str | None,
+    _option(
+        "--packed",
+        metavar="FILE.safetensors",
+        panel=METHOD,
+        help="Export this network, which `proxyq quantize` wrote, as it is.",
+    ),
+]
+Strict = Annotated[
+    bool,
+    _option(
+        "--strict",
+        panel=RESULT,
+        help="Refuse to write where the weights, as the format stores them, exceed a size budget "
+        "of the plan.",
+    ),
+]
+OutExport = Annotated[
+    str | None,
+    _option("--out", metavar="PATH", panel=RESULT, help="Write to this file or folder."),
+]
 Evaluate = Annotated[
     bool,
     _option(
