@@ -66,7 +66,7 @@ def deployed_layers(quantized: QuantizedModel) -> tuple[DeployedLayer, ...]:
         if not sites:
             continue
         shape = tuple(quantized.model.params[layer.parameter].shape)
-        whole = _in_parameter(network, sites, indices, quantized.integers, shape)
+        whole = in_parameter(network, sites, indices, quantized.integers, shape)
         bias = None if whole is None else _bias(engine, sites, indices, quantized.edits)
         groups = [sites] if bias is not None else [[i] for i in sites]
         for number, group in enumerate(groups, 1):
@@ -96,7 +96,7 @@ def deployed_layers(quantized: QuantizedModel) -> tuple[DeployedLayer, ...]:
     return tuple(found)
 
 
-def _in_parameter(
+def in_parameter(
     network: Network,
     sites: list[int],
     indices: Mapping[int, np.ndarray | None],
