@@ -5,7 +5,7 @@ Weights and biases get the values that proxyq runs; batch norm that went into th
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ def to_torch(quantized: QuantizedModel, module: Any, *, round_inputs: bool = Tru
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"`module` must be a torch.nn.Module, got {type(module).__name__}.")
     made = copy.deepcopy(module).eval().float()
+    _fill(torch, made, quantized.model.params)
     layers = deployed_layers(quantized)
     norms: dict[str, str] = {}
     for layer in layers:
@@ -80,6 +81,15 @@ def owner_of(module: Any, layer: DeployedLayer) -> tuple[Any, str]:
             f"{layer.weight.codes.shape} in the quantized network."
         )
     return holder, attribute
+
+
+def _fill(torch: Any, module: Any, params: Mapping[str, Any]) -> None:
+    """The model's numbers: the module may have others by now, and the model new ones."""
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with torch.no_grad():
+        for name, value in params.items():
+            if name in own and tuple(own[name].shape) == np.shape(value):
+                own[name].copy_(torch.from_numpy(np.array(value)))
 
 
 def _put_back(torch: Any, module: Any, layer: DeployedLayer) -> None:

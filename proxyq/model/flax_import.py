@@ -82,6 +82,7 @@ def from_nnx(
         preprocessing=preprocessing,
         batch_statistics_apply=bind(batch_statistics) if batch_statistics else None,
         identity={"source": "flax.nnx", "class": qualified_name(module)},
+        source=module,
         hint=", or give fixed arguments in `apply_kwargs`",
     )
 
@@ -270,6 +271,7 @@ def from_linen(
         preprocessing=preprocessing,
         batch_statistics_apply=batch_statistics if "batch_stats" in plain else None,
         identity={"source": "flax.linen", "class": qualified_name(module)},
+        source=(module, variables),
         hint=", or give fixed arguments in `apply_kwargs`, such as {'train': False}",
     )
 

@@ -240,6 +240,7 @@ def finish_model(
     preprocessing: Preprocessing | None,
     batch_statistics_apply: Apply | None,
     identity: Mapping[str, Any],
+    source: Any = None,
     hint: str = "",
 ) -> Model:
     """Check everything that can be checked without running the network, and build a `Model`.
@@ -266,6 +267,7 @@ def finish_model(
         preprocessing=preprocessing or Preprocessing(),
         batch_statistics_apply=batch_statistics_apply,
         identity=dict(identity),
+        source=source,
     )
     _check_runs(model, hint)
     return model

@@ -49,6 +49,9 @@ class Model:
     - `batch_statistics_apply`: `apply` with batch norm taking the statistics of the batch
       (training mode) and all else as in evaluation; `None` where the source offers none.
     - `identity`: where the model came from, as text for provenance.
+    - `source`: the object that it came from, for exporters: a torch or nnx module, or the pair of
+      a linen module and its variables. It is no part of digests, and its numbers may be older
+      than `params`.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Model:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     batch_statistics_apply: Apply | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
+    source: Any = field(default=None, repr=False)
 
     def __call__(self, inputs: Any) -> Any:
         """The network's outputs on a batch."""

@@ -94,6 +94,7 @@ def from_torch(
             "torch": str(torch.__version__),
             **(identity or {}),
         },
+        source=module,
     )
     _check_outputs(model)
     if single:

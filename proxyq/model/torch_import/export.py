@@ -58,6 +58,22 @@ def _silent_logs() -> Iterator[None]:
             child.disabled = was
 
 
+@contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """What `torch.export` needs around it: no noise, and attention as operators of their own."""
+    torch = import_torch()
+    # The fused attention of inference is one opaque operator that hides its layers.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        with warnings.catch_warnings(), _silent_logs():
+            for category, message in _NOISE:
+                warnings.filterwarnings("ignore", message=message, category=category)
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
 class Unexportable(Exception):
     """`torch.export` could not trace the module."""
 
@@ -149,21 +165,14 @@ def export(
         shapes = torch.export.ShapesCollection()
         for leaf in torch.utils._pytree.tree_leaves(inputs):
             shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
-    # The fused attention of inference is one opaque operator that hides its layers.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        with warnings.catch_warnings(), _silent_logs():
-            for category, message in _NOISE:
-                warnings.filterwarnings("ignore", message=message, category=category)
-            torch.backends.mha.set_fastpath_enabled(False)
+        with quiet_export():
             exported = torch.export.export(
                 module, args, kwargs, dynamic_shapes=shapes, strict=False
             )
             exported = exported.run_decompositions({})
     except Exception as error:  # torch.export passes on whatever the forward raises
         raise Unexportable(first_line(error)) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
     return _translate(exported, module, names, keywords=bool(kwargs))
 
 
