@@ -250,7 +250,7 @@ def from_linen(
         return _linen_tree(rebuilders, values)
 
     def run(params: Mapping[str, Any], inputs: Any, **options: Any) -> Any:
-        args, keywords = _arguments(inputs)
+        args, keywords = call_arguments(inputs)
         return module.apply(collections(params), *args, **keywords, **kwargs, **options)
 
     def apply(params: Mapping[str, Any], inputs: Any) -> Any:
@@ -317,11 +317,11 @@ def _normalise_by_batch(
 
 
 def _call(module: Callable[..., Any], inputs: Any, kwargs: Mapping[str, Any]) -> Any:
-    args, keywords = _arguments(inputs)
+    args, keywords = call_arguments(inputs)
     return module(*args, **keywords, **kwargs)
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A pytree of inputs as the arguments of a module's call."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)

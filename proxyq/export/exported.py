@@ -1,0 +1,109 @@
+"""What an export made, and whether it still keeps the plan's budget: the same for all formats."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from proxyq.errors import ProxyqError
+from proxyq.ptq.deploy import DeployedLayer
+from proxyq.search.allocate.plan import FLOAT_BITS, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A quantized network in a file of another program.
+
+    - `paths`: the files that were written.
+    - `raised`: layers whose bit-width the format cannot store, with the bits that were asked for
+      and those that their codes take up. Their values are the same.
+    - `size_bits`: of the quantized weights as stored, `planned_bits`: as the plan has them;
+      scales, zero points and biases are not counted.
+    - `difference`: largest difference of the outputs of the exported network from the quantized
+      one's, relative to the largest output; `None` where it was not run.
+    - `notes`: what else its user should know, a sentence each.
+    """
+
+    format: str
+    paths: tuple[Path, ...]
+    raised: Mapping[str, tuple[int, int]]
+    size_bits: int
+    planned_bits: int
+    difference: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `export --json` prints."""
+        return {
+            "format": self.format,
+            "paths": [str(path) for path in self.paths],
+            "raised": {
+                name: {"asked": asked, "stored": stored}
+                for name, (asked, stored) in self.raised.items()
+            },
+            "size_bits": self.size_bits,
+            "planned_bits": self.planned_bits,
+            "difference": self.difference,
+            "notes": list(self.notes),
+        }
+
+
+def raised_and_sizes(layers: Sequence[DeployedLayer], stored: Mapping[str, int]) -> dict[str, Any]:
+    """The fields `raised`, `size_bits` and `planned_bits` of layers stored with so many bits."""
+    return {
+        "raised": {
+            layer.name: (layer.bits, stored[layer.name])
+            for layer in layers
+            if stored[layer.name] != layer.bits
+        },
+        "size_bits": sum(layer.weight.codes.size * stored[layer.name] for layer in layers),
+        "planned_bits": sum(layer.weight.codes.size * layer.bits for layer in layers),
+    }
+
+
+def check_size_budgets(
+    plan: Plan | None, stored: Mapping[str, int], *, strict: bool, format: str
+) -> tuple[str, ...]:
+    """Whether the weights as stored, `stored` bits each by layer, keep the plan's size budgets.
+
+    Budgets count as in `proxyq.search.allocate.budget`: an average is over the layers that are
+    not pinned, an amount over all, float ones at 32 bits.
+
+    **Returns** a sentence for each budget that is exceeded.
+
+    **Raises** `ProxyqError` with the first of them where `strict`.
+    """
+    found = []
+    for planned in () if plan is None else plan.budgets:
+        if planned.name != "size":
+            continue
+        assert plan is not None
+        budget = planned.budget()
+        free = [n for n, own in plan.layers.items() if not own.pinned and own.weights]
+        counted = (free or list(plan.layers)) if budget.is_average else list(plan.layers)
+        weights = sum(plan.layers[name].weights for name in counted)
+        used = sum(
+            plan.layers[name].weights
+            * stored.get(name, plan.layers[name].weight_bits or FLOAT_BITS)
+            for name in counted
+        )
+        allowed = budget.amount * budget.per_unit(weights)
+        if used <= allowed:
+            continue
+        found.append(
+            f"as {format} stores them, the weights take {_amount(used, weights, budget)}, more "
+            f"than the plan's budget of {_amount(allowed, weights, budget)}"
+        )
+    if found and strict:
+        raise ProxyqError(
+            f"{found[0]}: search with bit-widths that {format} stores (--bits), or leave --strict "
+            "out."
+        )
+    return tuple(f"{text}." for text in found)
+
+
+def _amount(bits: int | Fraction, weights: int, budget: Any) -> str:
+    if budget.is_average:
+        return f"{float(Fraction(bits) / max(weights, 1)):.4g} bit on average"
+    return f"{float(bits) / 8192:,.1f} KiB"
