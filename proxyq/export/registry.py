@@ -33,6 +33,7 @@ _OURS = {
         "proxyq.export.onnx:export_onnx",
         "ONNX with QuantizeLinear and DequantizeLinear, for ONNX Runtime",
     ),
+    "qwix": ("proxyq.export.qwix:export_qwix", "rules and parameters for qwix, of Flax models"),
 }
 
 EXPORTERS: Registry[Exporter] = Registry("export format", group="proxyq.exporters")

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 from flax.core import meta
 
-from proxyq.errors import UsageError
+from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.model.function_import import (
     Layout,
     finish_model,
@@ -91,28 +92,11 @@ def _nnx_function(
 ) -> tuple[dict[str, Any], set[str], Callable[[Mapping[str, Any], Any], Any]]:
     """`(leaves by name, names of weights, function of leaves and inputs)` of a module."""
     definition, state = nnx.split(module)
-    paths, structure = jax.tree_util.tree_flatten_with_path(state)
-    variables: dict[tuple[Any, ...], Any] = {
-        tuple(path): variable for path, variable in nnx.to_flat_state(state)
-    }
     leaves: dict[str, Any] = {}
     weights: set[str] = set()
     random: dict[str, Any] = {}
-    for path, leaf in paths:
-        # A variable is a pytree node of its own; what follows it in the path is the
-        # attribute that holds its value, and then the place in a value that is a tree.
-        keys = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
-        length = next((n for n in range(len(keys), 0, -1) if tuple(keys[:n]) in variables), None)
-        if length is None:
-            leaf_name, variable = path_name(path), None
-        else:
-            variable = variables[tuple(keys[:length])]
-            inside = path[length + 1 :] if isinstance(variable, nnx.Variable) else path[length:]
-            leaf_name = path_name((*path[:length], *inside))
-        if leaf_name in leaves:
-            raise UsageError(
-                f"two variables of the module have the same name {leaf_name!r}: rename one."
-            )
+    named, structure = _nnx_leaves(state)
+    for leaf_name, (leaf, variable) in named.items():
         leaves[leaf_name] = leaf
         if isinstance(variable, nnx.Param):
             weights.add(leaf_name)
@@ -127,6 +111,73 @@ def _nnx_function(
         return _call(nnx.merge(definition, filled), inputs, kwargs)
 
     return {key: leaves[key] for key in order if key not in random}, weights, function
+
+
+def _nnx_leaves(state: Any) -> tuple[dict[str, tuple[Any, Any]], Any]:
+    """Each leaf of a module's state with its variable, by name; and the state's structure."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(state)
+    variables: dict[tuple[Any, ...], Any] = {
+        tuple(path): variable for path, variable in nnx.to_flat_state(state)
+    }
+    named: dict[str, tuple[Any, Any]] = {}
+    for path, leaf in paths:
+        # A variable is a pytree node of its own; what follows it in the path is the
+        # attribute that holds its value, and then the place in a value that is a tree.
+        keys = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
+        length = next((n for n in range(len(keys), 0, -1) if tuple(keys[:n]) in variables), None)
+        if length is None:
+            leaf_name, variable = path_name(path), None
+        else:
+            variable = variables[tuple(keys[:length])]
+            inside = path[length + 1 :] if isinstance(variable, nnx.Variable) else path[length:]
+            leaf_name = path_name((*path[:length], *inside))
+        if leaf_name in named:
+            raise UsageError(
+                f"two variables of the module have the same name {leaf_name!r}: rename one."
+            )
+        named[leaf_name] = leaf, variable
+    return named, structure
+
+
+def put_into_nnx(module: nnx.Module, params: Mapping[str, Any]) -> nnx.Module:
+    """A copy of a module, in evaluation mode, that holds these parameters by name.
+
+    **Raises** `ProxyqError` where the module has no array of a name, or one of another shape.
+    """
+    made = nnx.clone(module)
+    made.eval()
+    _, state = nnx.split(made)
+    named, structure = _nnx_leaves(state)
+    leaves = {name: leaf for name, (leaf, _) in named.items()}
+    nnx.update(made, jax.tree.unflatten(structure, _replaced(leaves, params).values()))
+    return made
+
+
+def put_into_linen(variables: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of a linen module with these parameters by name; boxes stay around them.
+
+    **Raises** `ProxyqError` where there is no array of a name, or one of another shape.
+    """
+    leaves, rebuilders = _linen_leaves(meta.unbox(dict(variables)))
+    values = _replaced(leaves, params)
+    return meta.replace_boxed(dict(variables), _linen_tree(rebuilders, values))
+
+
+def _replaced(leaves: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in params.items():
+        if name not in leaves:
+            raise ProxyqError(
+                f"the module has no parameter {name!r}: it is not the one that the model was made "
+                f"from; {near(name, list(leaves))}"
+            )
+        if np.shape(leaves[name]) != np.shape(value):
+            raise ProxyqError(
+                f"the parameter {name!r} has the shape {np.shape(leaves[name])} in the module and "
+                f"{np.shape(value)} in the quantized network."
+            )
+    return {
+        name: jnp.asarray(params[name]) if name in params else leaf for name, leaf in leaves.items()
+    }
 
 
 def _use_batch_statistics(module: nnx.Module) -> bool:
@@ -188,29 +239,18 @@ def from_linen(
             "returns its outputs alone."
         )
 
-    leaves: dict[str, Any] = {}
-    weights: set[str] = set()
-    rebuilders: dict[str, tuple[dict[str, str], Callable[[Mapping[str, Any]], Any]]] = {}
     # Boxes carry sharding notes around an array; the network computes the same without.
     plain = meta.unbox(dict(variables))
-    for collection in sorted(plain, key=lambda key: (key != "params", key)):
-        inner, rebuild = flatten_names(plain[collection])
-        names = {key: key if key not in leaves else f"{collection}.{key}" for key in inner}
-        rebuilders[collection] = names, rebuild
-        leaves.update({names[key]: leaf for key, leaf in inner.items()})
-        if collection == "params":
-            weights.update(names.values())
+    leaves, rebuilders = _linen_leaves(plain)
+    weights = set(rebuilders["params"][0].values())
     arrays, constants = split_arrays(leaves)
 
     def collections(params: Mapping[str, Any]) -> dict[str, Any]:
         values = {**constants, **{key: params[key] for key in arrays}}
-        return {
-            collection: rebuild({key: values[full] for key, full in names.items()})
-            for collection, (names, rebuild) in rebuilders.items()
-        }
+        return _linen_tree(rebuilders, values)
 
     def run(params: Mapping[str, Any], inputs: Any, **options: Any) -> Any:
-        args, keywords = _arguments(inputs)
+        args, keywords = call_arguments(inputs)
         return module.apply(collections(params), *args, **keywords, **kwargs, **options)
 
     def apply(params: Mapping[str, Any], inputs: Any) -> Any:
@@ -236,6 +276,29 @@ def from_linen(
     )
 
 
+_Rebuilders = dict[str, tuple[dict[str, str], Callable[[Mapping[str, Any]], Any]]]
+
+
+def _linen_leaves(plain: Mapping[str, Any]) -> tuple[dict[str, Any], _Rebuilders]:
+    """The arrays of all collections by name, and for each collection its own names and the
+    function that puts them back."""
+    leaves: dict[str, Any] = {}
+    rebuilders: _Rebuilders = {}
+    for collection in sorted(plain, key=lambda key: (key != "params", key)):
+        inner, rebuild = flatten_names(plain[collection])
+        names = {key: key if key not in leaves else f"{collection}.{key}" for key in inner}
+        rebuilders[collection] = names, rebuild
+        leaves.update({names[key]: leaf for key, leaf in inner.items()})
+    return leaves, rebuilders
+
+
+def _linen_tree(rebuilders: _Rebuilders, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        collection: rebuild({key: values[full] for key, full in names.items()})
+        for collection, (names, rebuild) in rebuilders.items()
+    }
+
+
 def _normalise_by_batch(
     next_method: Callable[..., Any], args: Any, kwargs: dict[str, Any], context: Any
 ) -> Any:
@@ -254,11 +317,11 @@ def _normalise_by_batch(
 
 
 def _call(module: Callable[..., Any], inputs: Any, kwargs: Mapping[str, Any]) -> Any:
-    args, keywords = _arguments(inputs)
+    args, keywords = call_arguments(inputs)
     return module(*args, **keywords, **kwargs)
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A pytree of inputs as the arguments of a module's call."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)

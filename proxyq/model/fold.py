@@ -61,9 +61,15 @@ def fold(graph: Graph, sites: tuple[Site, ...], lengths: tuple[int, ...]) -> Gra
 
 def _chain(graph: Graph, site: Site) -> list[int]:
     """Indices of the per-channel equations after a site, up to the last factor."""
+    chain = per_channel_equations(graph, site)
+    factors = [graph.main[index].primitive.name in ("mul", "div") for index in chain]
+    return chain[: max((i + 1 for i, factor in enumerate(factors) if factor), default=0)]
+
+
+def per_channel_equations(graph: Graph, site: Site) -> list[int]:
+    """Indices of the equations right after a site that scale or shift each channel."""
     var = graph.main[site.position].outvars[0]
     chain: list[int] = []
-    last_factor = 0
     while var not in graph.outputs and len(graph.consumers.get(var, ())) == 1:
         (index,) = graph.consumers[var]
         eqn = graph.main[index]
@@ -74,22 +80,20 @@ def _chain(graph: Graph, site: Site) -> list[int]:
         if other is var or not is_per_channel(graph, other, site):
             break
         chain.append(index)
-        if name in ("mul", "div"):
-            last_factor = len(chain)
         var = eqn.outvars[0]
-    return chain[:last_factor]
+    return chain
 
 
 def is_per_channel(graph: Graph, atom: Any, site: Site) -> bool:
     """Whether an operand holds parameters and varies along the output channels alone."""
     if is_literal(atom) or graph.is_data(atom) or not graph.leaves[atom]:
         return False
-    source, axes = _source(graph, atom)
+    source, axes = broadcast_source(graph, atom)
     varying = {axis for axis, size in zip(axes, source.aval.shape, strict=True) if size != 1}
     return varying <= set(site.output_axes)
 
 
-def _source(graph: Graph, var: Var) -> tuple[Var, list[int]]:
+def broadcast_source(graph: Graph, var: Var) -> tuple[Var, list[int]]:
     """Look through the broadcasts that main holds: the array, and which axes it has."""
     axes = list(range(var.aval.ndim))
     while var in graph.producer:
@@ -128,7 +132,7 @@ def _affine(graph: Graph, site: Site, chain: list[int], env: dict[Var, Any]) -> 
 
 def channel_vector(graph: Graph, site: Site, operand: Var, env: dict[Var, Any]) -> Any:
     """An operand that `is_per_channel`, as a vector over the output channels."""
-    source, axes = _source(graph, operand)
+    source, axes = broadcast_source(graph, operand)
     shape = [1] * site.output_ndim
     for axis, size in zip(axes, source.aval.shape, strict=True):
         shape[axis] = size

@@ -276,7 +276,7 @@ def trace_function(
         for atom in dict.fromkeys(a for a in eqn.invars if not is_literal(a)):
             consumers.setdefault(atom, []).append(index)
     return Graph(
-        prelude=_needed_for(prelude, frontier),
+        prelude=needed_for(prelude, frontier),
         main=tuple(main),
         params=dict(zip(names, param_vars, strict=True)),
         inputs=input_vars,
@@ -298,7 +298,8 @@ def _grows(eqn: Equation) -> bool:
     return eqn.outvars[0].aval.size > eqn.invars[0].aval.size
 
 
-def _needed_for(eqns: Sequence[Equation], wanted: Iterable[Var]) -> tuple[Equation, ...]:
+def needed_for(eqns: Sequence[Equation], wanted: Iterable[Var]) -> tuple[Equation, ...]:
+    """Those of the equations that it takes to compute the variables."""
     needed = set(wanted)
     kept = []
     for eqn in reversed(eqns):

@@ -66,7 +66,7 @@ def deployed_layers(quantized: QuantizedModel) -> tuple[DeployedLayer, ...]:
         if not sites:
             continue
         shape = tuple(quantized.model.params[layer.parameter].shape)
-        whole = _in_parameter(network, sites, indices, quantized.integers, shape)
+        whole = in_parameter(network, sites, indices, quantized.integers, shape)
         bias = None if whole is None else _bias(engine, sites, indices, quantized.edits)
         groups = [sites] if bias is not None else [[i] for i in sites]
         for number, group in enumerate(groups, 1):
@@ -96,7 +96,7 @@ def deployed_layers(quantized: QuantizedModel) -> tuple[DeployedLayer, ...]:
     return tuple(found)
 
 
-def _in_parameter(
+def in_parameter(
     network: Network,
     sites: list[int],
     indices: Mapping[int, np.ndarray | None],
@@ -125,7 +125,7 @@ def _in_parameter(
         return None
     grids = []
     for name in ("scale", "zero"):
-        grids.append(_narrowed(parts[name].reshape(shape)))
+        grids.append(narrowed(parts[name].reshape(shape)))
     return Integers(parts["codes"].reshape(shape), grids[0], grids[1], integers[sites[0]].bits)
 
 
@@ -137,10 +137,10 @@ def _in_graph(network: Network, index: int, integers: Mapping[int, Integers]) ->
         np.asarray(site.from_columns(np.broadcast_to(part, own.codes.shape), shape))
         for part in (own.codes, own.scale, own.zero)
     )
-    return Integers(codes, _narrowed(scale), _narrowed(zero), own.bits)
+    return Integers(codes, narrowed(scale), narrowed(zero), own.bits)
 
 
-def _narrowed(array: np.ndarray) -> np.ndarray:
+def narrowed(array: np.ndarray) -> np.ndarray:
     """The smallest array that broadcasts to this one: axes along which nothing changes are 1."""
     for axis in range(array.ndim):
         first = array.take([0], axis=axis)

@@ -1,0 +1,476 @@
+"""Rules and parameters for qwix, which quantizes Flax models.
+
+A folder with two files. `rules.json` has one rule for each layer, in qwix's terms, by the exact
+path of its module; `parameters.safetensors` has all parameters of the network as its author wrote
+it, batch norm in its place, and beside each quantized one its `NAME.scale` and `NAME.zero_point`:
+
+    kernel = (code - zero_point) * scale        codes are whole numbers of qwix's type
+
+`load_qwix` makes qwix's own arrays of the codes, so that nothing is calibrated again. Without
+proxyq, `qwix.quantize_model` takes the rules and `qwix.quantize_params` the parameters; it finds
+scales of its own then. qwix sets `absmax = (2^(bits - 1) - 1/2) * scale`, half a step beyond the
+last code, so its scales differ from ours even where all codes are the same.
+
+qwix (github.com/google/qwix) holds codes of 2 to 4 bits in int4 and of 5 to 8 in int8. It
+quantizes a convolution's weights only together with its inputs, in one type and around zero.
+"""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from proxyq.engine import Engine
+from proxyq.errors import MissingExtra, ProxyqError, UsageError
+from proxyq.export.exported import Exported, check_size_budgets, raised_and_sizes
+from proxyq.export.parameters import to_params, unfolded_integers
+from proxyq.files import check_folder, read_bytes, read_json, write_atomic
+from proxyq.model.function_import import kind_of
+from proxyq.model.model import logits_of
+from proxyq.model.network import LAYERS_AT
+from proxyq.provenance import provenance
+from proxyq.ptq.deploy import DeployedLayer, deployed_layers, narrowed
+from proxyq.ptq.quantized import QuantizedModel
+from proxyq.quantize.integers import Integers
+from proxyq.search.allocate.plan import FLOAT_BITS, Plan
+
+SCHEMA = "proxyq/qwix/1"
+RULES, PARAMETERS = "rules.json", "parameters.safetensors"
+EXAMPLES = 8
+"""How many inputs the exported network is run on."""
+TOLERANCE = 1e-4
+"""Largest difference of outputs with rounded weights alone, relative to the largest output."""
+
+
+class Stored(NamedTuple):
+    """A weight as qwix holds it: codes around zero, in the shape of its parameter.
+
+    `scale` and `zero` broadcast against the codes; no `zero` where it is 0 everywhere.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray | None
+    bits: int
+
+
+def export_qwix(
+    quantized: QuantizedModel,
+    path: str | os.PathLike[str],
+    *,
+    module: Any = None,
+    plan: Plan | None = None,
+    strict: bool = False,
+    inputs: Any = None,
+    apply_kwargs: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write a quantized network as rules and parameters for qwix, and run them there.
+
+    **Arguments:**
+
+    - `path`: a folder, made where it is missing.
+    - `module`: the nnx module, or the pair of linen module and variables, that the model was
+      made from; the model's `source` by default.
+    - `plan`: its size budgets are checked for the weights as stored; `strict`: whether it is an
+      error to exceed them, or that qwix cannot hold a layer at its bit-width.
+    - `inputs`: what to run the result on, `[images, …]`; random without.
+    - `apply_kwargs`: fixed keyword arguments of the module's call.
+
+    **Raises** `ProxyqError` for a model that is not from Flax, weights that cannot be put back
+    (see `to_params`), outputs that are not the quantized network's, and where `strict`;
+    `MissingExtra` without qwix.
+    """
+    import_qwix()
+    check_folder(path)
+    module = quantized.model.source if module is None else module
+    _check_kind(module)
+    integers, params = unfolded_integers(quantized), to_params(quantized)
+    layers = [layer for layer in deployed_layers(quantized) if layer.name in integers]
+    forms, rules, reasons = _choose(quantized, layers, integers)
+    example = quantized.model.example(1)
+    example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
+    made = _quantize(module, params, [rules[name] for name in forms], example, apply_kwargs)
+    for layer in layers:
+        if layer.name in forms and not _fits(made.find(layer.parameter), forms[layer.name]):
+            del forms[layer.name]
+            reasons.setdefault("qwix does not find the weight in the module's call", []).append(
+                layer.name
+            )
+    own = [rules[name] for name in forms]
+    stored = {
+        layer.name: _container(forms[layer.name].bits) if layer.name in forms else FLOAT_BITS
+        for layer in layers
+    }
+    sizes = raised_and_sizes(layers, stored)
+    if strict and sizes["raised"]:
+        raise ProxyqError(
+            f"qwix cannot hold {', '.join(map(repr, sizes['raised']))} at the bits of the plan: "
+            "choose others (--pin), or leave --strict out."
+        )
+    notes = [
+        *(
+            f"{why}: {', '.join(names)} stay float, on their grids."
+            for why, names in reasons.items()
+        ),
+        *check_size_budgets(plan, stored, strict=strict, format="qwix"),
+    ]
+    rounded = [layer for layer in layers if layer.inputs is not None]
+    if rounded:
+        notes.append(
+            "qwix rounds inputs by the largest magnitude of each example, around zero, not on the "
+            "fixed grids of the plan: outputs differ."
+        )
+        left = [n.name for n in rounded if n.name not in forms or not rules[n.name]["act_qtype"]]
+        if left:
+            notes.append(f"The inputs of {', '.join(left)} stay float.")
+    tensors = {name: np.ascontiguousarray(value) for name, value in params.items()}
+    records = {}
+    for layer in layers:
+        if layer.name not in forms:
+            continue
+        form = forms[layer.name]
+        records[layer.name] = {"parameter": layer.parameter, "bits": form.bits}
+        tensors[f"{layer.parameter}.scale"] = form.scale
+        if form.zero is not None:
+            tensors[f"{layer.parameter}.zero_point"] = form.zero.astype(np.int8)
+    weights = {layer.parameter: forms[layer.name] for layer in layers if layer.name in forms}
+    made = _quantize(module, params, own, example, apply_kwargs)
+    if forms:
+        calibrated = _difference(quantized, made.calibrated(), inputs, apply_kwargs)
+        notes.append(
+            "Calibrated by qwix itself, not loaded with `load_qwix`, outputs differ from the "
+            f"quantized network's by {calibrated:.2g} of the largest."
+        )
+    difference = _difference(quantized, made.filled(weights), inputs, apply_kwargs)
+    if not rounded and difference > TOLERANCE:
+        raise ProxyqError(
+            f"the outputs in qwix differ from the quantized network's by {difference:.2g} of the "
+            "largest: is `module` the one that the model was made from?"
+        )
+    record = {
+        "schema": SCHEMA,
+        "model": {"name": quantized.model.name, "digest": quantized.model.digest()},
+        "rules": own,
+        "layers": records,
+        "notes": notes,
+        "provenance": provenance(),
+    }
+    folder = Path(path)
+    folder.mkdir(exist_ok=True)
+    files = (folder / PARAMETERS, folder / RULES)
+    write_atomic(files[0], save(tensors))
+    write_atomic(files[1], json.dumps(record, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+    return Exported(format="qwix", paths=files, difference=difference, notes=tuple(notes), **sizes)
+
+
+def load_qwix_rules(path: str | os.PathLike[str]) -> list[Any]:
+    """The `qwix.QuantizationRule`s of a folder that `export_qwix` wrote.
+
+    **Raises** `ProxyqError` when the file is no such one; `MissingExtra` without qwix.
+    """
+    return _rules(import_qwix(), _record(path)["rules"])
+
+
+def load_qwix(
+    path: str | os.PathLike[str],
+    module: Any,
+    inputs: Any,
+    *,
+    apply_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """The quantized network of a folder that `export_qwix` wrote, in qwix, with our own scales.
+
+    - `module`: the nnx module, or the pair of linen module and variables, to quantize.
+    - `inputs`: a batch as the module's call takes it; only shapes matter.
+
+    **Returns** a quantized copy of the module, in the linen case again a pair.
+
+    **Raises** `ProxyqError` when the files are damaged or the module is another one.
+    """
+    import_qwix()
+    _check_kind(module)
+    record = _record(path)
+    try:
+        tensors = load(read_bytes(Path(path) / PARAMETERS, "parameters"))
+    except SafetensorError as error:
+        raise ProxyqError(f"the parameters in {str(Path(path))!r} are damaged ({error}).") from None
+    weights = {}
+    try:
+        for layer in record["layers"].values():
+            name = layer["parameter"]
+            scale, zero = tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point", None)
+            # Exact: codes of at most 8 bits are far from half a step off.
+            codes = np.round(tensors[name] / scale) + (0 if zero is None else zero)
+            weights[name] = Stored(codes.astype(np.int8), scale, zero, int(layer["bits"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ProxyqError(
+            f"the rules and parameters in {str(Path(path))!r} do not fit together ({error}): "
+            "export them again."
+        ) from None
+    made = _quantize(module, tensors, record["rules"], inputs, apply_kwargs)
+    for name, stored in weights.items():
+        if not _fits(made.find(name), stored):
+            raise ProxyqError(
+                f"the module has no quantized parameter {name!r} of the shape "
+                f"{stored.codes.shape}: it is not the one that was exported."
+            )
+    return made.filled(weights)
+
+
+def import_qwix() -> Any:
+    """The package qwix; **raises** `MissingExtra` without it."""
+    try:
+        import qwix
+    except ImportError:
+        raise MissingExtra("qwix", "qwix", "an export for qwix") from None
+    return qwix
+
+
+def _check_kind(module: Any) -> None:
+    from flax import linen, nnx
+
+    pair = isinstance(module, tuple) and len(module) == 2 and isinstance(module[0], linen.Module)
+    if not pair and not isinstance(module, nnx.Module):
+        raise UsageError(
+            "`module` must be a flax.nnx.Module or a pair of a flax.linen.Module and its "
+            f"variables, got {kind_of(module)}: qwix quantizes Flax models."
+        )
+
+
+def _choose(
+    quantized: QuantizedModel, layers: Sequence[DeployedLayer], integers: Mapping[str, Integers]
+) -> tuple[dict[str, Stored], dict[str, dict[str, Any]], dict[str, list[str]]]:
+    """How qwix can hold each layer, its rule, and for those that it cannot hold, why."""
+    forms: dict[str, Stored] = {}
+    rules: dict[str, dict[str, Any]] = {}
+    reasons: dict[str, list[str]] = {}
+    network = Engine.build(quantized.model, LAYERS_AT, batch_size=LAYERS_AT).network
+    for layer in layers:
+        conv = layer.kind != "linear"
+        width = layer.activation_bits if layer.inputs is not None else None
+        form = _stored(integers[layer.name], centred=conv)
+        if form is None:
+            why = "qwix has at most 8 bits and whole zero points"
+        elif conv and (width is None or width > 8):
+            why = "qwix quantizes convolutions only together with their inputs, to 8 bits at most"
+        else:
+            act = None if width is None or width > 8 else max(width, 2)
+            if conv:
+                assert act is not None
+                act = max(act, form.bits)
+                form = form._replace(bits=act)
+            forms[layer.name] = form
+            rules[layer.name] = {
+                "module_path": re.escape(_module_of(layer.parameter)),
+                "weight_qtype": f"int{form.bits}",
+                "act_qtype": None if act is None else f"int{act}",
+            }
+            continue
+        reasons.setdefault(why, []).append(layer.name)
+    # A rule chooses a module, with all the weights in it.
+    for layer in network.layers:
+        mates = [
+            n for n in network.layers if _module_of(n.parameter) == _module_of(layer.parameter)
+        ]
+        if any(rules.get(n.name) != rules.get(layer.name) for n in mates):
+            for name in [n.name for n in mates if n.name in forms]:
+                del forms[name]
+                reasons.setdefault("a rule of qwix chooses all weights of a module", []).append(
+                    name
+                )
+    return forms, rules, reasons
+
+
+def _stored(own: Integers, *, centred: bool) -> Stored | None:
+    """Codes as qwix can hold them; `centred`: without a zero point."""
+    codes, half = own.codes.astype(np.int32), 2 ** (own.bits - 1)
+    if own.bits == 1 and np.all(own.zero == 0.5):
+        return Stored(2 * codes - 1, own.scale / 2, None, 2)  # plus and minus half a step
+    if own.bits > 8 or np.any(own.zero != np.round(own.zero)):
+        return None
+    zero = own.zero.astype(np.int32) - half
+    if not zero.any():
+        return Stored(codes - half, own.scale, None, max(own.bits, 2))
+    if not centred and zero.min() >= -half and zero.max() < half:
+        zero = np.broadcast_to(zero, own.scale.shape)
+        return Stored(codes - half, own.scale, zero, max(own.bits, 2))
+    # One bit more has room for the codes without a zero point.
+    return Stored(codes - half - zero, own.scale, None, own.bits + 1) if own.bits < 8 else None
+
+
+def _container(bits: int) -> int:
+    """Bits of the integers in which qwix holds codes of so many."""
+    return 4 if bits <= 4 else 8
+
+
+def _module_of(parameter: str) -> str:
+    """A module's path as qwix writes it."""
+    return parameter.rpartition(".")[0].replace(".", "/")
+
+
+def _record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    record = read_json(Path(path) / RULES, "rules")
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else None
+        raise ProxyqError(f"{str(Path(path))!r} has the schema {found!r}; this reads {SCHEMA!r}.")
+    return record
+
+
+def _rules(qwix: Any, rules: Sequence[Mapping[str, Any]]) -> list[Any]:
+    try:
+        return [qwix.QuantizationRule(**rule) for rule in rules]
+    except TypeError as error:
+        raise ProxyqError(f"a rule for qwix has a field that it does not know ({error}).") from None
+
+
+def _quantize(
+    module: Any,
+    params: Mapping[str, Any],
+    rules: Sequence[Mapping[str, Any]],
+    inputs: Any,
+    apply_kwargs: Mapping[str, Any] | None,
+) -> Any:
+    """The module with these parameters, quantized by qwix."""
+    from proxyq.model.flax_import import call_arguments
+
+    qwix = import_qwix()
+    provider = qwix.PtqProvider(_rules(qwix, rules))
+    args, keywords = call_arguments(inputs)
+    keywords = {**keywords, **dict(apply_kwargs or {})}
+    kind = _Linen if isinstance(module, tuple) else _Nnx
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # qwix calls what Flax has renamed
+        return kind(provider, module, params, args, keywords)
+
+
+class _Nnx:
+    """An nnx module that qwix has quantized."""
+
+    def __init__(self, provider: Any, module: Any, params: Any, args: Any, keywords: Any):
+        from proxyq.model.flax_import import put_into_nnx
+
+        self.model = import_qwix().quantize_model(
+            put_into_nnx(module, params), provider, *args, **keywords
+        )
+
+    def find(self, name: str) -> Any:
+        holder, attribute = self._place(name)
+        return getattr(holder, attribute, None)
+
+    def calibrated(self) -> Any:
+        return self.model
+
+    def filled(self, weights: Mapping[str, Stored]) -> Any:
+        from flax import nnx
+
+        for name, stored in weights.items():
+            holder, attribute = self._place(name)
+            own = _quantized_array(getattr(holder, attribute), stored)
+            setattr(holder, attribute, jax.tree.map(nnx.Param, own))
+        return self.model
+
+    def _place(self, name: str) -> tuple[Any, str]:
+        from flax import nnx
+
+        path, _, attribute = name.rpartition(".")
+        nodes = {".".join(map(str, at)): node for at, node in nnx.iter_graph(self.model)}
+        return nodes.get(path), attribute
+
+
+class _Linen:
+    """A linen module that qwix has quantized, with its variables."""
+
+    def __init__(self, provider: Any, module: Any, params: Any, args: Any, keywords: Any):
+        from flax.core import meta
+
+        from proxyq.model.flax_import import put_into_linen
+
+        network, variables = module
+        self.model = import_qwix().quantize_model(network, provider)
+        self.variables = meta.unbox(put_into_linen(variables, params))
+        made = jax.eval_shape(
+            lambda *args: self.model.init(jax.random.key(0), *args, **keywords), *args
+        )
+        self.abstract = meta.unbox(made)["params"]
+
+    def find(self, name: str) -> Any:
+        node = self.abstract
+        for part in name.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return node
+
+    def calibrated(self) -> Any:
+        params = import_qwix().quantize_params(self.variables["params"], self.abstract)
+        return self.model, {**self.variables, "params": params}
+
+    def filled(self, weights: Mapping[str, Stored]) -> Any:
+        params = jax.tree.map(lambda leaf: leaf, dict(self.variables["params"]))
+        for name, stored in weights.items():
+            *parts, last = name.split(".")
+            node: Any = params
+            for part in parts:
+                node = node[part]
+            node[last] = _quantized_array(self.find(name), stored)
+        return self.model, {**self.variables, "params": params}
+
+
+def _fits(found: Any, stored: Stored) -> bool:
+    """Whether qwix has quantized the parameter here, in this shape or one reshaped for its use."""
+    return (
+        hasattr(found, "how")
+        and int(np.prod(found.array.qvalue.shape)) == stored.codes.size
+        and stored.scale.ndim == stored.codes.ndim
+    )
+
+
+def _quantized_array(found: Any, stored: Stored) -> Any:
+    """Our numbers in the place of those that qwix found, reshaped as the module uses them."""
+    qwix = import_qwix()
+    shape = tuple(found.array.qvalue.shape)
+    dtype = jnp.int4 if stored.bits <= 4 else jnp.int8
+
+    def grid(part: np.ndarray, dtype: Any) -> Any:
+        whole = np.broadcast_to(part, stored.codes.shape).reshape(shape)
+        return jnp.asarray(narrowed(whole), dtype)
+
+    scale, zero = grid(stored.scale, jnp.float32), None
+    if stored.zero is not None:
+        scale, zero = jnp.broadcast_arrays(scale, grid(stored.zero, dtype))
+    codes = jnp.asarray(stored.codes.reshape(shape), dtype)
+    return found.replace(array=qwix.QArray(codes, scale, zero, found.how.qtype))
+
+
+def _difference(quantized: QuantizedModel, made: Any, inputs: Any, keywords: Any) -> float:
+    """Largest difference of the outputs in qwix from ours, relative to the largest output."""
+    from proxyq.model.flax_import import call_arguments
+
+    if inputs is None:
+        rng = np.random.default_rng(0)
+        inputs = jax.tree.map(
+            lambda x: (
+                rng.normal(size=x.shape).astype(x.dtype)
+                if jnp.issubdtype(x.dtype, jnp.floating)
+                else np.zeros(x.shape, x.dtype)
+            ),
+            quantized.model.example(EXAMPLES),
+        )
+    inputs = jax.tree.map(lambda x: np.asarray(x)[:EXAMPLES], inputs)
+    args, named = call_arguments(jax.tree.map(jnp.asarray, inputs))
+    named = {**named, **dict(keywords or {})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        if isinstance(made, tuple):
+            outputs = made[0].apply(made[1], *args, **named)
+        else:
+            outputs = made(*args, **named)
+    ours, theirs = quantized.logits(inputs), np.asarray(logits_of(outputs))
+    return float(np.max(np.abs(ours - theirs)) / max(float(np.max(np.abs(ours))), 1e-30))
