@@ -11,6 +11,7 @@ rounded inputs. Formats hold `Linear` layers of 2 to 8 bits, one grid an output 
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -87,7 +88,7 @@ def export_compressed_tensors(
     made = to_torch(quantized, module, round_inputs=False)
     layers = deployed_layers(quantized)
     schemes: dict[str, _Scheme] = {}
-    by_layer: dict[str, list[_Scheme]] = {}
+    by_layer: dict[str, tuple[str, ...]] = {}
     raised: dict[str, Raised] = {}
     unrounded: list[str] = []
     for layer in layers:
@@ -103,20 +104,16 @@ def export_compressed_tensors(
             unrounded.append(layer.name)
         if scheme is not None:
             schemes.update(dict.fromkeys(names, scheme))
-            by_layer[layer.name] = [scheme]
+            by_layer[layer.name] = tuple(names)
+    for siblings in fused_layers(graph):
+        _agree(siblings, schemes, by_layer, raised)
     if strict:
         check_strict(raised, "compressed-tensors")
     if not schemes:
+        told = f": {next(iter(raised.items()))[1].why}" if raised else ""
         raise ProxyqError(
-            "compressed-tensors holds Linear layers alone, and the network has none that are "
-            "quantized: export to another format."
+            f"compressed-tensors can hold no layer of the network{told}; export to another format."
         )
-    # Runtimes that read siblings as one matrix want them symmetric together, or not.
-    for siblings in fused_layers(graph):
-        found = [scheme for name in siblings for scheme in by_layer.get(name, [])]
-        if len({scheme.symmetric for scheme in found}) > 1:
-            for scheme in found:
-                scheme.symmetric = False
     config = _configuration(torch, ct, made, schemes)
     _compress(torch, ct, made, config, schemes)
     written = config.model_copy(update={"quantization_status": ct.Status.COMPRESSED})
@@ -181,6 +178,27 @@ def load_compressed_tensors(path: str | os.PathLike[str], module: Any) -> Any:
     for one in found:
         ct.decompress(one)
     return made
+
+
+def _agree(
+    siblings: tuple[str, ...],
+    schemes: dict[str, "_Scheme"],
+    by_layer: Mapping[str, tuple[str, ...]],
+    raised: dict[str, Raised],
+) -> None:
+    """Store layers that are fused alike: all as float where one is, asymmetric where one is."""
+    found = [one for name in siblings for one in by_layer.get(name, ())]
+    refused = [name for name in siblings if name not in by_layer]
+    if refused:
+        for name in siblings:
+            if name in by_layer:
+                why = f"it is fused with {refused[0]!r}, which stays float"
+                raised[name] = Raised(raised[refused[0]].asked, FLOAT_BITS, why)
+        for one in found:
+            schemes.pop(one)
+    elif not all(schemes[one].symmetric for one in found):
+        for one in found:
+            schemes[one].symmetric = False
 
 
 def fused_layers(layers: Iterable[Layer]) -> list[tuple[str, ...]]:
@@ -268,7 +286,10 @@ def _refused(
         why = "the format holds 2 to 8 bits, and 2 have the same values"
     zero = own.zero
     if not np.array_equal(zero, np.round(zero)) or zero.min() < 0 or zero.max() >= 2**own.bits:
-        return "its zero points are no codes (those of correction 'weights' are not)", None
+        return (
+            "its zero points are no codes, as correction 'weights' leaves them (take another)",
+            None,
+        )
     return why, own
 
 
@@ -332,11 +353,9 @@ def _check_weights(back: Any, schemes: Mapping[str, _Scheme]) -> None:
 def _compressed_tensors() -> Any:
     """What is used of compressed-tensors."""
     import_torch()
-    try:
+    with suppress(MissingExtra):
         # It imports transformers, and that torchvision, which may need help.
         import_torchvision()
-    except MissingExtra:
-        pass
     try:
         import compressed_tensors
         from compressed_tensors.compressors.base import compress_module, decompress_module

@@ -73,7 +73,7 @@ def restructured(module: Any, facts: Mapping[str, Any], folder: Path) -> Any:
 def write_folder(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Any],
-    metadata: Mapping[str, str],
+    metadata: dict[str, str],
     config: Mapping[str, Any],
 ) -> int:
     """Write the two files; the bytes of the weights.
@@ -119,7 +119,8 @@ def read_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     read_bytes(folder / WEIGHTS, "weights")  # one sentence where it is not there
     try:
         with safe_open(str(folder / WEIGHTS), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise ProxyqError(f"the weights {str(folder / WEIGHTS)!r} are damaged: {error}.") from None
 

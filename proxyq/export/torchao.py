@@ -59,7 +59,8 @@ def to_torchao(quantized: QuantizedModel, module: Any) -> Any:
 
     - `module`: the one that the model was made from, or one with the same names and shapes.
 
-    **Raises** `MissingExtra` without torchao, `ProxyqError` as `proxyq.export.torch_module.to_torch`.
+    **Raises** `MissingExtra` without torchao, `ProxyqError` as
+    `proxyq.export.torch_module.to_torch`.
     """
     return _applied(quantized, module).module
 
