@@ -85,13 +85,13 @@ def export_compressed_tensors(
     torch = import_torch()
     graph = network(quantized.model, LAYERS_AT).layers
     check_fused(graph, quantized.bits, quantized.activation_bits)
-    made = to_torch(quantized, module, round_inputs=False)
-    layers = deployed_layers(quantized)
+    made = to_torch(quantized, module, round_inputs=False).cpu()
+    facts = structure(made, module)  # before the library changes the names of parameters
     schemes: dict[str, _Scheme] = {}
     by_layer: dict[str, tuple[str, ...]] = {}
     raised: dict[str, Raised] = {}
     unrounded: list[str] = []
-    for layer in layers:
+    for layer in deployed_layers(quantized):
         holder, attribute = owner_of(module, layer)
         names = [name for name, *_ in holders_of(module, getattr(holder, attribute))]
         why, own = _refused(torch, [made.get_submodule(n) for n in names], attribute, layer)
@@ -130,7 +130,7 @@ def export_compressed_tensors(
             "proxyq": {
                 "schema": SCHEMA,
                 "model": {"name": quantized.model.name, "digest": quantized.model.digest()},
-                **structure(to_torch(quantized, module, round_inputs=False), module),
+                **facts,
                 "inputs": {},
             },
         },

@@ -42,14 +42,14 @@ def structure(made: Any, module: Any) -> dict[str, Any]:
 
 
 def restructured(module: Any, facts: Mapping[str, Any], folder: Path) -> Any:
-    """A copy of a fresh module, in evaluation mode and float32, that the weights fit.
+    """A copy of a fresh module that the weights fit: float32, evaluation mode, on the CPU.
 
     **Raises** `ProxyqError` when a name is missing, `UsageError` when it is no module.
     """
     torch = import_torch()
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"`module` must be a torch.nn.Module, got {type(module).__name__}.")
-    made = copy.deepcopy(module).eval().float()
+    made = copy.deepcopy(module).eval().float().cpu()
     try:
         for name in facts["folded"]:
             owner, _, attribute = name.rpartition(".")

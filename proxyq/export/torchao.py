@@ -50,7 +50,7 @@ SCHEMA = "proxyq/torchao/1"
 
 
 def to_torchao(quantized: QuantizedModel, module: Any) -> Any:
-    """A copy of `module` that runs a quantized network with torchao's integer weights.
+    """A copy of `module`, on the CPU, that runs a quantized network with torchao's integers.
 
     `Linear` and `Conv2d` get an `IntxUnpackedToInt8Tensor`; all other layers keep their rounded
     values as float, and inputs are rounded by torch's fake quantization, in hooks.
@@ -166,7 +166,7 @@ class _Applied:
 
 def _applied(quantized: QuantizedModel, module: Any) -> _Applied:
     torch, ao = import_torch(), _torchao()
-    made = to_torch(quantized, module)
+    made = to_torch(quantized, module).cpu()
     weights: dict[str, Any] = {}
     raised: dict[str, Raised] = {}
     inputs: dict[str, Mapping[str, Any]] = {}
