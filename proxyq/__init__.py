@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from proxyq.data import load_data as load_data
     from proxyq.engine import Engine as Engine
     from proxyq.export.exported import Exported as Exported
+    from proxyq.export.parameters import to_linen as to_linen
+    from proxyq.export.parameters import to_nnx as to_nnx
     from proxyq.export.torch_module import to_torch as to_torch
     from proxyq.model.flax_import import from_linen as from_linen
     from proxyq.model.flax_import import from_nnx as from_nnx
@@ -86,6 +88,7 @@ _PUBLIC = {
     "proxyq.ptq.reconstruct": ("Learning",),
     "proxyq.ptq.packed": ("load_packed",),
     "proxyq.export.exported": ("Exported",),
+    "proxyq.export.parameters": ("to_nnx", "to_linen"),
     "proxyq.export.torch_module": ("to_torch",),
     "proxyq.api": (
         "inspect",

@@ -205,7 +205,9 @@ def windowed(seed=0):
     return from_function(apply, params, (8, 8, 3), name="windowed")
 
 
-@pytest.mark.parametrize("build", [sequence_first, windowed, mixer, small_net])
+@pytest.mark.parametrize(
+    "build", [sequence_first, windowed, pytest.param(mixer, marks=pytest.mark.slow), small_net]
+)
 def test_what_is_measured_for_each_image_does_not_hang_on_the_batch_size(build):
     from proxyq.engine import Engine, collect
     from proxyq.engine.statistics import float_moments

@@ -129,7 +129,7 @@ def agrees(quantized, path):
         assert np.array_equal(own, ours) or np.array_equal(own, ours.T), layer.name
 
 
-@pytest.mark.parametrize("extra_code", ["negative", "either"])
+@pytest.mark.parametrize("extra_code", [pytest.param("negative", marks=pytest.mark.slow), "either"])
 def test_weights_of_all_widths(model, extra_code, tmp_path):
     plan = mixed(model, rounding={"extra_code": extra_code})
     quantized = quantize_model(model, plan, images(model))
@@ -162,7 +162,7 @@ def test_weights_of_all_widths(model, extra_code, tmp_path):
     assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "net.onnx").read_bytes()
 
 
-@pytest.mark.parametrize("activation", [4, 8, 16])
+@pytest.mark.parametrize("activation", [pytest.param(4, marks=pytest.mark.slow), 8, 16])
 def test_rounded_inputs(model, activation, tmp_path):
     plan = mixed(model, (4, 8), activation)
     quantized = quantize_model(model, plan, images(model))
@@ -183,6 +183,7 @@ def test_rounded_inputs(model, activation, tmp_path):
     assert np.median(np.abs(plain - ours)) < 1e-4 * np.abs(ours).max()
 
 
+@pytest.mark.slow
 def test_a_residual_network(residual, tmp_path):
     plan = mixed(residual, (2, 3, 4, 8))
     quantized = quantize_model(residual, plan, images(residual), correction="statistics")
@@ -302,7 +303,7 @@ def test_budgets_hold_for_what_is_stored(model, tmp_path):
         export_onnx(quantized, tmp_path / "strict.onnx", plan=plan, strict=True)
     assert not (tmp_path / "strict.onnx").exists()
     roomy = with_budget(plan, 1, "MiB", 0.1)
-    assert not export_onnx(quantized, tmp_path / "net.onnx", plan=roomy, strict=True).notes
+    assert not export_onnx(quantized, tmp_path / "net.onnx", plan=roomy).notes
 
 
 def test_the_command(tmp_path):

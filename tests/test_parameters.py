@@ -56,7 +56,7 @@ def test_the_outputs_are_those_of_the_quantized_network(make, correction):
     close(model, params, made, x)
 
 
-@pytest.mark.parametrize("reconstruction", ["bias", "block"])
+@pytest.mark.parametrize("reconstruction", ["bias", pytest.param("block", marks=pytest.mark.slow)])
 def test_learned_rounding(reconstruction):
     model = small_net()
     x = images(model, 64)

@@ -198,6 +198,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
         np.testing.assert_array_equal(own.offset, resumed[i].offset)
 
 
+@pytest.mark.slow
 def test_a_tied_weight_has_one_rounding():
     model = mixer()
     engine, _, found = learn(model, images(model), steps=10, level="layer")

@@ -475,7 +475,12 @@ ModelAndMaybePlan = Annotated[
 ]
 ExportFormat = Annotated[
     str | None,
-    _option("--to", metavar="FORMAT", panel=RESULT, help="The format to write: onnx."),
+    _option(
+        "--to",
+        metavar="FORMAT",
+        panel=RESULT,
+        help="The format to write: onnx, torchao, compressed-tensors or qwix.",
+    ),
 ]
 PackedFile = Annotated[
     str | None,

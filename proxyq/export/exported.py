@@ -9,6 +9,7 @@ from typing import Any
 from proxyq.errors import ProxyqError
 from proxyq.ptq.deploy import DeployedLayer
 from proxyq.search.allocate.plan import FLOAT_BITS, Plan
+from proxyq.search.allocate.text import elided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +63,26 @@ def raised_and_sizes(layers: Sequence[DeployedLayer], stored: Mapping[str, int])
     }
 
 
-def check_size_budgets(
-    plan: Plan | None, stored: Mapping[str, int], *, strict: bool, format: str
+def check_strict(raised: Mapping[str, tuple[int, int]], *, strict: bool, format: str) -> None:
+    """**Raises** `ProxyqError` where `strict` and a layer takes other bits than asked for."""
+    if raised and strict:
+        told = ", ".join(
+            f"{name!r} ({asked} bits as {'float' if stored == FLOAT_BITS else f'{stored} bits'})"
+            for name, (asked, stored) in raised.items()
+        )
+        raise ProxyqError(
+            f"{format} cannot store all layers as planned: {elided(told, 300)}; give them other "
+            "bits (--candidates, --pin), or leave --strict out."
+        )
+
+
+def exceeded_budgets(
+    plan: Plan | None, stored: Mapping[str, int], *, format: str
 ) -> tuple[str, ...]:
-    """Whether the weights as stored, `stored` bits each by layer, keep the plan's size budgets.
+    """A sentence for each size budget of the plan that the weights as stored do not keep.
 
-    Budgets count as in `proxyq.search.allocate.budget`: an average is over the layers that are
-    not pinned, an amount over all, float ones at 32 bits.
-
-    **Returns** a sentence for each budget that is exceeded.
-
-    **Raises** `ProxyqError` with the first of them where `strict`.
+    `stored` are the bits of each layer. Budgets count as in `proxyq.search.allocate.budget`: an
+    average is over the layers that are not pinned, an amount over all, float ones at 32 bits.
     """
     found = []
     for planned in () if plan is None else plan.budgets:
@@ -89,18 +99,12 @@ def check_size_budgets(
             for name in counted
         )
         allowed = budget.amount * budget.per_unit(weights)
-        if used <= allowed:
-            continue
-        found.append(
-            f"as {format} stores them, the weights take {_amount(used, weights, budget)}, more "
-            f"than the plan's budget of {_amount(allowed, weights, budget)}"
-        )
-    if found and strict:
-        raise ProxyqError(
-            f"{found[0]}: search with bit-widths that {format} stores (--bits), or leave --strict "
-            "out."
-        )
-    return tuple(f"{text}." for text in found)
+        if used > allowed:
+            found.append(
+                f"as {format} stores them, the weights take {_amount(used, weights, budget)}, more "
+                f"than the plan's budget of {_amount(allowed, weights, budget)}."
+            )
+    return tuple(found)
 
 
 def _amount(bits: int | Fraction, weights: int, budget: Any) -> str:

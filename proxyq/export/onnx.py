@@ -29,7 +29,7 @@ import numpy as np
 
 from proxyq.engine import Engine
 from proxyq.errors import MissingExtra, ProxyqError
-from proxyq.export.exported import Exported, check_size_budgets, raised_and_sizes
+from proxyq.export.exported import Exported, check_strict, exceeded_budgets, raised_and_sizes
 from proxyq.export.torch_module import to_torch
 from proxyq.files import check_writable, write_atomic
 from proxyq.model.model import Model
@@ -93,7 +93,7 @@ def export_onnx(
     **Arguments:**
 
     - `plan`: kept in the file, and its size budgets are checked for the weights as stored;
-      `strict`: whether it is an error to exceed them.
+      `strict`: whether it is an error that ONNX stores a layer with more bits than asked for.
     - `inputs`: what to run the file on, `[images, …]` as the model takes them; random without.
     - `module`: the torch module with the network's structure; the model's `source` by default.
 
@@ -102,7 +102,7 @@ def export_onnx(
     `proxyq_plan` as JSON.
 
     **Raises** `ProxyqError` for a model that is not from torch, weights or grids that the format
-    cannot hold, a layer that cannot be put back into the module, an exceeded budget where
+    cannot hold, a layer that cannot be put back into the module, a raised width where
     `strict`, and outputs that are not the quantized network's; `MissingExtra` without onnx.
     """
     check_writable(path)
@@ -118,7 +118,9 @@ def export_onnx(
     two_bits = any(layer.bits <= 2 for layer in layers) and _runs_int2()
     weights = {layer.name: stored(layer, two_bits=two_bits) for layer in layers}
     widths = {name: own.bits for name, own in weights.items()}
-    notes = list(check_size_budgets(plan, widths, strict=strict, format="ONNX"))
+    sizes = raised_and_sizes(layers, widths)
+    check_strict(sizes["raised"], strict=strict, format="ONNX")
+    notes = list(exceeded_budgets(plan, widths, format="ONNX"))
     floats = to_torch(quantized, module, round_inputs=False)
     exported, note = _float_graph(floats, quantized.model, OPSET_INT2 if two_bits else OPSET)
     notes += [note] if note else []
@@ -141,7 +143,7 @@ def export_onnx(
         paths=(write_atomic(path, content),),
         difference=difference,
         notes=tuple(notes),
-        **raised_and_sizes(layers, widths),
+        **sizes,
     )
 
 

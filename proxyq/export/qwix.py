@@ -31,7 +31,12 @@ from safetensors.numpy import load, save
 
 from proxyq.engine import Engine
 from proxyq.errors import MissingExtra, ProxyqError, UsageError
-from proxyq.export.exported import Exported, check_size_budgets, raised_and_sizes
+from proxyq.export.exported import (
+    Exported,
+    check_strict,
+    exceeded_budgets,
+    raised_and_sizes,
+)
 from proxyq.export.parameters import to_params, unfolded_integers
 from proxyq.files import check_folder, read_bytes, read_json, write_atomic
 from proxyq.model.function_import import kind_of
@@ -111,17 +116,13 @@ def export_qwix(
         for layer in layers
     }
     sizes = raised_and_sizes(layers, stored)
-    if strict and sizes["raised"]:
-        raise ProxyqError(
-            f"qwix cannot hold {', '.join(map(repr, sizes['raised']))} at the bits of the plan: "
-            "choose others (--pin), or leave --strict out."
-        )
+    check_strict(sizes["raised"], strict=strict, format="qwix")
     notes = [
         *(
             f"{why}: {', '.join(names)} stay float, on their grids."
             for why, names in reasons.items()
         ),
-        *check_size_budgets(plan, stored, strict=strict, format="qwix"),
+        *exceeded_budgets(plan, stored, format="qwix"),
     ]
     rounded = [layer for layer in layers if layer.inputs is not None]
     if rounded:

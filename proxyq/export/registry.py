@@ -33,6 +33,11 @@ _OURS = {
         "proxyq.export.onnx:export_onnx",
         "ONNX with QuantizeLinear and DequantizeLinear, for ONNX Runtime",
     ),
+    "torchao": ("proxyq.export.torchao:export_torchao", "a folder for torchao"),
+    "compressed-tensors": (
+        "proxyq.export.compressed_tensors:export_compressed_tensors",
+        "a folder for compressed-tensors, vLLM and transformers",
+    ),
     "qwix": ("proxyq.export.qwix:export_qwix", "rules and parameters for qwix, of Flax models"),
 }
 

@@ -52,11 +52,15 @@ def to_torch(quantized: QuantizedModel, module: Any, *, round_inputs: bool = Tru
         setattr(made.get_submodule(owner), attribute, torch.nn.Identity())
     if round_inputs:
         _round_inputs(torch, made, layers)
+    _untie_embeddings(torch, made, module)
     return made
 
 
 def owner_of(module: Any, layer: DeployedLayer) -> tuple[Any, str]:
-    """The module that holds a layer's weight, and the attribute that it is.
+    """The module that multiplies by a layer's weight, and the attribute that it is.
+
+    A layer may bear the name of an embedding whose weight its own is; an embedding multiplies by
+    nothing, so another module that holds the weight is taken then.
 
     **Raises** `ProxyqError` where the module has none of that name and shape.
     """
@@ -80,7 +84,27 @@ def owner_of(module: Any, layer: DeployedLayer) -> tuple[Any, str]:
             f"the parameter {layer.parameter!r} has the shape {shape} in the module and "
             f"{layer.weight.codes.shape} in the quantized network."
         )
-    return holder, attribute
+    return next(((m, name) for _, m, name in holders_of(module, found)), (holder, attribute))
+
+
+def holders_of(module: Any, parameter: Any) -> list[tuple[str, Any, str]]:
+    """Names and modules that multiply by a parameter, and the attribute that it is in each."""
+    torch = import_torch()
+    return [
+        (name, one, attribute)
+        for name, one in module.named_modules()
+        if not isinstance(one, torch.nn.Embedding)
+        for attribute, own in one.named_parameters(recurse=False, remove_duplicate=False)
+        if own is parameter
+    ]
+
+
+def _untie_embeddings(torch: Any, made: Any, module: Any) -> None:
+    """Give embeddings that share the weight of a layer their own again, which stays float."""
+    for name, one in module.named_modules():
+        if isinstance(one, torch.nn.Embedding) and holders_of(module, one.weight):
+            weight = one.weight.detach().clone().float()
+            made.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
 def _fill(torch: Any, module: Any, params: Mapping[str, Any]) -> None:
@@ -141,20 +165,34 @@ def _round_inputs(torch: Any, module: Any, layers: Sequence[DeployedLayer]) -> N
                 f"what {layer.name!r} reads cannot be reached from outside of its module: leave "
                 "its activations float (--pin 'PATTERN=BITS/float'), or round no inputs."
             )
-        holder.register_forward_pre_hook(
-            _Rounder(torch, layer, 3 if attention else 1), with_kwargs=True
-        )
+        round_input(holder, input_facts(layer))
+
+
+def input_facts(layer: DeployedLayer) -> dict[str, Any]:
+    """The grid of what a layer reads as plain numbers: `bits`, `scale`, `zero`."""
+    assert layer.inputs is not None and layer.activation_bits is not None
+    return {
+        "bits": layer.activation_bits,
+        "scale": float(np.float32(layer.inputs.scale)),
+        "zero": round(float(layer.inputs.zero)),
+    }
+
+
+def round_input(holder: Any, facts: Mapping[str, Any]) -> None:
+    """Let a module round what it reads to the grid of `input_facts`, in a hook before it."""
+    torch = import_torch()
+    attention = isinstance(holder, torch.nn.MultiheadAttention)
+    rounder = _Rounder(torch, facts, inputs=3 if attention else 1)
+    holder.register_forward_pre_hook(rounder, with_kwargs=True)
 
 
 class _Rounder:
     """Rounds the first inputs of a module to a grid."""
 
-    def __init__(self, torch: Any, layer: DeployedLayer, inputs: int):
-        assert layer.inputs is not None and layer.activation_bits is not None
+    def __init__(self, torch: Any, facts: Mapping[str, Any], *, inputs: int):
         self.torch, self.inputs = torch, inputs
-        self.scale = float(np.float32(layer.inputs.scale))
-        self.zero = round(float(layer.inputs.zero))
-        self.top = 2**layer.activation_bits - 1
+        self.scale, self.zero = float(facts["scale"]), int(facts["zero"])
+        self.top = 2 ** int(facts["bits"]) - 1
 
     def __call__(self, module: Any, args: Any, kwargs: Any) -> Any:
         del module

@@ -23,6 +23,7 @@ _SIBLINGS = (
     ("q", "k", "v"),
     ("wq", "wk", "wv"),
     ("q_lin", "k_lin", "v_lin"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("wi_0", "wi_1"),

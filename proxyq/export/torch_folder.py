@@ -1,0 +1,171 @@
+"""Folders with a quantized torch module: `config.json` and `model.safetensors`.
+
+`config.json` holds what the runtime reads, and under `proxyq` what it does not know of: how the
+module that reads the weights differs from the one that the model was made from. Batch norms that
+were folded became an `Identity`, layers got biases, and some round what they read.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from proxyq.errors import ProxyqError, UsageError
+from proxyq.export.torch_module import largest_difference, round_input
+from proxyq.files import read_bytes, read_json, write_atomic
+from proxyq.model.torch_import import import_torch
+from proxyq.ptq.quantized import QuantizedModel
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# Of the largest output, where weights alone are rounded: what sums in another order leave.
+TOLERANCE = 1e-4
+
+
+def structure(made: Any, module: Any) -> dict[str, Any]:
+    """How a module with folded batch norms differs from the original: `folded` and `biases`."""
+    torch = import_torch()
+    before = dict(module.named_modules())
+    folded = [
+        name
+        for name, one in made.named_modules()
+        if isinstance(one, torch.nn.Identity) and not isinstance(before[name], torch.nn.Identity)
+    ]
+    own = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    biases = {
+        name: list(value.shape)
+        for name, value in made.named_parameters(remove_duplicate=False)
+        if name not in own
+    }
+    return {"folded": folded, "biases": biases}
+
+
+def restructured(module: Any, facts: Mapping[str, Any], folder: Path) -> Any:
+    """A copy of a fresh module that the weights fit: float32, evaluation mode, on the CPU.
+
+    **Raises** `ProxyqError` when a name is missing, `UsageError` when it is no module.
+    """
+    torch = import_torch()
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(f"`module` must be a torch.nn.Module, got {type(module).__name__}.")
+    made = copy.deepcopy(module).eval().float().cpu()
+    try:
+        for name in facts["folded"]:
+            owner, _, attribute = name.rpartition(".")
+            made.get_submodule(name)
+            setattr(made.get_submodule(owner), attribute, torch.nn.Identity())
+        for name, shape in facts["biases"].items():
+            owner, _, attribute = name.rpartition(".")
+            bias = torch.nn.Parameter(torch.zeros(shape), requires_grad=False)
+            setattr(made.get_submodule(owner), attribute, bias)
+        for name, grid in facts["inputs"].items():
+            round_input(made.get_submodule(name), grid)
+    except AttributeError as error:
+        raise _other(folder, f"{error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProxyqError(
+            f"the field 'proxyq' of {str(folder / CONFIG)!r} is wrong: {error}."
+        ) from None
+    return made
+
+
+def write_folder(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    metadata: dict[str, str],
+    config: Mapping[str, Any],
+) -> int:
+    """Write the two files; the bytes of the weights.
+
+    **Raises** `ProxyqError` when they cannot be written.
+    """
+    from safetensors.torch import save
+
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProxyqError(f"cannot make the folder {str(path)!r}: {error.strerror}.") from None
+    content = save({name: value.contiguous().clone() for name, value in tensors.items()}, metadata)
+    write_atomic(folder / WEIGHTS, content)
+    write_atomic(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
+    return len(content)
+
+
+def read_config(folder: Path, schema: str) -> dict[str, Any]:
+    """The parsed `config.json`, whose part `proxyq` has this schema.
+
+    **Raises** `ProxyqError` when it is missing or of another kind.
+    """
+    config = read_json(folder / CONFIG, "configuration")
+    facts = config.get("proxyq") if isinstance(config, dict) else None
+    found = facts.get("schema") if isinstance(facts, dict) else None
+    if found != schema:
+        raise ProxyqError(
+            f"{str(folder / CONFIG)!r} has no part 'proxyq' with the schema {schema!r}, got "
+            f"{found!r}."
+        )
+    return config
+
+
+def read_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """All tensors of the folder by name, and the metadata of their file.
+
+    **Raises** `ProxyqError` when the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    read_bytes(folder / WEIGHTS, "weights")  # one sentence where it is not there
+    try:
+        with safe_open(str(folder / WEIGHTS), framework="pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ProxyqError(f"the weights {str(folder / WEIGHTS)!r} are damaged: {error}.") from None
+
+
+def put_state(module: Any, state: Mapping[str, Any], folder: Path) -> None:
+    """Put tensors in the place of the module's own, all of them and no others.
+
+    **Raises** `ProxyqError` naming the first that does not fit.
+    """
+    own = module.state_dict()
+    for name in own:
+        if name not in state:
+            raise _other(folder, f"it has no {name!r}")
+    for name, value in state.items():
+        if name not in own:
+            raise _other(folder, f"its {name!r} has no place in the module")
+        if tuple(value.shape) != tuple(own[name].shape):
+            raise _other(
+                folder,
+                f"its {name!r} has the shape {tuple(value.shape)} and the module's "
+                f"{tuple(own[name].shape)}",
+            )
+    module.load_state_dict(dict(state), assign=True)
+
+
+def compared(quantized: QuantizedModel, module: Any, inputs: Any, *, exact: bool) -> float:
+    """How far a module's outputs are from the quantized network's, relative to the largest.
+
+    **Raises** `ProxyqError` when they are too far; not without `exact`, since an input that lies
+    between two codes may be rounded to the other.
+    """
+    torch = import_torch()
+
+    def run(images: Any) -> Any:
+        with torch.no_grad():
+            return module(torch.from_numpy(images)).numpy()
+
+    found = largest_difference(quantized, run, inputs)
+    if exact and not found <= TOLERANCE:
+        raise ProxyqError(
+            f"what was written differs from the quantized network by {found:.2g} of the largest "
+            "output: the module does something that the runtime changes."
+        )
+    return found
+
+
+def _other(folder: Path, why: str) -> ProxyqError:
+    return ProxyqError(f"the network in {str(folder)!r} is of another module: {why.rstrip('.')}.")
