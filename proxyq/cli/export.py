@@ -37,7 +37,7 @@ def export(
     no_cache: o.NoCache = False,
     device: o.Device = None,
 ) -> None:
-    """Apply a plan and write the network for another program, such as ONNX Runtime."""
+    """Apply a plan and write the network for another program."""
     arguments = arguments or []
     if packed is not None and not any(one.endswith(".json") for one in arguments):
         if len(arguments) > 1:

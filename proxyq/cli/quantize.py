@@ -35,7 +35,7 @@ def quantize(
     no_cache: o.NoCache = False,
     device: o.Device = None,
 ) -> None:
-    """Apply a plan: round, correct or reconstruct, and write the packed network.
+    """Apply a plan for good, and write the packed network.
 
     The folder gets packed.safetensors, with weights at their true bit-width, and plan.json.
     """
