@@ -103,6 +103,7 @@ def test_search_at_three_bits(resnet20, images):
         assert result.plans[0].top1 == pytest.approx(figure, abs=2)
 
 
+@pytest.mark.slow
 def test_auto_correction_is_chosen_on_training_images_and_helps(resnet20, images):
     plan = plan_of(resnet20, dict.fromkeys(proxyq.inspect(resnet20).names, 3))
     quantized = proxyq.quantize_model(

@@ -263,6 +263,7 @@ def test_inspect():
         "output_shape": [8, 8, 16],
         "group": "stem",
         "shares_input": None,
+        "fused": None,
     }
     shared = layers["blocks.2.conv1"]["shares_input"]
     assert shared is not None and shared == layers["blocks.2.shortcut"]["shares_input"]

@@ -26,7 +26,17 @@ CHECKS = [
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=str)
+# Those that are dear all the same.
+DEAR = ("grasp", "limpq", "hessian-eigenvalue", "zen")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, marks=[pytest.mark.slow] * (check.proxy in DEAR), id=str(check))
+        for check in CHECKS
+    ],
+)
 def test_rule(check):
     check()
 

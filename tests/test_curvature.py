@@ -94,7 +94,10 @@ def hessians(cases):
     }
 
 
-every = pytest.mark.parametrize("name", list(NETWORKS))
+every = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "mixer")) for name in NETWORKS],
+)
 
 
 def directions_of(c, seed=0):
@@ -497,6 +500,7 @@ def test_the_size_of_batches_changes_nothing_but_rounding(cases, name):
 # --- other networks -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_torch_network_with_norms_gelu_and_pooling():
     torch = pytest.importorskip("torch")
     from proxyq.model.torch_import import from_torch

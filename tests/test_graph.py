@@ -206,7 +206,13 @@ def windowed(seed=0):
 
 
 @pytest.mark.parametrize(
-    "build", [sequence_first, windowed, pytest.param(mixer, marks=pytest.mark.slow), small_net]
+    "build",
+    [
+        pytest.param(sequence_first, marks=pytest.mark.slow),
+        windowed,
+        pytest.param(mixer, marks=pytest.mark.slow),
+        small_net,
+    ],
 )
 def test_what_is_measured_for_each_image_does_not_hang_on_the_batch_size(build):
     from proxyq.engine import Engine, collect

@@ -104,7 +104,7 @@ def gradients(cases):
     return {n: c.naive.image_gradients(cross_entropy, c.x, c.labels) for n, c in cases.items()}
 
 
-both = pytest.mark.parametrize("name", ["small", "mixer"])
+both = pytest.mark.parametrize("name", ["small", pytest.param("mixer", marks=pytest.mark.slow)])
 
 
 def close(scores, expected, rtol=2e-4, atol=0.0):

@@ -239,6 +239,7 @@ def test_bias_correction_restores_means_alone():
     assert np.abs(plain - exact).max() > 10 * np.abs(corrected - exact).max()
 
 
+@pytest.mark.slow
 def test_a_correction_keeps_what_was_added_before():
     """Statistics restored after learning: the mean is right although shifts were there already."""
     model = small_net()

@@ -331,6 +331,7 @@ def test_all_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
     assert file.record("orthogonality").options["beta"] == 3
 
 
+@pytest.mark.slow
 def test_the_cache_answers_and_says_so(tmp_path: Path):
     words = ("score", "--proxy", "kl-delta", "--proxy", "orthogonality", "--samples", "8")
     first = alone(*words, "--out", tmp_path / "a.json", cache=tmp_path / "c", PYTHONHASHSEED="0")

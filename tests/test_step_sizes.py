@@ -354,6 +354,7 @@ def test_tied_weights_and_a_model_without_batch_norm():
     assert trainer_of(model).follows == {"gain": 6}
 
 
+@pytest.mark.slow
 def test_pairs_of_bits_and_tables(net):
     data = batch_of(net, 8)
     found = train(net, data, epochs=1, activation_bits=(3, 5, 8), random_passes=0)

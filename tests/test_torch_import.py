@@ -585,7 +585,7 @@ NETWORKS = {
 }
 
 
-LARGE = ("resnet50", "vgg11_bn", "efficientnet_b0", "convnext_tiny", "swin_t")
+LARGE = ("resnet50", "vgg11_bn", "efficientnet_b0", "convnext_tiny", "swin_t", "vit_b_16")
 
 
 @pytest.mark.parametrize(
