@@ -348,8 +348,9 @@ def test_bad_arguments(arguments, code, says, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mobilenet_v2", "vit_b_16"])
-@pytest.mark.parametrize("activation", [None, 8])
+@pytest.mark.parametrize(
+    ("name", "activation"), [("mobilenet_v2", None), ("mobilenet_v2", 8), ("vit_b_16", None)]
+)
 def test_networks_of_torchvision(name, activation, tmp_path):
     torchvision = import_torchvision()
     torch.manual_seed(0)
@@ -384,6 +385,8 @@ def test_accuracy_of_a_trained_network(cifar, activation, tmp_path):
     )
     export_onnx(quantized, tmp_path / "net.onnx", inputs=prepared(train))
     x = prepared(test)
-    theirs = run_onnx((tmp_path / "net.onnx").read_bytes(), x).argmax(-1) == labels
+    # By default ONNX Runtime adds integers up in other orders and rounds between.
+    content = (tmp_path / "net.onnx").read_bytes()
+    theirs = run_onnx(content, x, optimized=False).argmax(-1) == labels
     ours = quantized.logits(x).argmax(-1) == labels
     assert ours.mean() > 0.85 and abs(theirs.mean() - ours.mean()) <= 0.001 + 1e-9
