@@ -326,6 +326,8 @@ def test_the_command(tmp_path):
     file = packed / "packed.safetensors"
     done = here("export", *model, "--packed", file, "--to", "onnx", "--out", out)
     assert done.code == 0 and "as stored" in done.out, done.err
+    # A packed network is held to the budgets of the plan that it carries.
+    assert "more than the plan's budget" in done.err
 
 
 @pytest.mark.parametrize(

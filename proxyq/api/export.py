@@ -41,10 +41,9 @@ def export_model(
     **Arguments:**
 
     - `to`: the format, a name in `proxyq.export.registry.EXPORTERS`; `out`: where to write.
-    - `packed`: a file of `pack` to export, instead of quantizing now; with it the plan is needed
-      for its budgets alone.
-    - `strict`: whether it is an error when the weights, as the format stores them, exceed a size
-      budget of the plan.
+    - `packed`: a file of `pack` to export, instead of quantizing now; budgets are those of its own
+      plan unless another is given.
+    - `strict`: whether it is an error when the format stores a layer with more bits than asked for.
 
     `data` are unlabelled calibration images, on which the file is tried too; all else as for
     `pack`.
@@ -89,4 +88,4 @@ def export_model(
             cache=cache,
             progress=progress,
         )
-    return exporter(made, out, plan=plan, strict=strict, inputs=inputs)
+    return exporter(made, out, plan=plan or made.plan, strict=strict, inputs=inputs)

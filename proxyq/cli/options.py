@@ -496,8 +496,7 @@ Strict = Annotated[
     _option(
         "--strict",
         panel=RESULT,
-        help="Refuse to write where the weights, as the format stores them, exceed a size budget "
-        "of the plan.",
+        help="Refuse to write where the format stores a layer with more bits than asked for.",
     ),
 ]
 OutExport = Annotated[

@@ -13,8 +13,8 @@ class Exporter:
     """An exporter for the command line and the tests to find.
 
     `function` is `"module:name"` of `(quantized, path, *, plan, strict, inputs) -> Exported`:
-    the quantized network, where to write, the `Plan` that it was made from or `None`, whether a
-    size budget that storing exceeds is an error, and calibration inputs or `None`.
+    the quantized network, where to write, the `Plan` that it was made from or `None`, whether it
+    is an error that a layer takes more bits than asked for, and calibration inputs or `None`.
     """
 
     name: str
