@@ -15,6 +15,7 @@ from test_reconstruct import images, plan_of
 import proxyq
 from proxyq.api import quantize_model
 from proxyq.errors import MissingExtra, ProxyqError
+from proxyq.export import agreement
 from proxyq.export.onnx import export_onnx, run_onnx, stored
 from proxyq.model.torch_import import import_torchvision
 from proxyq.ptq.deploy import deployed_layers
@@ -210,6 +211,18 @@ def test_a_wrong_grid_is_noticed(model, tmp_path, monkeypatch):
     assert not (tmp_path / "net.onnx").exists()
 
 
+def test_a_network_that_turns_codes_by_itself(residual, tmp_path, monkeypatch):
+    """Where float32's own rounding moves the outputs, as much is allowed, and told; no more."""
+    quantized = quantize_model(residual, mixed(residual, (4,), 4), images(residual, 16))
+    monkeypatch.setattr(agreement, "ROUNDED_TOLERANCE", 0.0)
+    made = export_onnx(quantized, tmp_path / "net.onnx", inputs=images(residual, 16))
+    assert "could not be compared more closely" in made.notes[0]
+    run = proxyq.QuantizedModel.logits(quantized, images(residual, 16))
+    wrong = run + 0.04 * np.abs(run).max()
+    with pytest.raises(ProxyqError, match="it gives other outputs"):
+        agreement.check_agreement(quantized, lambda _: wrong, images(residual, 16), what="it")
+
+
 LOGITS = proxyq.QuantizedModel.logits
 
 
@@ -351,7 +364,8 @@ def test_bad_arguments(arguments, code, says, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "activation"), [("mobilenet_v2", None), ("mobilenet_v2", 8), ("vit_b_16", None)]
+    ("name", "activation"),
+    [("mobilenet_v2", None), ("mobilenet_v2", 8), ("vit_b_16", None), ("vit_b_16", 8)],
 )
 def test_networks_of_torchvision(name, activation, tmp_path):
     torchvision = import_torchvision()

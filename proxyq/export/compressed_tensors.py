@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,15 @@ from typing import Any
 import numpy as np
 
 from proxyq.errors import MissingExtra, ProxyqError
+from proxyq.export.agreement import (
+    check_agreement,
+    examples_of,
+    module_runner,
+    with_float_inputs,
+)
 from proxyq.export.exported import Exported, check_strict
 from proxyq.export.stored import Raised, exported, widths
 from proxyq.export.torch_folder import (
-    compared,
     put_state,
     read_config,
     read_weights,
@@ -65,7 +71,8 @@ def export_compressed_tensors(
     - `module`: the torch module with the network's structure; the model's `source` by default.
     - `plan`: whose size budgets are counted again at the widths that are stored.
     - `strict`: refuse instead of storing a layer with more bits than asked for.
-    - `inputs`: images `[images, …]`; with them the written network is run, and compared.
+    - `inputs`: what the written network is run on and compared, `[images, …]`; random without.
+      Where inputs stay float that the plan rounds, they do in both.
 
     **Raises** `MissingExtra` without compressed-tensors; `ProxyqError` when layers that runtimes
     fuse have different bits, as `proxyq.export.torch_module.to_torch`, when `strict` and a layer is
@@ -107,7 +114,15 @@ def export_compressed_tensors(
     config = _configuration(torch, ct, made, schemes)
     _compress(torch, ct, made, config, schemes)
     written = config.model_copy(update={"quantization_status": ct.Status.COMPRESSED})
-    size = write_folder(
+    examples = examples_of(quantized.model, inputs)
+
+    def check(folder: Path) -> tuple[float, str | None]:
+        back = load_compressed_tensors(folder, module)
+        _check_weights(back, schemes)
+        same = with_float_inputs(quantized, unrounded)
+        return check_agreement(same, module_runner(back), examples, what="compressed-tensors")
+
+    size, (difference, note) = write_folder(
         path,
         made.state_dict(),
         {"format": "pt"},
@@ -124,19 +139,14 @@ def export_compressed_tensors(
                 "inputs": {},
             },
         },
+        check,
     )
-    notes = [f"the weights' file takes {size:,} bytes."]
+    notes = [f"the weights' file takes {size:,} bytes.", *([note] if note else [])]
     if unrounded:
         notes.append(
             f"inputs of {', '.join(unrounded)} stay float: compressed-tensors rounds those of "
             "quantized Linear layers to 8 bits at most."
         )
-    back = load_compressed_tensors(path, module)
-    _check_weights(back, schemes)
-    difference = None
-    if inputs is not None:
-        exact = not quantized.activation_bits
-        difference = compared(quantized, back, inputs, exact=exact)
     return exported(
         quantized,
         Path(path),
@@ -345,7 +355,6 @@ def _compressed_tensors() -> Any:
         # It imports transformers, and that torchvision, which may need help.
         import_torchvision()
     try:
-        import compressed_tensors
         from compressed_tensors.compressors.base import compress_module, decompress_module
         from compressed_tensors.quantization import (
             QuantizationArgs,
@@ -368,5 +377,5 @@ def _compressed_tensors() -> Any:
         apply=apply_quantization_config,
         compress=compress_module,
         decompress=decompress_module,
-        version=compressed_tensors.__version__,
+        version=metadata.version("compressed-tensors"),
     )

@@ -20,7 +20,6 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -29,6 +28,12 @@ import numpy as np
 
 from proxyq.engine import Engine
 from proxyq.errors import MissingExtra, ProxyqError
+from proxyq.export.agreement import (
+    check_agreement,
+    differences,
+    examples_of,
+    with_float_inputs,
+)
 from proxyq.export.exported import Exported, check_strict, exceeded_budgets, raised_and_sizes
 from proxyq.export.torch_module import to_torch
 from proxyq.files import check_writable, write_atomic
@@ -44,14 +49,8 @@ from proxyq.version import __version__
 
 OPSET, OPSET_INT2 = 21, 25
 """The first with 4-bit and 16-bit integers, and the first with 2-bit ones."""
-TOLERANCE = 1e-4
-"""Largest difference of outputs, relative to the largest, with rounded weights alone."""
-ROUNDED_TOLERANCE = 1e-4
-"""The median of these differences where inputs are rounded too."""
 OPTIMIZED_TOLERANCE = 2e-3
 """The median that is worth a note where ONNX Runtime optimises as it likes."""
-EXAMPLES = 16
-"""How many inputs the file is run on."""
 MAX_BYTES = 2**31 - 2**20
 """A protocol buffer holds 2 GiB at most."""
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -127,13 +126,13 @@ def export_onnx(
     found = _put_weights(exported, floats, layers, weights)
     _describe(exported, layers, plan)
     content = _serialized(exported)
-    examples = _examples(quantized.model, inputs)
-    floats_read = {i: edit._replace(input_grid=None) for i, edit in quantized.edits.items()}
-    _check(content, replace(quantized, edits=floats_read), examples, np.max, TOLERANCE)
+    examples = examples_of(quantized.model, inputs)
+    _check(content, with_float_inputs(quantized), examples)
     if any(layer.inputs is not None for layer in layers):
         _round_inputs(exported.graph, quantized, layers, found, weights)
         content = _serialized(exported)
-        _check(content, quantized, examples, np.median, ROUNDED_TOLERANCE)
+        note = _check(content, quantized, examples)
+        notes += [note] if note else []
     difference, note = _optimized_difference(content, quantized, examples)
     notes += [note] if note else []
     if difference is None:
@@ -513,42 +512,12 @@ def _serialized(model: Any) -> bytes:
 # -- running it --------------------------------------------------------------------------
 
 
-def _examples(model: Model, inputs: Any) -> Any:
-    """A few inputs to run the file on: the first of those given, else random ones."""
-    if inputs is not None:
-        return jax.tree.map(lambda x: np.asarray(x)[:EXAMPLES], inputs)
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: (
-            rng.normal(size=(EXAMPLES, *x.shape))
-            if np.issubdtype(x.dtype, np.floating)
-            else np.zeros((EXAMPLES, *x.shape))
-        ).astype(x.dtype),
-        model.inputs,
-    )
-
-
-def _check(
-    content: bytes, quantized: QuantizedModel, examples: Any, of: Any, tolerance: float
-) -> None:
-    """Refuse a file that says something else than the network, run operator by operator.
-
-    The largest difference counts where weights alone are rounded. Where inputs are too, a value
-    on a boundary between two codes goes to either side, by the order of a sum, and its step
-    moves whatever comes after: single outputs differ by far more than rounding of float32,
-    without any fault. Their median does not: it is 1e-7 for a ResNet-20 and a small
-    vision transformer at 4 and 8 bits, 3e-6 at 16.
-    """
+def _check(content: bytes, quantized: QuantizedModel, examples: Any) -> str | None:
+    """A note where the file cannot be compared closely; see `check_agreement`."""
     theirs = run_onnx(content, examples, optimized=False)
     if theirs is None:
-        return
-    found = float(of(_differences(quantized.logits(examples), theirs)))
-    if not found <= tolerance:
-        raise ProxyqError(
-            f"the ONNX file gives other outputs than the quantized network (by {found:.1e} of "
-            f"the largest, where {tolerance:.0e} is allowed) and was not written: choose another "
-            "format (--to), and please report the model."
-        )
+        return None
+    return check_agreement(quantized, lambda _: theirs, examples, what="the ONNX file")[1]
 
 
 def _optimized_difference(
@@ -561,7 +530,7 @@ def _optimized_difference(
     theirs = run_onnx(content, examples)
     if theirs is None:
         return None, None
-    found = _differences(quantized.logits(examples), theirs)
+    found = differences(quantized.logits(examples), theirs)
     note = None
     if not np.median(found) <= OPTIMIZED_TOLERANCE:
         note = (
@@ -570,13 +539,6 @@ def _optimized_difference(
             "measure the accuracy with them."
         )
     return float(found.max()), note
-
-
-def _differences(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Absolute differences relative to the largest output."""
-    if ours.shape != theirs.shape:
-        return np.full(1, np.inf)
-    return np.abs(ours - theirs) / max(float(np.abs(ours).max()), 1e-30)
 
 
 def run_onnx(content: bytes, inputs: Any, *, optimized: bool = True) -> np.ndarray | None:

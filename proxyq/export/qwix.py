@@ -31,6 +31,7 @@ from safetensors.numpy import load, save
 
 from proxyq.engine import Engine
 from proxyq.errors import MissingExtra, ProxyqError, UsageError
+from proxyq.export.agreement import TOLERANCE, differences, examples_of
 from proxyq.export.exported import (
     Exported,
     check_strict,
@@ -50,10 +51,6 @@ from proxyq.search.allocate.plan import FLOAT_BITS, Plan
 
 SCHEMA = "proxyq/qwix/1"
 RULES, PARAMETERS = "rules.json", "parameters.safetensors"
-EXAMPLES = 8
-"""How many inputs the exported network is run on."""
-TOLERANCE = 1e-4
-"""Largest difference of outputs with rounded weights alone, relative to the largest output."""
 
 
 class Stored(NamedTuple):
@@ -454,17 +451,7 @@ def _difference(quantized: QuantizedModel, made: Any, inputs: Any, keywords: Any
     """Largest difference of the outputs in qwix from ours, relative to the largest output."""
     from proxyq.model.flax_import import call_arguments
 
-    if inputs is None:
-        rng = np.random.default_rng(0)
-        inputs = jax.tree.map(
-            lambda x: (
-                rng.normal(size=x.shape).astype(x.dtype)
-                if jnp.issubdtype(x.dtype, jnp.floating)
-                else np.zeros(x.shape, x.dtype)
-            ),
-            quantized.model.example(EXAMPLES),
-        )
-    inputs = jax.tree.map(lambda x: np.asarray(x)[:EXAMPLES], inputs)
+    inputs = examples_of(quantized.model, inputs)
     args, named = call_arguments(jax.tree.map(jnp.asarray, inputs))
     named = {**named, **dict(keywords or {})}
     with warnings.catch_warnings():
@@ -473,5 +460,4 @@ def _difference(quantized: QuantizedModel, made: Any, inputs: Any, keywords: Any
             outputs = made[0].apply(made[1], *args, **named)
         else:
             outputs = made(*args, **named)
-    ours, theirs = quantized.logits(inputs), np.asarray(logits_of(outputs))
-    return float(np.max(np.abs(ours - theirs)) / max(float(np.max(np.abs(ours))), 1e-30))
+    return float(differences(quantized.logits(inputs), np.asarray(logits_of(outputs))).max())

@@ -8,19 +8,18 @@ were folded became an `Identity`, layers got biases, and some round what they re
 import copy
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from proxyq.errors import ProxyqError, UsageError
-from proxyq.export.torch_module import largest_difference, round_input
+from proxyq.export.torch_module import round_input
 from proxyq.files import read_bytes, read_json, write_atomic
 from proxyq.model.torch_import import import_torch
-from proxyq.ptq.quantized import QuantizedModel
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-# Of the largest output, where weights alone are rounded: what sums in another order leave.
-TOLERANCE = 1e-4
+Checked = TypeVar("Checked")
 
 
 def structure(made: Any, module: Any) -> dict[str, Any]:
@@ -75,8 +74,12 @@ def write_folder(
     tensors: Mapping[str, Any],
     metadata: dict[str, str],
     config: Mapping[str, Any],
-) -> int:
-    """Write the two files; the bytes of the weights.
+    check: Callable[[Path], Checked],
+) -> tuple[int, Checked]:
+    """Write the two files; the bytes of the weights, and what `check` says of them.
+
+    `check` gets a folder with the two files before they take their place: where it raises,
+    whatever the folder held before is untouched.
 
     **Raises** `ProxyqError` when they cannot be written.
     """
@@ -85,12 +88,21 @@ def write_folder(
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        trial = tempfile.TemporaryDirectory(dir=folder, prefix=".trial.")
     except OSError as error:
         raise ProxyqError(f"cannot make the folder {str(path)!r}: {error.strerror}.") from None
     content = save({name: value.contiguous().clone() for name, value in tensors.items()}, metadata)
-    write_atomic(folder / WEIGHTS, content)
-    write_atomic(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
-    return len(content)
+    with trial as made:
+        write_atomic(Path(made) / WEIGHTS, content)
+        write_atomic(Path(made) / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
+        found = check(Path(made))
+        for name in (WEIGHTS, CONFIG):
+            try:
+                os.replace(Path(made) / name, folder / name)
+            except OSError as error:
+                told = f"cannot write {str(folder / name)!r}: {error.strerror}."
+                raise ProxyqError(told) from None
+    return len(content), found
 
 
 def read_config(folder: Path, schema: str) -> dict[str, Any]:
@@ -144,27 +156,6 @@ def put_state(module: Any, state: Mapping[str, Any], folder: Path) -> None:
                 f"{tuple(own[name].shape)}",
             )
     module.load_state_dict(dict(state), assign=True)
-
-
-def compared(quantized: QuantizedModel, module: Any, inputs: Any, *, exact: bool) -> float:
-    """How far a module's outputs are from the quantized network's, relative to the largest.
-
-    **Raises** `ProxyqError` when they are too far; not without `exact`, since an input that lies
-    between two codes may be rounded to the other.
-    """
-    torch = import_torch()
-
-    def run(images: Any) -> Any:
-        with torch.no_grad():
-            return module(torch.from_numpy(images)).numpy()
-
-    found = largest_difference(quantized, run, inputs)
-    if exact and not found <= TOLERANCE:
-        raise ProxyqError(
-            f"what was written differs from the quantized network by {found:.2g} of the largest "
-            "output: the module does something that the runtime changes."
-        )
-    return found
 
 
 def _other(folder: Path, why: str) -> ProxyqError:

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from proxyq.errors import MissingExtra, ProxyqError
+from proxyq.export.agreement import check_agreement, examples_of, module_runner
 from proxyq.export.exported import Exported, check_strict
 from proxyq.export.stored import Raised, exported, widths
 from proxyq.export.torch_folder import (
-    compared,
     put_state,
     read_config,
     read_weights,
@@ -86,7 +86,7 @@ def export_torchao(
     - `module`: the torch module with the network's structure; the model's `source` by default.
     - `plan`: whose size budgets are counted again at the widths that are stored.
     - `strict`: refuse instead of storing a layer as float.
-    - `inputs`: images `[images, …]`; with them what was written is read and run, and compared.
+    - `inputs`: what the written network is run on and compared, `[images, …]`; random without.
 
     **Raises** `MissingExtra` without torchao; `ProxyqError` as `to_torchao`, when `strict` and a
     layer is stored otherwise, when the folder cannot be written, or when its network differs.
@@ -120,17 +120,20 @@ def export_torchao(
             "inputs": applied.inputs,
         },
     }
-    size = write_folder(path, tensors, metadata, config)
+    examples = examples_of(quantized.model, inputs)
+
+    def check(folder: Path) -> tuple[float, str | None]:
+        run = module_runner(load_torchao(folder, module))
+        return check_agreement(quantized, run, examples, what="torchao")
+
+    size, (difference, note) = write_folder(path, tensors, metadata, config, check)
+    notes += [note] if note else []
     notes.append(f"torchao keeps each code in a byte: the weights' file takes {size:,} bytes.")
     if applied.inputs:
         notes.append(
             f"{len(applied.inputs)} layers round what they read: load_torchao puts that in by "
             "hooks, torchao alone leaves it float."
         )
-    difference = None
-    if inputs is not None:
-        run = load_torchao(path, module)
-        difference = compared(quantized, run, inputs, exact=not applied.inputs)
     return exported(
         quantized,
         Path(path),
