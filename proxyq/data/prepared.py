@@ -122,7 +122,8 @@ def _as_kind(array: np.ndarray, wanted: Any, name: str) -> np.ndarray:
 def _archive(path: Path, spec: str, model: Model) -> Prepared:
     read_bytes(path, "data file")  # one sentence where it cannot be read
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # numpy leaves a file open that it cannot read, so it is given an open one.
+        with path.open("rb") as source, np.load(source, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ProxyqError(

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,11 +146,15 @@ def _preprocessing(transformers: Any, source: str, options: dict[str, Any]) -> P
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """transformers tells its progress and what it misses; what matters comes as exceptions."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    from transformers.utils import logging as own
+
+    level, bars = own.get_verbosity(), own.is_progress_bar_enabled()
+    own.set_verbosity_error()
+    own.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        logger.setLevel(level)
+        own.set_verbosity(level)
+        if bars:
+            own.enable_progress_bar()
