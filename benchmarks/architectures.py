@@ -79,7 +79,8 @@ def main() -> None:
     if args.out:
         from proxyq.files import write_atomic
 
-        rows = [json.loads((into / f"{s.replace(':', '-')}.json").read_text()) for s in every()]
+        files = [into / f"{spec.replace(':', '-')}.json" for spec in every()]
+        rows = [json.loads(file.read_text()) for file in files if file.is_file()]
         write_atomic(args.out, "\n".join(table(rows)) + "\n")
 
 
