@@ -24,6 +24,7 @@ from scipy.stats import spearmanr
 import proxyq
 from proxyq.api.evaluate import uniform_plan
 from proxyq.api.quantize import quantize_model
+from proxyq.model.torch_import import import_torchvision
 
 WHO = (
     "the old gardener|my younger sister|a team of engineers|the night nurse|two tired hikers|"
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--ways", default="sqnr,output-error,auto")
     args = parser.parse_args()
     os.environ["PROXYQ_ENCODER"] = args.encoder
+    import_torchvision()  # transformers asks for it
     into = Path(args.into)
     into.mkdir(parents=True, exist_ok=True)
     path = Path(__file__).resolve().parents[1] / "examples" / "sentence_encoder.py"
