@@ -24,6 +24,7 @@ from proxyq.version import __version__
 COMMANDS = (
     *("search", "score", "allocate", "pareto", "evaluate", "quantize", "export"),
     *("table", "rank", "evolve", "report", "inspect", "proxies", "models", "recipes"),
+    "doctor",
 )
 
 
