@@ -35,6 +35,7 @@ def test_recipes_and_formats_are_those_that_are_registered():
     assert completion.format_names() == [(one.name, one.summary) for one in EXPORTERS]
 
 
+@pytest.mark.slow  # it imports torch
 def test_models_are_those_that_are_listed():
     torchvision = pytest.importorskip("proxyq.model.torch_import").import_torchvision
     pytest.importorskip("torch")
@@ -43,6 +44,7 @@ def test_models_are_those_that_are_listed():
     assert completion.torchvision_names() == listed
 
 
+@pytest.mark.slow
 def test_models_of_timm_are_those_that_are_listed():
     timm = pytest.importorskip("timm")
     found, listed = set(completion.timm_names()), set(timm.list_models())

@@ -193,6 +193,7 @@ def test_a_wrong_search_is_a_problem(monkeypatch):
 # -- the self-tests, for real --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_embedded_network_is_searched():
     check = diagnosis._check("search", diagnosis._search)
     assert check.problem is None
@@ -200,6 +201,7 @@ def test_the_embedded_network_is_searched():
     assert check.found["float_top1"] == 99.0 and check.found["top1"] > 95
 
 
+@pytest.mark.slow
 def test_a_torch_module_goes_through_the_bridge():
     torch = pytest.importorskip("torch")
     before = torch.random.get_rng_state()
@@ -208,6 +210,7 @@ def test_a_torch_module_goes_through_the_bridge():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_a_bridge_that_is_wrong_is_told(monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(diagnosis, "AGREEMENT", 0.0)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
-DEAR = {"search_and_evaluate", "own_proxy", "pareto_front", "budgets_together", "onnx_export"}
+CHEAP = {"packed_with_numpy", "evolve_formula"}
+# All others take 5 to 20 CPU seconds each where nothing is compiled yet: pytest -m slow.
 NEEDS = {"onnx_export": ("torch", "onnx", "onnxruntime", "onnxscript")}
 NUMBER = r"-?\d+(?:\.\d+)?"
 
@@ -38,7 +39,7 @@ def test_a_script_is_short(name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n in DEAR else []) for n in sorted(stated())],
+    [pytest.param(n, marks=[] if n in CHEAP else [pytest.mark.slow]) for n in sorted(stated())],
 )
 def test_a_script_prints_its_number(name):
     for package in NEEDS.get(name, ()):
