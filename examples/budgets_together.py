@@ -9,9 +9,7 @@ BUDGETS = ["size=3.5bit", "bops=20M", "activation-memory=2.5KiB"]
 
 # Bits of weights and of what layers read are chosen together, so the proxy must tell what both
 # cost: `kl-delta` measures the divergence with one weight, or one input, rounded.
-scores = proxyq.score(
-    proxies="kl-delta", bits=[2, 3, 4, 8], activation_bits=[4, 8], samples=64
-)
+scores = proxyq.score(proxies="kl-delta", bits=[2, 3, 4, 8], activation_bits=[4, 8], samples=64)
 plan = proxyq.allocate(scores, BUDGETS)
 print(plan)
 

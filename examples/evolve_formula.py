@@ -16,7 +16,8 @@ result = proxyq.evolve(
 )
 print("generation  measured  best   nodes")
 for row in result.logbook:
-    print(f"{row['generation']:10}  {row['evaluations']:8}  {row['best']:.3f}  {row['best_size']:5}")
+    measured, fitness, nodes = row["evaluations"], row["best"], row["best_size"]
+    print(f"{row['generation']:10}  {measured:8}  {fitness:.3f}  {nodes:5}")
 
 best = result.best
 formula = result.formula("found")

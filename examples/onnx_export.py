@@ -57,7 +57,7 @@ test, truth = images("test")
 with tempfile.TemporaryDirectory() as folder:
     done = proxyq.export_model(model, plan, x, to="onnx", out=Path(folder) / "net.onnx")
     (path,) = done.paths
-    print(f"\n{path.name}: weights of {done.size_bits / 8192:.1f} KiB, {path.stat().st_size:,} bytes")
+    print(f"\n{path.name}: {path.stat().st_size:,} bytes, weights {done.size_bits // 8:,} of them")
     options = onnxruntime.SessionOptions()
     # Else ONNX Runtime rounds what meets integer weights in a matrix product to 8 bits itself.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")

@@ -5,7 +5,6 @@ The number: top-1 on the 400 test images, in percent, computed without JAX.
 """
 
 import tempfile
-from pathlib import Path
 
 import numpy as np
 

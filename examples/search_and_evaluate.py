@@ -19,9 +19,7 @@ with tempfile.TemporaryDirectory() as folder:
     plan = proxyq.Plan.load(Path(folder) / "plan.json")
 
 # A plan of one's own: 2 bits everywhere but in the first and the last layer.
-by_hand = proxyq.search(
-    proxy="uniform", budget="size=2bit", bits=[2], pins=["@first=8", "@last=8"]
-)
+by_hand = proxyq.search(proxy="uniform", budget="size=2bit", bits=[2], pins=["@first=8", "@last=8"])
 
 found = proxyq.evaluate(None, [plan, by_hand], names=["searched", "by hand"])
 print(f"\nfloat     {found.float_top1:6.2f} %")
