@@ -21,6 +21,13 @@ def steps():
     return found
 
 
+def arguments(command):
+    """Of `proxyq`, as a shell would split them."""
+    program, *rest = shlex.split(command.replace("\\\n", " "))
+    assert program == "proxyq"
+    return rest
+
+
 def skeleton(text):
     """The text without its numbers, blanks and bars, and the numbers."""
     text = SECONDS.sub("seconds", text)
@@ -30,9 +37,7 @@ def skeleton(text):
 
 
 def test_it_starts_at_the_installation_and_ends_with_an_export():
-    commands = [shlex.split(command) for command, _ in steps()]
-    assert all(words[0] == "proxyq" for words in commands)
-    assert [words[1] for words in commands] == [
+    assert [arguments(command)[0] for command, _ in steps()] == [
         *("inspect", "search", "evaluate", "quantize", "search", "export"),
     ]
     assert "pip install" in (DOCS / "tutorial.md").read_text(encoding="utf-8").split("```sh")[0]
@@ -50,7 +55,7 @@ def test_every_command_prints_what_the_page_shows(tmp_path, monkeypatch):
     pytest.importorskip("qwix")
     monkeypatch.chdir(tmp_path)
     for command, shown in steps():
-        done = here(*shlex.split(command)[1:])
+        done = here(*arguments(command))
         assert done.code == 0, done.err
         words, numbers = skeleton(done.out + done.err)
         expected_words, expected = skeleton(shown)
