@@ -814,7 +814,8 @@ def doctor_blocks(record: Mapping[str, Any]) -> list[Table | str]:
     lines = [f"platform: {record['platform']}"]
     for device in record["devices"]:
         size = _gib(device["memory_bytes"])
-        lines.append(f"device: {device['platform']}, {device['kind']}{size and f', {size}'}")
+        kind = "" if device["kind"] == device["platform"] else f", {device['kind']}"
+        lines.append(f"device: {device['platform']}{kind}{size and f', {size}'}")
     memory = record["memory"]
     if memory["total"] is not None:
         free = _gib(memory["available"])
@@ -841,7 +842,7 @@ def _tried(check: Mapping[str, Any]) -> str:
         for name, value in check.items()
         if name not in ("name", "ok", "seconds")
     )
-    return f"{check['name']}: works, {facts} ({check['seconds']:.1f} s)"
+    return "\n".join(wrapped([f"{check['name']}: works", facts, f"{check['seconds']:.1f} s"]))
 
 
 def _gib(count: int | None) -> str:
