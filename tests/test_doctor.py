@@ -243,7 +243,8 @@ def test_the_command_tells_and_exits(healthy):
     assert (done.code, done.err) == (0, "")
     assert f"Python {sys.version.split()[0]}" in done.out
     assert "timm" in done.out and "missing: pip install 'proxyq[torch]'" in done.out
-    assert "search: works, top1 98.0" in done.out and max(map(len, done.out.splitlines())) <= 88
+    assert "search: works · top1 98.0 · " in done.out
+    assert max(map(len, done.out.splitlines())) <= 88
     healthy[1] = replace(healthy[1], problem="torch is broken.")
     done = here("doctor", "--json", "--quiet")
     assert done.code == 1 and done.err == "proxyq: torch is broken.\n"
