@@ -83,6 +83,13 @@ def measure(args: argparse.Namespace, name: str, into: Path) -> None:
     if "float" not in rows:
         keep("float", {}, 0.0)
     for size in args.sizes.split(","):
+        wanted = [
+            f"{size} bit, activations {beside}, {way}"
+            for beside in args.activations.split(",")
+            for way in args.ways.split(",")
+        ]
+        if all(key in rows for key in wanted):
+            continue
         saved = into / f"{name}-{size}.json"
         if not saved.is_file():
             proxyq.search(

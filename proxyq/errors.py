@@ -27,6 +27,17 @@ class MissingExtra(ProxyqError, ImportError):
         )
 
 
+class MissingOperators(ProxyqError):
+    """A model uses operators that the bridge cannot run.
+
+    `operators` maps each to how often it is used and the module that uses it first.
+    """
+
+    def __init__(self, message: str, operators: "dict[str, tuple[int, str]]"):
+        super().__init__(message)
+        self.operators = operators
+
+
 def near(name: str, known: "list[str] | tuple[str, ...]") -> str:
     """`did you mean …?` for a mistyped name, or the list of what there is."""
     import difflib

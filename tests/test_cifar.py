@@ -70,17 +70,17 @@ def test_float_accuracy_through_the_bridge(cifar, images, name, top1):
 def test_correction_rescues_three_bits(resnet20, images):
     """Uniform 3 bit: 55.7 % of all test images without correction, 89.1 % with."""
     plan = plan_of(resnet20, dict.fromkeys(proxyq.inspect(resnet20).names, 3))
-    train, test = images[0], images[1].subset(slice(None, None, 8))
+    train, test = images[0], images[1].subset(slice(None, None, 20))
     found = {
         correction: evaluate(
             resnet20, [plan], train, test, correction=correction, samples=samples
         ).plans[0]
-        for correction, samples in (("none", 1), ("weights", 1), ("statistics", 1024))
+        for correction, samples in (("none", 1), ("weights", 1), ("statistics", 256))
     }
     # Without correction the figure hangs on the last digits of the rounding's scales.
-    assert found["none"].top1 == pytest.approx(55.7, abs=5)
-    assert found["weights"].top1 == pytest.approx(86.0, abs=2.5)
-    assert found["statistics"].top1 == pytest.approx(88.9, abs=2.5)
+    assert found["none"].top1 == pytest.approx(55.7, abs=8)
+    assert found["weights"].top1 == pytest.approx(86.0, abs=3)
+    assert found["statistics"].top1 == pytest.approx(88.9, abs=3)
     kl = [found[name].kl for name in ("none", "weights", "statistics")]
     assert kl[0] > kl[1] > kl[2]
 

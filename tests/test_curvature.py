@@ -83,20 +83,36 @@ def cases():
     return {name: case(*parts) for name, parts in NETWORKS.items()}
 
 
+class Hessians(dict):
+    """Diagonal blocks as matrices, in float64: of some layers where the network is large.
+
+    Each network's are computed when they are first asked for: the mixer's take half a minute.
+    """
+
+    def __init__(self, cases):
+        super().__init__()
+        self.cases = cases
+
+    def __missing__(self, name):
+        c = self.cases[name]
+        wanted = list(c.naive.weights)
+        if name == "small":
+            wanted = ["blocks.0.depthwise", "blocks.1.shortcut", "head"]
+        self[name] = {block: c.naive.hessian(*c.truth, block) for block in wanted}
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def hessians(cases):
-    """Diagonal blocks as matrices, in float64: of some layers where the network is large."""
-    wanted = {name: list(c.naive.weights) for name, c in cases.items()}
-    wanted["small"] = ["blocks.0.depthwise", "blocks.1.shortcut", "head"]
-    return {
-        name: {block: cases[name].naive.hessian(*cases[name].truth, block) for block in own}
-        for name, own in wanted.items()
-    }
+    return Hessians(cases)
+
+
+DEAR = pytest.param("mixer", marks=pytest.mark.slow)
 
 
 every = pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "mixer")) for name in NETWORKS],
+    [DEAR if name == "mixer" else name for name in NETWORKS],
 )
 
 
@@ -298,7 +314,7 @@ def test_gauss_newton_forms_of_each_image_and_direction(cases, name):
                 )
 
 
-@pytest.mark.parametrize("name", ["small", "mixer", "gelu"])
+@pytest.mark.parametrize("name", ["small", DEAR, "gelu"])
 def test_products_by_what_layers_read(cases, name):
     c = cases[name]
     engine, _, objective, aims = c.arguments
@@ -344,7 +360,7 @@ def exact_traces(c, found):
     return rows, trace[rows], variance[rows]
 
 
-@pytest.mark.parametrize("name", ["mixer", "gelu"])
+@pytest.mark.parametrize("name", [DEAR, "gelu"])
 def test_one_hot_products_give_the_diagonal(cases, hessians, name):
     c = cases[name]
     row, block = len(c.first) - 1, c.first[-1]
@@ -358,7 +374,7 @@ def test_one_hot_products_give_the_diagonal(cases, hessians, name):
     close(found, np.diag(hessians[name][block])[::3])
 
 
-@every
+@pytest.mark.parametrize("name", [pytest.param("small", marks=pytest.mark.slow), DEAR, "gelu"])
 def test_traces_meet_the_exact_ones_within_their_standard_errors(cases, hessians, name):
     c = cases[name]
     probes = 20 if name == "small" else 40
@@ -426,7 +442,7 @@ def test_gauss_newton_is_the_hessian_where_the_network_is_piecewise_linear(cases
     ("curvature", "probes"),
     [("hessian", "layer"), ("gauss-newton", "layer"), ("gauss-newton", "output")],
 )
-@pytest.mark.parametrize("name", ["mixer", "gelu"])
+@pytest.mark.parametrize("name", [DEAR, "gelu"])
 def test_traces_by_what_layers_read(cases, name, curvature, probes):
     c = cases[name]
     number = 60
@@ -473,7 +489,7 @@ def test_traces_by_what_layers_read(cases, name, curvature, probes):
     np.testing.assert_array_equal(input_sizes(c.engine), sizes)
 
 
-@pytest.mark.parametrize("name", ["mixer", "gelu"])
+@pytest.mark.parametrize("name", [DEAR, "gelu"])
 def test_top_eigenvalues_of_blocks(cases, hessians, name):
     c = cases[name]
     found = top_eigenvalues(*c.arguments, key=KEY, tolerance=1e-5, most=80)
@@ -484,7 +500,7 @@ def test_top_eigenvalues_of_blocks(cases, hessians, name):
         assert abs(found.value[row]) <= abs(top) * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("name", ["mixer"])
+@pytest.mark.parametrize("name", [DEAR, "gelu"])
 def test_the_size_of_batches_changes_nothing_but_rounding(cases, name):
     c = cases[name]
     _, *rest = c.arguments

@@ -62,7 +62,11 @@ def test_every_format_is_here():
     assert list(PACKAGES) == list(EXPORTERS.available())
 
 
-@pytest.mark.parametrize("format", list(PACKAGES))
+@pytest.mark.parametrize(
+    "format",
+    # `test_onnx.py` runs the command too.
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "onnx")) for name in PACKAGES],
+)
 def test_a_plan_and_a_packed_file(format, tmp_path):
     pytest.importorskip(PACKAGES[format])
     name = "convolutions" if format == "qwix" else "transformer"

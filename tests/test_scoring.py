@@ -20,10 +20,13 @@ def case():
     return model, x, rng.integers(0, 10, 6)
 
 
-def test_proxies_say_the_same_together_and_alone(case):
+@pytest.mark.parametrize(
+    "some", [CHEAP[::3], pytest.param(CHEAP, marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_proxies_say_the_same_together_and_alone(case, some):
     model, x, labels = case
-    together = score(model, [(p, {}) for p in CHEAP], x, labels=labels, bits=(2, 4))
-    for proxy, one in zip(CHEAP, together, strict=True):
+    together = score(model, [(p, {}) for p in some], x, labels=labels, bits=(2, 4))
+    for proxy, one in zip(some, together, strict=True):
         (alone,) = score(model, [(proxy, {})], x, labels=labels, bits=(2, 4))
         scale = np.abs(alone.values).max()
         np.testing.assert_allclose(one.values, alone.values, rtol=1e-3, atol=1e-5 * scale)

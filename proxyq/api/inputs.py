@@ -1,7 +1,6 @@
 """What people have becomes a `Model`, and images in the form that the model reads."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,39 +18,10 @@ from proxyq.data import (
     sample,
 )
 from proxyq.data.npz import channels_last
+from proxyq.data.prepared import Prepared, load_prepared, prepared
 from proxyq.errors import ProxyqError, UsageError
-from proxyq.files import digest_arrays
 from proxyq.model.load import load_model
 from proxyq.model.model import Model, logits_of
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Prepared:
-    """Inputs of a model that reads no images: arrays with the examples first, as it takes them.
-
-    Nothing is resized or normalised.
-    """
-
-    inputs: Any
-    labels: np.ndarray | None = None
-    name: str = "arrays"
-
-    def __len__(self) -> int:
-        return len(jax.tree.leaves(self.inputs)[0])
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """For provenance: name, number of examples and digest."""
-        leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(self.inputs))}
-        return {"name": self.name, "images": len(self), "digest": digest_arrays(leaves)}
-
-    def rows(self, rows: Any) -> "Prepared":
-        """Some of the examples."""
-        return Prepared(
-            inputs=jax.tree.map(lambda leaf: leaf[rows], self.inputs),
-            labels=None if self.labels is None else self.labels[rows],
-            name=self.name,
-        )
 
 
 def as_model(model: Any = None, **load_options: Any) -> Model:
@@ -88,33 +58,18 @@ def as_data(data: Any, model: Model, *, split: str = "calibration") -> Data | Pr
     if isinstance(data, (Data, Prepared)):
         return data
     if isinstance(data, str):
+        if model.image_layout is None:
+            return load_prepared(data, model)
         return load_data(data, split=split, shape=image_shape(model))  # type: ignore[arg-type]
     values, labels = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
     labels = None if labels is None else np.asarray(labels)
     if model.image_layout is None:
-        return _prepared(values, labels, model)
+        return prepared(values, labels, model)
     images = np.asarray(values)
     # The model's own layout decides only where the shape leaves it open.
     first, last = (images.shape[axis] in (1, 3, 4) for axis in (1, -1))
     layout = model.image_layout if images.ndim == 4 and first == last else None
     return Data(name="arrays", images=channels_last(images, layout, "arrays"), labels=labels)
-
-
-def _prepared(values: Any, labels: np.ndarray | None, model: Model) -> Prepared:
-    inputs = jax.tree.map(np.asarray, values)
-    given = [leaf.shape[1:] for leaf in jax.tree.leaves(inputs)]
-    wanted = [tuple(leaf.shape) for leaf in jax.tree.leaves(model.inputs)]
-    if given != wanted:
-        raise UsageError(
-            f"the inputs of {model.name!r} must have the shape {wanted} for each example, got "
-            f"{given}."
-        )
-    lengths = {len(leaf) for leaf in jax.tree.leaves(inputs)}
-    if labels is not None:
-        lengths.add(len(labels))
-    if len(lengths) != 1 or 0 in lengths:
-        raise UsageError(f"inputs and labels must be equally many, got {sorted(lengths)}.")
-    return Prepared(inputs=inputs, labels=labels)
 
 
 def inputs_of(data: Data | Prepared, model: Model, samples: int, seed: int | None) -> Any:

@@ -166,9 +166,9 @@ def _models(typed: str) -> list[Offer]:
         names = listed[library]() if library in listed else []
         return [(f"{library}:{name}", "") for name in names]
     found = [("digits", "The embedded network.")]
-    for name in listed:
-        if importlib.util.find_spec(name) is not None:
-            found.append((f"{name}:", f"A model of {name}."))
+    for prefix, package in (*((name, name) for name in listed), ("hf", "transformers")):
+        if importlib.util.find_spec(package) is not None:
+            found.append((f"{prefix}:", f"A model of {package}."))
     return found
 
 

@@ -6,12 +6,14 @@ from proxyq.cli import options as o
 from proxyq.cli.models import load
 from proxyq.cli.output import print_blocks, print_json
 from proxyq.cli.runtime import working
+from proxyq.errors import MissingOperators
 
 
 def inspect(
     model: o.ModelName = None,
     weights: o.Weights = None,
     input_shape: o.InputShape = None,
+    explain: o.Explain = False,
     seed: o.UnusedNumber = None,
     json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -20,17 +22,44 @@ def inspect(
     device: o.Device = None,
 ) -> None:
     """List a model's layers: kinds, weights, MACs, output shapes, groups."""
-    with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet):
-        from proxyq import api
+    try:
+        with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet):
+            from proxyq import api
 
-        network = api.inspect(load(model, weights=weights, input_shape=input_shape))
+            network = api.inspect(load(model, weights=weights, input_shape=input_shape))
+    except MissingOperators as error:
+        if explain:
+            _print_missing(error.operators, as_json=json)
+        raise
 
     if json:
-        print_json(network_json(network))
+        print_json({**network_json(network), **(explanation_json(network) if explain else {})})
         return
-    from proxyq.report.tables import network_table
+    from proxyq.report.tables import kept_table, network_table
 
-    print_blocks(network_table(network))
+    print_blocks(network_table(network), *([kept_table(network)] if explain else []))
+
+
+def _print_missing(operators: dict[str, tuple[int, str]], *, as_json: bool) -> None:
+    if as_json:
+        told = {name: {"uses": uses, "in": path} for name, (uses, path) in operators.items()}
+        print_json({"missing_operators": told})
+        return
+    from proxyq.report.tables import operators_table
+
+    print_blocks(operators_table(operators))
+
+
+def explanation_json(network: Any) -> dict[str, Any]:
+    """What `inspect --explain --json` adds."""
+    from proxyq.model.explain import kept_float, products_of_data
+
+    kept = kept_float(network)
+    return {
+        "missing_operators": {},
+        "float": {one.parameter: {"weights": one.weights, "why": one.why} for one in kept},
+        "products_of_data": products_of_data(network),
+    }
 
 
 def network_json(network: Any) -> dict[str, Any]:

@@ -516,6 +516,14 @@ Strict = Annotated[
         help="Refuse to write where the format stores a layer with more bits than asked for.",
     ),
 ]
+Explain = Annotated[
+    bool,
+    _option(
+        "--explain",
+        panel=RESULT,
+        help="Tell what stays float in any plan and why, and operators that are missing.",
+    ),
+]
 OutExport = Annotated[
     str | None,
     _option("--out", metavar="PATH", panel=RESULT, help="Write to this file or folder."),

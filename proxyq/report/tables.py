@@ -616,6 +616,29 @@ def network_table(network: "Network") -> Table:
     return _named(Column(head="layer", cells=names, foot=_layers(len(layers))), columns, caption)
 
 
+def kept_table(network: "Network") -> Table:
+    """What stays float in any plan, and why: a line for each reason."""
+    from proxyq.model.explain import kept_float, products_of_data, summary
+
+    found = summary(kept_float(network))
+    columns = [
+        Column(head="tensors", cells=[str(count) for count, _ in found.values()]),
+        Column(head="numbers", cells=[f"{numbers:,}" for _, numbers in found.values()]),
+    ]
+    products = products_of_data(network)
+    caption = f"{products} products have data on both sides" if products else None
+    return _named(Column(head="stays float", cells=list(found), right=False), columns, caption)
+
+
+def operators_table(operators: Mapping[str, tuple[int, str]]) -> Table:
+    """A line for each operator that the bridge lacks."""
+    columns = [
+        Column(head="uses", cells=[str(uses) for uses, _ in operators.values()]),
+        Column(head="first in", cells=[path for _, path in operators.values()], right=False),
+    ]
+    return _named(Column(head="missing operator", cells=list(operators), right=False), columns)
+
+
 def _count(number: int) -> str:
     """`1.81 G`, `231 k`."""
     for power, sign in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):

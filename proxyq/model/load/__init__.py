@@ -9,8 +9,8 @@ from proxyq.model.load.weights import weights_file, with_weights
 from proxyq.model.model import Model
 
 _FORMS = (
-    "a model is named `digits`, `torchvision:NAME[@WEIGHTS]`, `timm:NAME[@WEIGHTS]` or "
-    "`path/to/file.py:factory`"
+    "a model is named `digits`, `torchvision:NAME[@WEIGHTS]`, `timm:NAME[@WEIGHTS]`, "
+    "`hf:FOLDER[@none]` or `path/to/file.py:factory`"
 )
 
 
@@ -32,6 +32,8 @@ def load_model(
       and input shape are those of the weights, with `@none` of the default weights;
     - `"timm:NAME"`, `"timm:NAME@TAG"`, `"timm:NAME@none"`: likewise from timm, whose tags
       are such as `a1_in1k`;
+    - `"hf:FOLDER"`, `"hf:NAME"`, `"hf:NAME@REVISION"`, `"hf:NAME@none"`: from transformers;
+      `input_shape` of a network of text is its number of tokens, 128 by default;
     - `"path/to/file.py:factory"`: what calling `factory` in that file returns without
       arguments: a `torch.nn.Module`, a `flax.nnx.Module`, a pair of a linen module and its
       variables, or a `proxyq.Model`. The file is run as Python: name only files you trust.
@@ -79,6 +81,10 @@ def load_model(
             from proxyq.model.load.from_timm import load_timm
 
             model = load_timm(name, weights, input_shape)
+        elif library == "hf":
+            from proxyq.model.load.from_hf import load_hf
+
+            model = load_hf(name, weights, input_shape)
         elif spec.rpartition(":")[0].endswith(".py") or spec.endswith(".py"):
             from proxyq.model.load.from_file import load_file
 

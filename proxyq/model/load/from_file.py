@@ -82,7 +82,7 @@ def _import_file(path: Path, *, again: bool = True) -> ModuleType:
             raise
         if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision"):
             raise MissingExtra(error.name, "torch", f"The file {str(path)!r}") from error
-        if again and "operator torchvision::" in str(error):
+        if again and _lacks_operators(error):
             from proxyq.model.torch_import import import_torchvision
 
             import_torchvision()
@@ -96,7 +96,16 @@ def _is_own(value: Any, code: ModuleType) -> bool:
     return getattr(value, "__module__", None) == code.__name__
 
 
-def _call(factory: Any, name: str, path: str) -> Any:
+def _lacks_operators(error: BaseException | None) -> bool:
+    """Whether torchvision failed for want of its operators, here or under what was imported."""
+    while error is not None:
+        if "operator torchvision::" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _call(factory: Any, name: str, path: str, *, again: bool = True) -> Any:
     """What the factory makes; a model that stands there ready is taken as it is."""
     torch = sys.modules.get("torch")
     ready = isinstance(factory, Model | tuple)
@@ -113,6 +122,11 @@ def _call(factory: Any, name: str, path: str) -> Any:
     try:
         return seeded(factory) if torch is not None else factory()
     except Exception as error:
+        if again and _lacks_operators(error):
+            from proxyq.model.torch_import import import_torchvision
+
+            import_torchvision()
+            return _call(factory, name, path, again=False)
         raise ProxyqError(f"{name!r} in {path!r} failed ({reason(error)}).") from error
 
 

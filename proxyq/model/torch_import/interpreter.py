@@ -1,11 +1,12 @@
 """Run a `Program` with JAX: one Python function per ATen operator."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from proxyq.errors import ProxyqError
+from proxyq.errors import MissingOperators, ProxyqError
 from proxyq.model.torch_import import aten
 from proxyq.model.torch_import.program import Node, Program, Ref, fill, refs
 
@@ -15,9 +16,9 @@ Run = Callable[[Mapping[str, Any], Sequence[Any], int], Any]
 def check_operators(program: Program, name: str) -> None:
     """Refuse, before anything is traced, what cannot be interpreted.
 
-    **Raises** `ProxyqError` naming every unmapped operator with the torch module that
-    first uses it, or the first operator that draws random numbers or updates statistics
-    although the module is in evaluation mode.
+    **Raises** `MissingOperators` naming every unmapped operator with the torch module that
+    first uses it, or `ProxyqError` for the first operator that draws random numbers or
+    updates statistics although the module is in evaluation mode.
     """
     missing: dict[str, str] = {}
     for node in program.nodes:
@@ -29,9 +30,14 @@ def check_operators(program: Program, name: str) -> None:
     if missing:
         listed = ", ".join(f"{operator} (in {path})" for operator, path in missing.items())
         first = next(iter(missing)).removesuffix(" (its indices)")
-        raise ProxyqError(
+        uses = Counter(_short(node.operator) for node in program.nodes)
+        raise MissingOperators(
             f"{name} uses operators that have no JAX counterpart yet: {listed}; add them with "
-            f"`proxyq.model.torch_import.register_aten({first!r})`."
+            f"`proxyq.model.torch_import.register_aten({first!r})`.",
+            {
+                operator: (uses[operator.removesuffix(" (its indices)")], path)
+                for operator, path in missing.items()
+            },
         )
     for node in program.nodes:
         complaint = aten.complaint(node.operator, node.args, node.kwargs)
