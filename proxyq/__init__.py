@@ -13,10 +13,12 @@ from proxyq.errors import UsageError as UsageError
 from proxyq.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from proxyq.api import Diagnosis as Diagnosis
     from proxyq.api import Evaluation as Evaluation
     from proxyq.api import Evolution as Evolution
     from proxyq.api import ModelSpec as ModelSpec
     from proxyq.api import allocate as allocate
+    from proxyq.api import doctor as doctor
     from proxyq.api import evaluate as evaluate
     from proxyq.api import evolve as evolve
     from proxyq.api import export_model as export_model
@@ -105,6 +107,8 @@ _PUBLIC = {
         "pack",
         "export_model",
         "write_report",
+        "doctor",
+        "Diagnosis",
         "Evaluation",
     ),
 }

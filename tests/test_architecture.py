@@ -15,6 +15,7 @@ STAGES = [
         "errors",
         "executor",
         "files",
+        "installed",
         "checkpoint",
         "progress",
         "registry",

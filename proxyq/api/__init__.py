@@ -6,10 +6,12 @@
 which `evolve` makes new ones;
 `write_report` shows plans on a page; `quantize_model` applies a plan, `pack` writes what it makes,
 `export_model` for other programs;
-`inspect` shows what a model is made of.
+`inspect` shows what a model is made of, `doctor` whether what is installed works.
 """
 
 from proxyq.api.allocate import allocate as allocate
+from proxyq.api.doctor import Diagnosis as Diagnosis
+from proxyq.api.doctor import doctor as doctor
 from proxyq.api.evaluate import Evaluation as Evaluation
 from proxyq.api.evaluate import Measured as Measured
 from proxyq.api.evaluate import evaluate as evaluate

@@ -12,6 +12,8 @@ import typer
 
 from proxyq.cli import (
     allocate,
+    completion,
+    doctor,
     evaluate,
     evolve,
     export,
@@ -33,7 +35,6 @@ from proxyq.version import __version__
 
 app = typer.Typer(
     name="proxyq",
-    add_completion=False,
     no_args_is_help=False,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
@@ -56,6 +57,7 @@ app.command()(inspect.inspect)
 app.command()(proxies.proxies)
 app.command()(models.models)
 app.command()(recipes.recipes)
+app.command()(doctor.doctor)
 
 
 @app.callback()
@@ -101,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     command = typer.main.get_command(app)
+    completion.prepare()
     arguments = None if arguments is None else list(arguments)
     try:
         result = command.main(args=arguments, prog_name="proxyq", standalone_mode=False)
@@ -113,6 +116,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         if isinstance(failure.__context__, BrokenPipeError):  # how Typer reports it
             raise failure.__context__ from None
         code, error = 1, failure
+        if isinstance(failure, SystemExit) and completion.asked(arguments):
+            code, error = int(failure.code or 0), None  # how Typer ends, having answered
     if error is not None:
         text, code = explain(error)
         print(f"proxyq: {text}", file=sys.stderr)

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from proxyq.cli import completion
 from proxyq.errors import UsageError
 
 
@@ -31,6 +32,7 @@ ModelName = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
+        autocompletion=completion.models,
         show_default=False,
         help="digits (the default), torchvision:NAME\\[@WEIGHTS], timm:NAME\\[@WEIGHTS] or "
         "path/to/file.py:factory; @none for random weights.",
@@ -40,6 +42,7 @@ ModelAndPlans = Annotated[
     list[str],
     typer.Argument(
         metavar="[MODEL] PLAN.json...",
+        autocompletion=completion.models,
         show_default=False,
         help="The plans to measure, or networks that `proxyq quantize` packed, and the model "
         "where it is not the embedded one.",
@@ -49,6 +52,7 @@ ModelAndPlan = Annotated[
     list[str],
     typer.Argument(
         metavar="[MODEL] PLAN.json",
+        autocompletion=completion.models,
         show_default=False,
         help="The plan to apply, and the model where it is not the embedded one.",
     ),
@@ -57,6 +61,7 @@ ModelOrScores = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL|SCORES.json",
+        autocompletion=completion.models,
         show_default=False,
         help="The model, as for `proxyq search`, or the file that `proxyq score` wrote.",
     ),
@@ -86,6 +91,7 @@ ProxyName = Annotated[
     _option(
         "--proxy",
         metavar="NAME",
+        autocompletion=completion.proxies_or_auto,
         panel=METHOD,
         help="What measures how sensitive a layer is; `proxyq proxies` lists them. "
         "Default: auto, which tries several and keeps the plan that measures best.",
@@ -124,6 +130,7 @@ RecipeName = Annotated[
     _option(
         "--recipe",
         metavar="NAME|FILE",
+        autocompletion=completion.recipes,
         panel=METHOD,
         help="A published method as a whole; `proxyq recipes` lists them.",
     ),
@@ -133,6 +140,7 @@ ProxyNames = Annotated[
     _option(
         "--proxy",
         metavar="NAME|all",
+        autocompletion=completion.proxies_or_all,
         panel=METHOD,
         help="What measures how sensitive a layer is; repeatable; all: every one that neither "
         "trains nor runs pairs of layers. `proxyq proxies` lists them.",
@@ -152,6 +160,7 @@ WhoseScores = Annotated[
     _option(
         "--proxy",
         metavar="NAME",
+        autocompletion=completion.proxies,
         panel=METHOD,
         help="Whose scores, where the file holds those of several proxies.",
     ),
@@ -161,6 +170,7 @@ OneProxy = Annotated[
     _option(
         "--proxy",
         metavar="NAME",
+        autocompletion=completion.proxies,
         panel=METHOD,
         help="What measures how sensitive a layer is, or whose scores, where the file holds "
         "those of several. Default, with a model: logit-coupling.",
@@ -178,7 +188,12 @@ Cost = Annotated[
 ]
 ShownProxy = Annotated[
     str | None,
-    typer.Argument(metavar="NAME", show_default=False, help="Tell all about this one."),
+    typer.Argument(
+        metavar="NAME",
+        autocompletion=completion.proxies,
+        show_default=False,
+        help="Tell all about this one.",
+    ),
 ]
 ScoresFile = Annotated[
     str,
@@ -468,6 +483,7 @@ ModelAndMaybePlan = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[MODEL] PLAN.json",
+        autocompletion=completion.models,
         show_default=False,
         help="The plan to apply, and the model where it is not the embedded one. With --packed "
         "the plan may be left out.",
@@ -478,6 +494,7 @@ ExportFormat = Annotated[
     _option(
         "--to",
         metavar="FORMAT",
+        autocompletion=completion.formats,
         panel=RESULT,
         help="The format to write: onnx, torchao, compressed-tensors or qwix.",
     ),
@@ -616,6 +633,7 @@ RankedProxies = Annotated[
     _option(
         "--proxy",
         metavar="NAME|all",
+        autocompletion=completion.proxies_or_all,
         panel=METHOD,
         help="What to rank; repeatable. Default: all that neither train nor run pairs of layers.",
     ),

@@ -815,3 +815,58 @@ def evolution_table(result: Mapping[str, Any]) -> list[Table | str]:
         names.append("the size alone")
     table = _named(Column(head="formula", cells=names, right=False), columns, "\n".join(lines))
     return [table, entries[result["chosen"]]["formula"]]
+
+
+# -- the installation ------------------------------------------------------------------
+
+
+def doctor_blocks(record: Mapping[str, Any]) -> list[Table | str]:
+    """What `doctor` found (its JSON object): packages, the machine, and what was tried."""
+    table = _empty()
+    table.add_column("package", no_wrap=True)
+    table.add_column("version", no_wrap=True)
+    table.add_column("", ratio=1)
+    table.add_row("proxyq", record["proxyq"], f"Python {record['python']}")
+    for one in record["packages"]:
+        if one["problem"] is not None:
+            state = "BROKEN"
+        else:
+            state = "" if one["version"] is not None else f"missing: {one['install']}"
+        table.add_row(one["name"], one["version"] or "-", state)
+
+    lines = [f"platform: {record['platform']}"]
+    for device in record["devices"]:
+        size = _gib(device["memory_bytes"])
+        kind = "" if device["kind"] == device["platform"] else f", {device['kind']}"
+        lines.append(f"device: {device['platform']}{kind}{size and f', {size}'}")
+    memory = record["memory"]
+    if memory["total"] is not None:
+        free = _gib(memory["available"])
+        lines.append(f"memory: {_gib(memory['total'])}{free and f', {free} available'}")
+    cache = record["cache"]
+    if cache is None:
+        lines.append("cache: none is used")
+    else:
+        how = "writable" if cache["writable"] else "NOT writable: commands run without it"
+        lines.append(
+            f"cache: {cache['folder']}, {cache['bytes'] / 2**20:,.1f} MiB in {cache['files']:,} "
+            f"files, {how}"
+        )
+    return [table, "\n".join(lines), "\n".join(map(_tried, record["checks"]))]
+
+
+def _tried(check: Mapping[str, Any]) -> str:
+    if not check["ok"]:
+        return f"{check['name']}: FAILS"
+    facts = ", ".join(
+        f"{name.replace('_', ' ')} {value:.3g}"
+        if isinstance(value, float) and name == "parity_error"
+        else f"{name.replace('_', ' ')} {value}"
+        for name, value in check.items()
+        if name not in ("name", "ok", "seconds")
+    )
+    return "\n".join(wrapped([f"{check['name']}: works", facts, f"{check['seconds']:.1f} s"]))
+
+
+def _gib(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**30:.1f} GiB"
