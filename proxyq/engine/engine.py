@@ -93,9 +93,9 @@ class Engine:
         return self.frontier[self.network.sites[site].weight]
 
     def columns(self, site: int) -> Any:
-        """The same as `[fan_in, channels]`."""
+        """The same as `[fan_in, channels]`, in float32 at least."""
         where, weight = self.network.sites[site], self.weight(site)
-        return weight_columns(weight, where.channel_axes)
+        return at_least_float32(weight_columns(weight, where.channel_axes))
 
     def chunks(self, inputs: Any) -> Iterator[tuple[Any, int]]:
         """Batches of `batch_size`, the last one padded by repeating its last example.
@@ -157,7 +157,7 @@ class Engine:
         """The first output on a set of any size: `[images, …]`."""
         parts = []
         for batch, count in self.chunks(inputs):
-            parts.append(np.asarray(logits_of(self.run(batch, edits)))[:count])
+            parts.append(np.asarray(at_least_float32(logits_of(self.run(batch, edits))))[:count])
             if tick is not None:
                 tick()
         return np.concatenate(parts)
@@ -218,6 +218,13 @@ class Engine:
         after.update(zip(segment.writes, written, strict=True))
         known = dict(zip(ahead, recorded, strict=True))
         return after, [known[var] if var in known else state[var] for var in capture]
+
+
+def at_least_float32(array: Any) -> Any:
+    """The same numbers, bfloat16 and float16 as float32: sums and grids are too fine for those."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 @lru_cache(maxsize=8)

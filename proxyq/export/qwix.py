@@ -43,6 +43,7 @@ from proxyq.files import check_folder, read_bytes, read_json, write_atomic
 from proxyq.model.function_import import kind_of
 from proxyq.model.model import logits_of
 from proxyq.model.network import LAYERS_AT
+from proxyq.model.scanned import whole_params
 from proxyq.provenance import provenance
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers, narrowed
 from proxyq.ptq.quantized import QuantizedModel
@@ -95,7 +96,8 @@ def export_qwix(
     check_folder(path)
     module = quantized.model.source if module is None else module
     _check_kind(module)
-    integers, params = unfolded_integers(quantized), to_params(quantized)
+    integers, stacks = unfolded_integers(quantized), quantized.model.stacks
+    params = whole_params(to_params(quantized), stacks)
     layers = [layer for layer in deployed_layers(quantized) if layer.name in integers]
     forms, rules, reasons = _choose(quantized, layers, integers)
     example = quantized.model.example(1)
@@ -251,12 +253,15 @@ def _choose(
     forms: dict[str, Stored] = {}
     rules: dict[str, dict[str, Any]] = {}
     reasons: dict[str, list[str]] = {}
+    stacked = {part for stack in quantized.model.stacks.values() for part in stack.parts}
     network = Engine.build(quantized.model, LAYERS_AT, batch_size=LAYERS_AT).network
     for layer in layers:
         conv = layer.kind != "linear"
         width = layer.activation_bits if layer.inputs is not None else None
         form = _stored(integers[layer.name], centred=conv)
-        if form is None:
+        if layer.parameter in stacked:
+            why = "one rule of qwix takes all steps of a loop over layers"
+        elif form is None:
             why = "qwix has at most 8 bits and whole zero points"
         elif conv and (width is None or width > 8):
             why = "qwix quantizes convolutions only together with their inputs, to 8 bits at most"
