@@ -3,7 +3,7 @@
 `FOLDER/flax_networks.py:nnx_resnet` and the other factories are models on the command line too.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -179,7 +179,7 @@ def nnx_vit() -> nnx.Module:
 
 
 def nnx_looped_vit() -> nnx.Module:
-    return trained(ViT(depth=3, looped=True, rngs=nnx.Rngs(0)))
+    return trained(ViT(looped=True, rngs=nnx.Rngs(0)))
 
 
 # --- flax.linen ---------------------------------------------------------------------------------
@@ -292,6 +292,7 @@ class LinenViT(nn.Module):
         return nn.Dense(self.classes, name="head", **kinds)(x[:, 0])
 
 
+@cache
 def initialised(module: nn.Module, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
     """A linen module and its variables, as training leaves them."""
     rng = np.random.default_rng(seed)
@@ -313,7 +314,7 @@ def linen_vit() -> Model:
 
 
 def linen_looped_vit() -> Model:
-    return model_of(*initialised(LinenViT(depth=3, axis=1)))
+    return model_of(*initialised(LinenViT(axis=1)))
 
 
 for factory in (nnx_resnet, nnx_vit, nnx_looped_vit):

@@ -67,7 +67,7 @@ def from_nnx(
     evaluation = nnx.clone(module)
     evaluation.eval()
     training = nnx.clone(evaluation)
-    _refuse_training(evaluation, _flags(module, kwargs))
+    _refuse_training(evaluation, _turn_off(module, kwargs))
     leaves, weights, apply = _nnx_function(evaluation, kwargs)
     arrays, constants = split_arrays(leaves)
     batch_statistics = None
@@ -232,8 +232,8 @@ _FLAGS = {
 }
 
 
-def _flags(module: Any, kwargs: Mapping[str, Any]) -> str:
-    """What to do about a module that runs in training mode."""
+def _turn_off(module: Any, kwargs: Mapping[str, Any]) -> str:
+    """What to do about a module that runs in training mode, by what its call takes."""
     method = kwargs.get("method", "__call__")
     function = getattr(type(module), method, None) if isinstance(method, str) else method
     try:
@@ -241,9 +241,8 @@ def _flags(module: Any, kwargs: Mapping[str, Any]) -> str:
     except (TypeError, ValueError):
         known = {}
     own = {name: value for name, value in _FLAGS.items() if name in known and name not in kwargs}
-    if not own:
-        return "give what turns training off as fixed arguments in `apply_kwargs`"
-    return f"give fixed arguments in `apply_kwargs`, such as {own}"
+    such = f", such as {own}" if own else ""
+    return f"give fixed arguments in `apply_kwargs`{such}"
 
 
 def _explaining(
@@ -259,7 +258,7 @@ def _explaining(
         return True
 
     def explain(error: Exception, inputs: Any) -> str | None:
-        text, flags = str(error), _flags(module, kwargs)
+        text, flags = str(error), _turn_off(module, kwargs)
         if isinstance(error, errors.ScopeCollectionNotFound | errors.ScopeVariableNotFoundError):
             found = re.search(r'collection "(\w+)"', text)
             if found:

@@ -217,17 +217,21 @@ def _whole(value: Any) -> Any:
 
 def pile(parts: Sequence[Any]) -> Any:
     """Equal arrays on top of each other, along a new first axis; a graph keeps them apart."""
-    return _pile(*parts)
+    return proxyq_pile(*parts)
 
 
 @jax.jit
-def _pile(*parts: Any) -> Any:
+def proxyq_pile(*parts: Any) -> Any:
+    """`pile`, under a name by which a traced call is known."""
     return jnp.stack(parts)
 
 
 def is_pile(eqn: Equation) -> bool:
     """Whether an equation is what `pile` was traced to."""
-    return eqn.primitive.name in ("jit", "pjit") and eqn.params.get("name") == _pile.__name__
+    if eqn.primitive.name not in ("jit", "pjit") or eqn.params.get("name") != proxyq_pile.__name__:
+        return False
+    # Under `vmap` it puts other axes first.
+    return eqn.outvars[0].aval.shape == (len(eqn.invars), *eqn.invars[0].aval.shape)
 
 
 def _inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
