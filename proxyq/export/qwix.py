@@ -31,7 +31,7 @@ from safetensors.numpy import load, save
 
 from proxyq.engine import Engine
 from proxyq.errors import MissingExtra, ProxyqError, UsageError
-from proxyq.export.agreement import TOLERANCE, differences, examples_of
+from proxyq.export.agreement import LOOSEST_TOLERANCE, TOLERANCE, differences, examples_of
 from proxyq.export.exported import (
     Exported,
     check_strict,
@@ -151,7 +151,10 @@ def export_qwix(
             f"quantized network's by {calibrated:.2g} of the largest."
         )
     difference = _difference(quantized, made.filled(weights), inputs, apply_kwargs)
-    if not rounded and difference > TOLERANCE:
+    half = _has_half_precision(quantized, module)
+    if half:
+        notes.append("What the module holds or computes in bfloat16 agrees to its precision alone.")
+    if not rounded and difference > (LOOSEST_TOLERANCE if half else TOLERANCE):
         raise ProxyqError(
             f"the outputs in qwix differ from the quantized network's by {difference:.2g} of the "
             "largest: is `module` the one that the model was made from?"
@@ -244,6 +247,18 @@ def _check_kind(module: Any) -> None:
             "`module` must be a flax.nnx.Module or a pair of a flax.linen.Module and its "
             f"variables, got {kind_of(module)}: qwix quantizes Flax models."
         )
+
+
+def _has_half_precision(quantized: QuantizedModel, module: Any) -> bool:
+    """Whether a parameter of the module, or a layer's arithmetic, has fewer bits than float32."""
+    from flax import nnx
+
+    network = Engine.build(quantized.model, LAYERS_AT, batch_size=LAYERS_AT).network
+    types = [site.weight.aval.dtype for site in network.sites]
+    state = module[1] if isinstance(module, tuple) else nnx.state(module, nnx.Param)
+    types += [leaf.dtype for leaf in jax.tree.leaves(state) if hasattr(leaf, "dtype")]
+    floats = (kind for kind in types if jnp.issubdtype(kind, jnp.floating))
+    return any(jnp.finfo(kind).bits < 32 for kind in floats)
 
 
 def _choose(

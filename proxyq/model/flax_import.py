@@ -186,7 +186,9 @@ def _replaced(leaves: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str,
             )
     return {
         # Of the type that the module has: a model holds all floats as float32.
-        name: jnp.asarray(params[name], leaf.dtype) if name in params else leaf
+        name: jnp.asarray(params[name], jax.dtypes.canonicalize_dtype(leaf.dtype))
+        if name in params
+        else leaf
         for name, leaf in leaves.items()
     }
 
@@ -210,8 +212,9 @@ _IN_TRAINING = (
 def _refusing_class(base: type, flag: str, does: str, flags: str) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         positional = args[1:2] if flag == "use_running_average" else ()
+        rate = getattr(self, "rate", getattr(self, "dropout_rate", None))
         # `module.eval()` does not reach what is said in the call.
-        if kwargs.get(flag, *positional or (None,)) is False:
+        if rate != 0 and kwargs.get(flag, *positional or (None,)) is False:
             raise UsageError(
                 f"the module runs in training mode: its call says {flag}=False, so that {does}; "
                 f"{flags}."
