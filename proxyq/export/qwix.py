@@ -31,7 +31,7 @@ from safetensors.numpy import load, save
 
 from proxyq.engine import Engine
 from proxyq.errors import MissingExtra, ProxyqError, UsageError
-from proxyq.export.agreement import TOLERANCE, differences, examples_of
+from proxyq.export.agreement import LOOSEST_TOLERANCE, TOLERANCE, differences, examples_of
 from proxyq.export.exported import (
     Exported,
     check_strict,
@@ -43,6 +43,7 @@ from proxyq.files import check_folder, read_bytes, read_json, write_atomic
 from proxyq.model.function_import import kind_of
 from proxyq.model.model import logits_of
 from proxyq.model.network import LAYERS_AT
+from proxyq.model.scanned import whole_params
 from proxyq.provenance import provenance
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers, narrowed
 from proxyq.ptq.quantized import QuantizedModel
@@ -95,7 +96,8 @@ def export_qwix(
     check_folder(path)
     module = quantized.model.source if module is None else module
     _check_kind(module)
-    integers, params = unfolded_integers(quantized), to_params(quantized)
+    integers, stacks = unfolded_integers(quantized), quantized.model.stacks
+    params = whole_params(to_params(quantized), stacks)
     layers = [layer for layer in deployed_layers(quantized) if layer.name in integers]
     forms, rules, reasons = _choose(quantized, layers, integers)
     example = quantized.model.example(1)
@@ -149,7 +151,10 @@ def export_qwix(
             f"quantized network's by {calibrated:.2g} of the largest."
         )
     difference = _difference(quantized, made.filled(weights), inputs, apply_kwargs)
-    if not rounded and difference > TOLERANCE:
+    half = _has_half_precision(quantized, module)
+    if half:
+        notes.append("What the module holds or computes in bfloat16 agrees to its precision alone.")
+    if not rounded and difference > (LOOSEST_TOLERANCE if half else TOLERANCE):
         raise ProxyqError(
             f"the outputs in qwix differ from the quantized network's by {difference:.2g} of the "
             "largest: is `module` the one that the model was made from?"
@@ -244,6 +249,18 @@ def _check_kind(module: Any) -> None:
         )
 
 
+def _has_half_precision(quantized: QuantizedModel, module: Any) -> bool:
+    """Whether a parameter of the module, or a layer's arithmetic, has fewer bits than float32."""
+    from flax import nnx
+
+    network = Engine.build(quantized.model, LAYERS_AT, batch_size=LAYERS_AT).network
+    types = [site.weight.aval.dtype for site in network.sites]
+    state = module[1] if isinstance(module, tuple) else nnx.state(module, nnx.Param)
+    types += [leaf.dtype for leaf in jax.tree.leaves(state) if hasattr(leaf, "dtype")]
+    floats = (kind for kind in types if jnp.issubdtype(kind, jnp.floating))
+    return any(jnp.finfo(kind).bits < 32 for kind in floats)
+
+
 def _choose(
     quantized: QuantizedModel, layers: Sequence[DeployedLayer], integers: Mapping[str, Integers]
 ) -> tuple[dict[str, Stored], dict[str, dict[str, Any]], dict[str, list[str]]]:
@@ -251,12 +268,15 @@ def _choose(
     forms: dict[str, Stored] = {}
     rules: dict[str, dict[str, Any]] = {}
     reasons: dict[str, list[str]] = {}
+    stacked = {part for stack in quantized.model.stacks.values() for part in stack.parts}
     network = Engine.build(quantized.model, LAYERS_AT, batch_size=LAYERS_AT).network
     for layer in layers:
         conv = layer.kind != "linear"
         width = layer.activation_bits if layer.inputs is not None else None
         form = _stored(integers[layer.name], centred=conv)
-        if form is None:
+        if layer.parameter in stacked:
+            why = "one rule of qwix takes all steps of a loop over layers"
+        elif form is None:
             why = "qwix has at most 8 bits and whole zero points"
         elif conv and (width is None or width > 8):
             why = "qwix quantizes convolutions only together with their inputs, to 8 bits at most"

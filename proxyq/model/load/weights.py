@@ -10,6 +10,7 @@ import numpy as np
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.load.shared import reason
 from proxyq.model.model import Model
+from proxyq.model.scanned import apart_params
 
 
 def weights_file(path: str | Path) -> Path:
@@ -110,6 +111,7 @@ def with_weights(model: Model, weights: Path | None) -> Model:
 
         arrays = {key: to_numpy(tensor) for key, tensor in read_torch(weights).items()}
     source = f"the file {str(weights)!r}"
+    arrays = apart_params(arrays, model.stacks)
     missing = [key for key in model.params if key not in arrays]
     unexpected = [key for key in arrays if key not in model.params]
     _check_names(missing, unexpected, source, model.name)
