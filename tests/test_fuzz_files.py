@@ -255,7 +255,7 @@ def _alter(holder: Any, place: Any, rng: random.Random) -> None:
         holder[place] = {name: old[name] for name in names}
     elif how == 5 and isinstance(old, list) and old:
         rng.choice((old.reverse, old.pop, lambda: old.append(old[0]), lambda: old.extend(old)))()
-    elif how == 6 and isinstance(old, (int, float)):
+    elif how == 6 and isinstance(old, (int, float)) and abs(old) < 1e300:
         holder[place] = rng.choice((-old, old + 1, old * 1000, float(old), str(old), [old]))
     elif how == 7 and isinstance(old, str):
         holder[place] = rng.choice((old + "x", old[:-1], old.upper(), old * 100, old + "\n", [old]))

@@ -66,6 +66,8 @@ def quantize_model(
       layer or block by block, with gains and shifts of the channels, which takes the place of a
       correction unless one is asked for.
     - `learning`: the settings of these two; `seed`: of the order of their batches.
+    - `memory`: bound on the activations held at once; learning holds those between two layers or
+      blocks of all images, and where there is no room for them is refused.
     - `activation_range`: how inputs of layers get their ranges, where the plan rounds them.
     - `cache`: keeps how far the learning is.
 
@@ -129,6 +131,7 @@ def quantize_model(
             input_grids=grids,
             learning=learning,
             key=jax.random.key(seed),
+            memory=memory,
             checkpoint=checkpoint,
             progress=progress,
         )

@@ -60,7 +60,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.nda
         raise ValueError(f"{os.fspath(path)!r} is no packed network, or cut short.") from None
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
         found = header.get("schema") if isinstance(header, dict) else None
-        raise ValueError(f"{os.fspath(path)!r} has the schema {found!r}; this reads {SCHEMA!r}.")
+        found = repr(found)[:80] if isinstance(found, str) else type(found).__name__
+        raise ValueError(f"{os.fspath(path)!r} has the schema {found}; this reads {SCHEMA!r}.")
     data = memoryview(content)[8 + length :]
     try:
         tensors = {name: _tensor(data, entry) for name, entry in table.items()}

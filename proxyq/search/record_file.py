@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from proxyq.errors import ProxyqError, shown
+from proxyq.errors import LONGEST, ProxyqError, shown
 from proxyq.search.allocate.plan import first_problem
 
 R = TypeVar("R", bound=BaseModel)
@@ -35,5 +35,5 @@ def record_from(kind: type[R], data: Any, what: str, *, schema: str, holds: str,
         problem = error.errors()[0]
         if problem["loc"]:
             raise ProxyqError(f"the {what} has a bad field {first_problem(error)}.") from None
-        message = problem["msg"].removeprefix("Value error, ")
+        message = problem["msg"].removeprefix("Value error, ")[: 2 * LONGEST]
         raise ProxyqError(f"the {what} is wrong: {message}.") from None

@@ -22,11 +22,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from proxyq.errors import ProxyqError, shown
 from proxyq.files import read_json
 from proxyq.search.allocate.budget import PICOSECONDS
-from proxyq.search.allocate.plan import Bits, first_problem
+from proxyq.search.allocate.plan import Bits, Number, first_problem
 from proxyq.search.allocate.problem import check_bits
 
 SCHEMA = "proxyq/latency/1"
-Seconds = Annotated[int | float, Field(ge=0, lt=1e6, allow_inf_nan=False)]
+Seconds = Annotated[Number, Field(ge=0, lt=1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,15 +45,16 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
 
 def _usable(value: int | float) -> int | float:
     """Whole numbers in a file may be longer than any that can be reckoned with."""
-    if abs(value) > sys.float_info.max:
-        raise ValueError("must be a finite number")
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError("input should be a finite number")
     return value
 
 
 Bits = Annotated[int | None, AfterValidator(_bits)]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Json = Annotated[dict[str, Any], AfterValidator(_plain)]
-Number = Annotated[int | float, Field(allow_inf_nan=False), AfterValidator(_usable)]
+# Not `allow_inf_nan`: of a long whole number, that check makes a float first, which fails.
+Number = Annotated[int | float, AfterValidator(_usable)]
 
 
 class _Record(BaseModel):
@@ -259,7 +260,7 @@ def first_problem(error: ValidationError) -> str:
     path = ".".join(
         str(step) for at, step in enumerate(problem["loc"]) if not at or step not in wrappers
     )[:LONGEST]
-    message = " ".join(problem["msg"].removeprefix("Value error, ").split())
+    message = " ".join(problem["msg"].removeprefix("Value error, ").split())[: 2 * LONGEST]
     got = problem.get("input")
     if problem["type"] == "missing":
         return f"{path!r}: it is missing"
