@@ -507,7 +507,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "page of two models": (
         "report {f}/good.json {f}/renamed.json --out {o}/page.html",
         1,
-        "layers",
+        "of different models",
     ),
     "page in a missing folder": (
         "report {f}/good.json --out {o}/sub/page.html",

@@ -5,6 +5,7 @@ it changed, with the syntax kept: fields missing, of another type, null, huge, n
 deeply, named twice, of another schema, in other letters or another order. Each draws a seed.
 """
 
+import copy
 import io
 import json
 import math
@@ -243,7 +244,7 @@ def _alter(holder: Any, place: Any, rng: random.Random) -> None:
     elif how == 1 and isinstance(holder, dict):
         holder[rng.choice(("x", "é", "", "\udc80", "a\nb", place.upper()))] = holder.pop(place)
     elif how == 2 and isinstance(holder, dict):
-        holder[TWICE + place] = rng.choice((old, *ODD))
+        holder[TWICE + place] = rng.choice((old, copy.deepcopy(rng.choice(ODD))))
     elif how == 3:
         deep: Any = old
         for _ in range(rng.choice((1, 30, 200, 5000))):
@@ -260,7 +261,7 @@ def _alter(holder: Any, place: Any, rng: random.Random) -> None:
     elif how == 7 and isinstance(old, str):
         holder[place] = rng.choice((old + "x", old[:-1], old.upper(), old * 100, old + "\n", [old]))
     else:
-        holder[place] = rng.choice(ODD)
+        holder[place] = copy.deepcopy(rng.choice(ODD))  # or it would be altered for good
 
 
 def written(value: Any) -> bytes:

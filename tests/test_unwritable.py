@@ -145,14 +145,10 @@ WRITES = {
     "evolve": "evolve --table digits --leaves W,D,bits --evaluations 60 --population 20 "
     "--samples 8 --entries 64 --out {o}/formula.json --logbook {o}/log.json",
     "quantize": "quantize {g}/plan.json --out {o}",
-    "quantize anew": "quantize {g}/plan.json --out {o}/new/net",
+    "quantize anew": "quantize {g}/plan.json --out {o}/new",
     "report": "report {g}/plan.json --scores {g}/scores.json --out {o}/page.html",
 }
-DEAR = ("table", "evolve", "rank")
-EXPORTS = {
-    "onnx": "export {g}/plan.json --to onnx --out {o}/net.onnx",
-    "qwix": "export {g}/plan.json --to qwix --out {o}",
-}
+DEAR = ("table", "evolve", "rank", "quantize", "quantize anew", "search plot")
 
 
 def words_of(line: str, given: Path, out: Path) -> list[str]:
@@ -184,18 +180,29 @@ def test_commands_on_a_full_disk(name: str, given: Path, tmp_path: Path):
     assert content(out) == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXPORTS)
-def test_exports_on_a_full_disk(name: str, given: Path, tmp_path: Path):
-    pytest.importorskip("onnxscript" if name == "onnx" else name)
-    line = EXPORTS[name]
-    if name == "qwix":
-        line = line.replace("export ", f"export {Path(__file__).parent}/networks.py:flax_net ")
-        pytest.skip("the digits network is no Flax module")
-    with trouble("fsync", FULL):
-        done = here(*words_of(line, given, tmp_path), "--quiet")
-    assert done.code == 1 and "No space left on device" in done.err
-    assert not any(tmp_path.iterdir())
+def test_a_folder_of_an_export_on_a_full_disk(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    from proxyq.export.torch_folder import read_config, read_weights, write_folder
+
+    tensors, config = {"weight": torch.ones(3)}, {"proxyq": {"schema": "some/1"}}
+    made = tmp_path / "made"
+
+    def write(check: Callable[[Path], Any]) -> Any:
+        return write_folder(made, tensors, {}, config, check)
+
+    for where in ("fsync", "open", "replace"):
+        with trouble(where, FULL), pytest.raises(ProxyqError, match="No space left"):
+            write(lambda folder: None)
+        assert not made.exists()
+    with pytest.raises(ProxyqError, match="it differs"):
+        write(_never(ProxyqError("it differs")))
+    assert not made.exists()
+    assert write(lambda folder: sorted(content(folder)))[1] == ["config.json", "model.safetensors"]
+    before = content(made)
+    with trouble("fsync", FULL), pytest.raises(ProxyqError, match="No space left"):
+        write(lambda folder: None)
+    assert content(made) == before
+    assert read_config(made, "some/1") == config and "weight" in read_weights(made)[0]
 
 
 # -- caches ----------------------------------------------------------------------------
@@ -304,12 +311,13 @@ def test_a_disk_that_is_really_full(small_disk: Path, given: Path, tmp_path: Pat
     assert content(small_disk) == {"plan.json": b"old"}
     (small_disk / "filler").write_bytes(bytes(48 << 10))
     for words in (
-        ("quantize", given / "plan.json", "--out", small_disk / "net"),
+        ("pareto", given / "scores.json", "--proxy", "sqnr", "--budget", "size=2bit..4bit")
+        + ("--plans", small_disk / "plans", "--points", "9"),
         ("report", given / "plan.json", "--out", small_disk / "page.html"),
     ):
         refused(here(*words, "--quiet"), 1, "No space left on device")
     assert sorted(content(small_disk)) == ["filler", "plan.json"]
-    assert not (small_disk / "net").exists()
+    assert not (small_disk / "plans").exists()
     # A full cache: the answer all the same.
     (small_disk / "more").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096))
     words = ("score", "--proxy", "sqnr", "--json")
