@@ -310,9 +310,9 @@ def test_a_disk_that_is_really_full(small_disk: Path, given: Path, tmp_path: Pat
         write_atomic(small_disk / "plan.json", bytes(1 << 20))
     assert content(small_disk) == {"plan.json": b"old"}
     (small_disk / "filler").write_bytes(bytes(48 << 10))
+    front = ("pareto", given / "scores.json", "--proxy", "sqnr", "--budget", "size=2bit..4bit")
     for words in (
-        ("pareto", given / "scores.json", "--proxy", "sqnr", "--budget", "size=2bit..4bit")
-        + ("--plans", small_disk / "plans", "--points", "9"),
+        (*front, "--plans", small_disk / "plans", "--points", "9"),
         ("report", given / "plan.json", "--out", small_disk / "page.html"),
     ):
         refused(here(*words, "--quiet"), 1, "No space left on device")

@@ -166,7 +166,8 @@ def _record_blocks(
     own = features(network, feature)
     places = {name: network.sites[network.sites_of(name)[0]] for name in network.names}
     blocks = -(-images // size)
-    steps = len(network.sites) * (blocks + blocks * (blocks + 1) // 2)
+    centred = centre and "gram" in needs
+    steps = len(network.sites) * (blocks * centred + blocks * (blocks + 1) // 2)
     done = 0
 
     def walk(starts: tuple[int, ...]) -> Iterator[tuple[Var, list[Any]]]:
@@ -195,7 +196,7 @@ def _record_blocks(
             progress("record", done, steps)
 
     sums: dict[Var, np.ndarray] = {}
-    if centre and "gram" in needs:
+    if centred:
         for start in range(0, images, size):
             for var, (x,) in walk((start,)):
                 sums[var] = sums.get(var, 0) + np.asarray(jnp.sum(x, axis=0), np.float64)
