@@ -3,9 +3,9 @@
 Each command scores an untrained network of torchvision on random images, in a process of its own,
 whose largest resident set the system tells (`wait4`). Most of that is there before anything is
 measured: libraries, the imported network, its weights and what is compiled. So every proxy is also
-run on a single image, and the difference of the two is what the images take: the number that the
-bound is about. What `--memory` bounds are activations; weights rounded to every bit-width, and what
-XLA's kernels need for themselves, come on top.
+run on four images (`reconstruct` on a batch), and the difference of the two is what the others
+take: the number that the bound is about. What `--memory` bounds are activations; the images
+themselves, weights rounded to every bit-width, and what XLA's kernels need, come on top.
 
 `reconstruct` learns the rounding of one plan with a step for each layer.
 """
@@ -85,7 +85,7 @@ def main():
     with tempfile.TemporaryDirectory() as made:
         for proxy in args.proxies.split(","):
             images = args.pairs if proxy == "clado" else args.samples
-            least = 32 if proxy == "reconstruct" else 1
+            least = 32 if proxy == "reconstruct" else 4
             alone, code, text, _ = peak(command(args, proxy, least, None, Path(made)))
             if code:
                 raise SystemExit(text)

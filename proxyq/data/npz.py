@@ -85,10 +85,7 @@ def _check_bytes(key: str, entry: zipfile.ZipInfo, header: Header, start: int, p
     """Refuse, before anything is unpacked, what is not there and what is there to fill memory."""
     shape, dtype = header
     if dtype.hasobject:
-        raise ProxyqError(
-            f"the array {key!r} of {str(path)!r} holds Python objects, which are not unpickled: "
-            "store plain numbers."
-        )
+        raise ValueError(f"the array {key!r} holds Python objects, which are not unpickled")
     promised = start + math.prod(shape) * dtype.itemsize
     if promised != entry.file_size or entry.compress_size > path.stat().st_size:
         raise ProxyqError(

@@ -89,9 +89,9 @@ def _check(name: str, layer: dict[str, Any], tensors: dict[str, np.ndarray]) -> 
     """Refuse a layer whose tensors do not fit each other."""
     weight, bits, shape = layer["weight"], layer["bits"], layer["shape"]
     if type(bits) is not int or not 1 <= bits <= 16:
-        raise ValueError(f"the layer {name!r} has {str(bits)[:80]!r} bits")
+        raise ValueError(f"the layer {name!r} has {str(bits)[:80]} bits")
     if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
-        raise ValueError(f"the layer {name!r} has the shape {str(shape)[:80]!r}")
+        raise ValueError(f"the layer {name!r} has the shape {str(shape)[:80]}")
     count = 1
     for size in shape:
         count *= size
