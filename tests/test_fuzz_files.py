@@ -74,14 +74,16 @@ def _again(found: Any) -> None:
     """What was read can be shown, and written and read again as the same."""
     assert type(found).from_json(json.loads(found.to_json())) == found
     found.to_json().encode()
-    str(found), repr(found)
+    assert str(found) and repr(found)
 
 
 def _use_scores(found: ScoreFile) -> None:
     _again(found)
     for name in found.proxies:
         found.of(name)
-    found.errors(), found.steps(), found.network_layers()
+    assert len(found.network_layers()) == len(found.layers)
+    for read in (found.errors, found.steps):
+        read()
 
 
 def _use_front(found: Front) -> None:
@@ -433,8 +435,9 @@ def test_what_is_kept_is_taken_as_it_was_or_not_at_all(
     cache.save("key", scores)
     files = {tmp_path / "kept/state.safetensors": None, tmp_path / "key.safetensors": None}
     files = {file: file.read_bytes() for file in files}
-    assert np.array_equal(kept.load("state")["a"], arrays["a"])
-    assert np.array_equal(cache.load("key", digits).values, scores.values)
+    before, known = kept.load("state"), cache.load("key", digits)
+    assert before is not None and np.array_equal(before["a"], arrays["a"])
+    assert known is not None and np.array_equal(known.values, scores.values)
 
     def run(rng: random.Random) -> None:
         for file, content in files.items():

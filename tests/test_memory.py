@@ -88,6 +88,7 @@ def test_outputs_times_choices_are_bounded():
     choices, outputs = len(engine.network.names) * len(bits), 10
     bound = 5 * 4 * choices * outputs
     bounded = collect(engine, x, needs, bits, memory=bound)
+    assert bounded.correlation is not None and whole.correlation is not None
     np.testing.assert_allclose(bounded.correlation, whole.correlation, rtol=1e-3, atol=1e-3)
     with pytest.raises(UsageError, match="give that much, or fewer --bits"):
         collect(engine, x, needs, bits, memory=100)

@@ -79,7 +79,7 @@ def test_a_write_that_fails_leaves_all_as_it_was(where: str, code: int, told: st
     for path in (old, new):
         with trouble(where, error), pytest.raises(ProxyqError, match=told) as caught:
             write_atomic(path, "something else" * 100)
-        assert path.name in str(caught.value) and error.strerror in str(caught.value)
+        assert path.name in str(caught.value) and str(error.strerror) in str(caught.value)
     with trouble(where, error), pytest.raises(ProxyqError, match=told):
         write_together(
             {tmp_path / "a/b/one": b"1", tmp_path / "a/b/two": "2"}, folder=tmp_path / "a/b"
