@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from proxyq.engine import Engine
-from proxyq.errors import MissingExtra, ProxyqError, UsageError
+from proxyq.errors import MissingExtra, ProxyqError, UsageError, reason, shown
 from proxyq.export.agreement import LOOSEST_TOLERANCE, TOLERANCE, differences, examples_of
 from proxyq.export.exported import (
     Exported,
@@ -39,7 +39,7 @@ from proxyq.export.exported import (
     raised_and_sizes,
 )
 from proxyq.export.parameters import to_params, unfolded_integers
-from proxyq.files import check_folder, read_bytes, read_json, write_atomic
+from proxyq.files import check_folder, read_bytes, read_json, write_together
 from proxyq.model.function_import import kind_of
 from proxyq.model.model import logits_of
 from proxyq.model.network import LAYERS_AT
@@ -168,10 +168,9 @@ def export_qwix(
         "provenance": provenance(),
     }
     folder = Path(path)
-    folder.mkdir(exist_ok=True)
     files = (folder / PARAMETERS, folder / RULES)
-    write_atomic(files[0], save(tensors))
-    write_atomic(files[1], json.dumps(record, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+    write_together({files[0]: save(tensors), files[1]: text}, folder=folder)
     return Exported(format="qwix", paths=files, difference=difference, notes=tuple(notes), **sizes)
 
 
@@ -204,22 +203,36 @@ def load_qwix(
     record = _record(path)
     try:
         tensors = load(read_bytes(Path(path) / PARAMETERS, "parameters"))
-    except SafetensorError as error:
-        raise ProxyqError(f"the parameters in {str(Path(path))!r} are damaged ({error}).") from None
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ProxyqError(
+            f"the parameters in {str(Path(path))!r} are damaged ({reason(error)})."
+        ) from None
     weights = {}
     try:
         for layer in record["layers"].values():
             name = layer["parameter"]
             scale, zero = tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point", None)
             # Exact: codes of at most 8 bits are far from half a step off.
-            codes = np.round(tensors[name] / scale) + (0 if zero is None else zero)
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                codes = np.round(tensors[name] / scale) + (0 if zero is None else zero)
+            if not (np.abs(codes) <= 128).all():
+                raise ValueError(f"{shown(name)} has no codes of 8 bits")
             weights[name] = Stored(codes.astype(np.int8), scale, zero, int(layer["bits"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        lacks = "it lacks " if isinstance(error, KeyError) else ""
         raise ProxyqError(
-            f"the rules and parameters in {str(Path(path))!r} do not fit together ({error}): "
-            "export them again."
+            f"the rules and parameters in {str(Path(path))!r} do not fit together "
+            f"({lacks}{reason(error)}): export them again."
         ) from None
-    made = _quantize(module, tensors, record["rules"], inputs, apply_kwargs)
+    try:
+        made = _quantize(module, tensors, record["rules"], inputs, apply_kwargs)
+    except ProxyqError:
+        raise
+    except Exception as error:  # what qwix makes of rules and shapes that are none of its own
+        raise ProxyqError(
+            f"qwix cannot quantize the module by the rules and parameters in {str(Path(path))!r} "
+            f"({reason(error)}): it may not be the one that was exported."
+        ) from None
     for name, stored in weights.items():
         if not _fits(made.find(name), stored):
             raise ProxyqError(
@@ -339,7 +352,20 @@ def _record(path: str | os.PathLike[str]) -> dict[str, Any]:
     record = read_json(Path(path) / RULES, "rules")
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         found = record.get("schema") if isinstance(record, dict) else None
-        raise ProxyqError(f"{str(Path(path))!r} has the schema {found!r}; this reads {SCHEMA!r}.")
+        raise ProxyqError(
+            f"{str(Path(path))!r} has the schema {shown(found)}; this reads {SCHEMA!r}."
+        )
+    rules, layers = record.get("rules"), record.get("layers")
+    if not (
+        isinstance(rules, list)
+        and all(isinstance(rule, dict) for rule in rules)
+        and all(isinstance(one, str | None) for rule in rules for one in rule.values())
+        and isinstance(layers, dict)
+    ):
+        raise ProxyqError(
+            f"{str(Path(path) / RULES)!r} is damaged: its field 'rules' must be a list of objects "
+            "of text, and 'layers' an object; export it again."
+        )
     return record
 
 
@@ -347,7 +373,9 @@ def _rules(qwix: Any, rules: Sequence[Mapping[str, Any]]) -> list[Any]:
     try:
         return [qwix.QuantizationRule(**rule) for rule in rules]
     except TypeError as error:
-        raise ProxyqError(f"a rule for qwix has a field that it does not know ({error}).") from None
+        raise ProxyqError(
+            f"a rule for qwix has a field that it does not know ({reason(error)})."
+        ) from None
 
 
 def _quantize(
