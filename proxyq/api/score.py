@@ -8,6 +8,7 @@ import jax
 
 from proxyq.api.inputs import as_data, as_model, calibration_of
 from proxyq.api.method import method_of
+from proxyq.devices import several
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.features import layers_by_feature
 from proxyq.model.network import LAYERS_AT, network
@@ -110,7 +111,9 @@ def score(
         rounding=method.rounding,
         samples=0 if inputs is None else len(jax.tree.leaves(inputs)[0]),
         seed=seed,
-        provenance=provenance(data=None if calibration is None else calibration.identity),
+        provenance=provenance(
+            data=None if calibration is None else calibration.identity, devices=several()
+        ),
     )
 
 

@@ -21,6 +21,7 @@ from proxyq.api.inputs import (
 )
 from proxyq.api.method import DEFAULT_SAMPLES
 from proxyq.api.model_spec import ModelSpec
+from proxyq.devices import several
 from proxyq.engine import Edits, Engine
 from proxyq.engine.divergence import cross_entropy_of, kl_divergence, rescaled_divergence
 from proxyq.errors import ProxyqError, UsageError
@@ -133,7 +134,7 @@ def table(
         "measures": MEASURES,
     }
     facts.pop("cores", None)  # six digits are kept, which the threads do not change
-    kept = cache.checkpoint(_digest(facts))
+    kept = cache.checkpoint(_digest(facts), batches=False)
     values = (kept.load("table") or {}).get("values", np.full((len(wanted), len(MEASURES)), np.nan))
     left = [i for i in range(len(wanted)) if np.isnan(values[i, 0])]
     groups = [left[i : i + TOGETHER] for i in range(0, len(left), TOGETHER)]
@@ -183,7 +184,7 @@ def table(
             _plan(plan, row, layers, activation_bits)
             for plan, row in zip(wanted, values, strict=True)
         ],
-        provenance=provenance(**bench.identity),
+        provenance=provenance(**bench.identity, devices=several()),
     )
 
 

@@ -931,6 +931,15 @@ Device = Annotated[
         help="What computes. Default: the fastest that JAX finds.",
     ),
 ]
+DeviceCount = Annotated[
+    str | None,
+    _option(
+        "--devices",
+        metavar="N|all",
+        panel=RUN,
+        help="Among how many devices images are split. Default: all of an accelerator, 1 on CPU.",
+    ),
+]
 
 # Listings compute nothing: they take these options, as every command does, and need no help.
 UnusedNumber = Annotated[int | None, typer.Option("--seed", hidden=True)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxyq.cli.output import say
+from proxyq.devices import on_devices
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.progress import Progress, silent
 
@@ -28,20 +29,24 @@ CHECKPOINT_SECONDS = 10.0
 def working(
     *,
     device: str | None = None,
+    devices: str | None = None,
     cache_dir: str | None = None,
     no_cache: bool = False,
     quiet: bool = False,
     times: bool = False,
 ) -> Iterator[Progress]:
-    """Run the body on `device`, its programs cached; gives what reports progress.
+    """Run the body on `device`, on as many as `devices` says, its programs cached; gives what
+    reports progress.
 
     What the body prints goes to stderr: stdout belongs to the result. So does what the
     library notes, with `times` also how long things took.
 
-    **Raises** `UsageError` for an unknown device, `ProxyqError` for one that is not there.
+    **Raises** `UsageError` for an unknown device or number of them, `ProxyqError` for what is not
+    there.
     """
     if device is not None and device not in DEVICES:
         raise UsageError(f"unknown device {device!r}: {near(device, DEVICES)}")
+    count = None if devices is None else _device_count(devices)
     with (
         _silence(),
         _notes(logging.CRITICAL if quiet else logging.DEBUG if times else logging.INFO),
@@ -50,10 +55,22 @@ def working(
     ):
         _use_device(device)
         _use_cache(None if no_cache else cache_folder(cache_dir), quiet=quiet)
-        yield progress
+        if count is None:
+            yield progress
+            return
+        with on_devices(count):
+            yield progress
 
 
 # -- the device ------------------------------------------------------------------------
+
+
+def _device_count(text: str) -> int | str:
+    if text == "all":
+        return text
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise UsageError(f"--devices must be a number of at least 1, or all, got {text!r}.")
+    return int(text)
 
 
 def _use_device(device: str | None) -> None:

@@ -38,6 +38,7 @@ def score(
     cache_dir: o.CacheDir = None,
     no_cache: o.NoCache = False,
     device: o.Device = None,
+    devices: o.DeviceCount = None,
 ) -> None:
     """Measure how sensitive the layers are, for `proxyq allocate`.
 
@@ -55,7 +56,12 @@ def score(
         )
 
     with working(
-        device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet, times=True
+        device=device,
+        devices=devices,
+        cache_dir=cache_dir,
+        no_cache=no_cache,
+        quiet=quiet,
+        times=True,
     ) as progress:
         from proxyq import api
 

@@ -84,9 +84,11 @@ def pair_sweep(
 
         measure = loss(reference, start)
 
-        def summed(outputs: Any, count: int = count, measure: Any = measure) -> Any:
-            logits = np.asarray(logits_of(outputs))[:count]
-            return np.sum(measure(logits), dtype=np.float64)
+        def summed(logits: Any, count: int = count, measure: Any = measure) -> Any:
+            return np.sum(measure(logits[:count]), dtype=np.float64)
+
+        def alone(state: Any, site: int, edits: Edits, summed: Any = summed) -> Any:
+            return summed(np.asarray(logits_of(engine.resume(state, site, edits))))
 
         # Whole batches are counted with their first row, so that a resumed run counts them once.
         if rows >= finished:
@@ -101,16 +103,18 @@ def pair_sweep(
                 if rows <= finished:
                     continue
                 a, state = row * columns + column, clean
-                singles[a] += summed(engine.resume(clean, site, edits))
+                singles[a] += alone(clean, site, edits)
                 for other in (two for one, two in inside if one == column):
                     both = _together(edits, own[other])
-                    pairs[a, row * columns + other] += summed(engine.resume(clean, site, both))
+                    pairs[a, row * columns + other] += alone(clean, site, both)
                 for later in range(site, len(network.sites)):
                     if later > site and later in starting:
                         b = starting[later] * columns
-                        for k, others in enumerate(alternatives[network.names[starting[later]]]):
-                            outputs = engine.resume(state, later, {**edits, **others})
-                            pairs[a, b + k] += summed(outputs)
+                        ahead = {at: edit for at, edit in edits.items() if at >= later}
+                        others = alternatives[network.names[starting[later]]]
+                        joined = [{**ahead, **other} for other in others]
+                        for k, logits in enumerate(engine.logits_each(state, later, joined)):
+                            pairs[a, b + k] += summed(logits)
                     state, _ = engine.step(state, later, edits.get(later, NO_EDIT))
                 progress("pairs", done, total)
                 if checkpoint.due():

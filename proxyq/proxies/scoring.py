@@ -8,12 +8,13 @@ options, seed, code and versions.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 
+from proxyq.devices import several
 from proxyq.engine import Engine, TapOptions, collect
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model
@@ -179,6 +180,8 @@ def score(
                     raise
                 failed(proxy, error)
                 continue
+            if (devices := several()) is not None:
+                found = replace(found, notes={**found.notes, "devices": devices})
             answers[index] = found
             if (spent := seconds + found.seconds) >= 0.005:
                 logger.debug("%.2f s: %s", spent, proxy.name)
