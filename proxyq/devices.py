@@ -96,7 +96,7 @@ def _chosen(which: int | str | Sequence[Any]) -> tuple[Any, ...] | None:
                 f"most so many, or for all{hint}."
             )
         return tuple(local[:which]) if which > 1 else None
-    if not isinstance(which, (int, str)) and which:
+    if isinstance(which, Sequence) and not isinstance(which, str) and which:
         found = tuple(which)
         if all(isinstance(one, jax.Device) for one in found) and len(set(found)) == len(found):
             return found

@@ -16,13 +16,13 @@ import numpy as np
 
 from proxyq.devices import current
 from proxyq.engine.memory import images_at_once
-from proxyq.engine.placement import ALONE, Placement, placement
+from proxyq.engine.placement import ALONE, Placement, can_split, placement
 from proxyq.engine.segments import NO_EDIT, Edit, Segment, State, call, call_site, cut
 from proxyq.errors import ProxyqError
 from proxyq.model.graph import Var
 from proxyq.model.layers import weight_columns
 from proxyq.model.model import Model, logits_of
-from proxyq.model.network import Network, network
+from proxyq.model.network import LAYERS_AT, Network, network
 
 Edits = Mapping[int, Edit]
 """What is changed at which site, by the site's index."""
@@ -55,11 +55,11 @@ class Engine:
         With `tape`, as many as can be kept whole for derivatives. It runs on the devices of the
         surrounding `on_devices`.
         """
+        exactly, devices = batch_size is not None, current()
+        apart = devices.count == 1 or can_split(network(model, LAYERS_AT).graph)
+        where = placement(devices, batch_size or images, exactly=exactly, apart=apart)
         if batch_size is None:
-            where = placement(current(), images)
             batch_size = images_at_once(model, images, memory, tape=tape, parts=where.images)
-        else:
-            where = placement(current(), batch_size, exactly=True)
         engine = _engine(cls, model, batch_size, batch_norm, where)
         if all(site.apart for site in engine.network.sites):
             return engine
@@ -70,7 +70,7 @@ class Engine:
                 "batch_norm='running'."
             )
         # Measured for each image, so one image at a time.
-        return _engine(cls, model, 1, batch_norm, placement(current(), 1))
+        return _engine(cls, model, 1, batch_norm, placement(devices, 1))
 
     @property
     def batch_size(self) -> int:

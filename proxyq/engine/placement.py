@@ -6,7 +6,7 @@ XLA splits each program by what it is given, and adds what has to be exchanged (
 images, the Gram matrix of all of them).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from proxyq.devices import Devices
+from proxyq.model.graph import Graph, is_literal
 
 IMAGES, ALTERNATIVES = "images", "alternatives"
 
@@ -58,6 +59,20 @@ class Placement:
         array = jnp.asarray(array)
         return array if self.mesh is None else jax.device_put(array, self.everywhere)
 
+    def each_image(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of arrays that have the images first, as it does: each device its own.
+
+        For what convolves each image with a kernel of its own, which is one convolution with
+        groups: XLA's partitioner gives wrong results where it has to split these.
+        """
+        if self.images == 1:
+            return function
+        spec = PartitionSpec(IMAGES)
+        # Unchecked: the check would add a sum over devices to derivatives inside.
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )
+
     def stack(self, values: Sequence[Any]) -> Any:
         """Alternatives along a new first axis, which is split among devices."""
         if self.alternatives == 1:
@@ -80,18 +95,37 @@ def _stacker(mesh: Mesh) -> Any:
     return jax.jit(stack)
 
 
-def placement(devices: Devices, images: int, *, exactly: bool = False) -> Placement:
+def placement(
+    devices: Devices, images: int, *, exactly: bool = False, apart: bool = True
+) -> Placement:
     """How to use `devices` for `images`: as many as can be for images, the rest for alternatives.
 
     Each device has at least one image; the batch is filled up until it divides, unless `exactly`
     so many must run at once. A number set for alternatives gives way where it leaves more devices
-    than images.
+    than images. Images that cannot be taken `apart` stay together.
     """
     if devices.devices is None:
         return ALONE
     count, fixed = devices.count, devices.alternatives
     most = count if fixed is None else count // fixed
+    if not apart:
+        most = 1
     shares = (d for d in range(1, most + 1) if count % d == 0)
     share = max(d for d in shares if (images % d == 0 if exactly else d <= images))
     grid = np.array(devices.devices, dtype=object).reshape(share, -1)
     return Placement(Mesh(grid, (IMAGES, ALTERNATIVES)))
+
+
+def can_split(graph: Graph) -> bool:
+    """Whether the images of a batch may be on several devices.
+
+    Not where a convolution's kernels are made from the images, one for each of them, which are its
+    groups: see `Placement.each_image`.
+    """
+    known = set(graph.frontier)
+    return not any(
+        eqn.primitive.name == "conv_general_dilated"
+        and eqn.params["feature_group_count"] * eqn.params["batch_group_count"] > 1
+        and not (is_literal(eqn.invars[1]) or eqn.invars[1] in known)
+        for eqn in graph.main
+    )
