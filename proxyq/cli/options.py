@@ -593,6 +593,16 @@ ExecutorName = Annotated[
         "a Ray cluster.",
     ),
 ]
+PairExecutor = Annotated[
+    str,
+    _option(
+        "--executor",
+        metavar="serial|process:N|ray:N",
+        panel=RUN,
+        help="Who measures pairs of layers (clado): this process, N processes that share the "
+        "cores, or N workers of a Ray cluster.",
+    ),
+]
 TableFile = Annotated[
     str | None,
     _option(

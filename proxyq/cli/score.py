@@ -6,7 +6,7 @@ from typing import Any
 from proxyq.cli import options as o
 from proxyq.cli.arguments import activation_bits as parse_activation_bits
 from proxyq.cli.arguments import byte_count, key_values, numbers
-from proxyq.cli.models import load
+from proxyq.cli.models import named
 from proxyq.cli.output import print_blocks, print_text, say
 from proxyq.cli.plans import check_results
 from proxyq.cli.runtime import checkpoint_seconds, score_cache, working
@@ -31,6 +31,7 @@ def score(
     weights: o.Weights = None,
     input_shape: o.InputShape = None,
     out: o.OutScores = None,
+    executor: o.PairExecutor = "serial",
     seed: o.Seed = None,
     memory: o.Memory = None,
     json: o.AsJson = False,
@@ -66,7 +67,7 @@ def score(
         from proxyq import api
 
         asked = with_options(proxy, settings)
-        loaded = load(
+        loaded = named(
             model,
             weights=weights,
             input_shape=input_shape,
@@ -85,6 +86,7 @@ def score(
             samples=samples,
             seed=seed,
             memory=bound,
+            how=executor,
             cache_dir=score_cache(cache_dir, no_cache=no_cache),
             progress=progress,
         )
