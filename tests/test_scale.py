@@ -168,4 +168,3 @@ def test_what_the_page_says():
     table = scale.printed(scale.Decoder(), scale.Machine(), 4, 32)
     assert table in page
     assert scale.Decoder().layers == 224
-

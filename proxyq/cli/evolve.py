@@ -75,7 +75,12 @@ def evolve(
     if leaves is not None:
         changes["leaves"] = tuple(part.strip() for part in leaves.split(","))
     with working(
-        device=device, devices=devices, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet
+        device=device,
+        devices=devices,
+        cache_dir=cache_dir,
+        no_cache=no_cache,
+        quiet=quiet,
+        shared=executor != "serial",
     ) as progress:
         from proxyq import api
         from proxyq.files import write_atomic

@@ -20,7 +20,9 @@ def inspect(
     device: o.Device = None,
 ) -> None:
     """List a model's layers: kinds, weights, MACs, output shapes, groups."""
-    with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet):
+    with working(
+        device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet, computes=False
+    ):
         from proxyq import api
 
         network = api.inspect(load(model, weights=weights, input_shape=input_shape))

@@ -34,9 +34,14 @@ def working(
     no_cache: bool = False,
     quiet: bool = False,
     times: bool = False,
+    computes: bool = True,
+    shared: bool = False,
 ) -> Iterator[Progress]:
     """Run the body on `device`, on as many as `devices` says, its programs cached; gives what
     reports progress.
+
+    A body that does not compute starts no device; one whose device is `shared` with worker
+    processes takes no more of its memory than it needs.
 
     What the body prints goes to stderr: stdout belongs to the result. So does what the
     library notes, with `times` also how long things took.
@@ -53,7 +58,11 @@ def working(
         _bar(enabled=not quiet and sys.stderr.isatty()) as progress,
         contextlib.redirect_stdout(sys.stderr),
     ):
+        if shared:
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         _use_device(device)
+        if computes:
+            _use_float32()
         _use_cache(None if no_cache else cache_folder(cache_dir), quiet=quiet)
         if count is None:
             yield progress
@@ -86,6 +95,18 @@ def _use_device(device: str | None) -> None:
         raise _no_device(device, str(error)) from error
     if found != device:
         raise _no_device(device, f"JAX finds only: {found}")
+
+
+def _use_float32() -> None:
+    """Whole float32 products on accelerators, unless `JAX_DEFAULT_MATMUL_PRECISION` is set.
+
+    By themselves they multiply float32 numbers with 10 bits of mantissa or fewer, and that is
+    more than what rounding a layer to 8 bits changes.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu" and jax.config.jax_default_matmul_precision is None:
+        jax.config.update("jax_default_matmul_precision", "float32")
 
 
 def _no_device(device: str, reason: str) -> ProxyqError:

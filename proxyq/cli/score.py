@@ -63,6 +63,7 @@ def score(
         no_cache=no_cache,
         quiet=quiet,
         times=True,
+        shared=executor != "serial",
     ) as progress:
         from proxyq import api
 

@@ -51,7 +51,12 @@ def table(
     bound = None if memory is None else byte_count(memory, "--memory")
     check_results(out)
     with working(
-        device=device, devices=devices, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet
+        device=device,
+        devices=devices,
+        cache_dir=cache_dir,
+        no_cache=no_cache,
+        quiet=quiet,
+        shared=executor != "serial",
     ) as progress:
         from proxyq import api
 
