@@ -14,7 +14,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -167,7 +167,8 @@ class _Crew:
             process = self._members[number] = _start()
         cores = _cores()
         own = cores[number :: self.count] or [cores[number % len(cores)]]
-        _ask(process, {**self.setup, "cores": own})
+        there = _surroundings(number)
+        _ask(process, {**self.setup, "cores": own, "environment": there})
         return process
 
     def end(self) -> None:
@@ -270,7 +271,8 @@ class Ray:
 
         @ray.remote(scheduling_strategy="SPREAD")
         class Actor:
-            def __init__(self, worker: str, setup: str):
+            def __init__(self, worker: str, setup: str, environment: dict[str, str]):
+                os.environ.update(environment)  # before JAX is there
                 self.made = _answer(lambda: resolve(worker, json.loads(setup)))
 
             def work(self, task: str) -> str:
@@ -278,10 +280,16 @@ class Ray:
                     return json.dumps(self.made)
                 return json.dumps(_answer(lambda: self.made["result"](json.loads(task))))
 
-        def started() -> Any:
-            return Actor.remote(worker, json.dumps(setup))  # type: ignore[attr-defined]
+        number, there = self.count if count is None else count, _surroundings()
+        # A worker that asks for no GPU is shown none, and would compute on the CPU.
+        share = _gpu_share(ray.cluster_resources().get("GPU", 0.0), number, there)
 
-        actors = [started() for _ in range(self.count if count is None else count)]
+        def started() -> Any:
+            kind: Any = Actor
+            chosen = kind.options(num_gpus=share) if share else kind
+            return chosen.remote(worker, json.dumps(setup), there)
+
+        actors = [started() for _ in range(number)]
         lost = 0
 
         def work(tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
@@ -319,6 +327,32 @@ class Ray:
                 ray.shutdown()
 
 
+def _surroundings(number: int | None = None) -> dict[str, str]:
+    """Environment of a worker: the platform that this process was told to use, no memory taken in
+    advance, and for a numbered one on this machine a GPU of its own, as far as they go."""
+    found = {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    }
+    jax = sys.modules.get("jax")
+    if jax is None:
+        return found
+    if platforms := jax.config.jax_platforms:
+        found["JAX_PLATFORMS"] = platforms
+    if number is not None and jax.default_backend() == "gpu":
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = shown.split(",") if shown else [str(i) for i in range(jax.local_device_count())]
+        found["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    return found
+
+
+def _gpu_share(gpus: float, workers: int, environment: Mapping[str, str]) -> float:
+    """How much of a GPU each of some Ray workers gets; none where they are to use the CPU."""
+    if not gpus or not workers or environment.get("JAX_PLATFORMS") == "cpu":
+        return 0.0
+    # Of a GPU that several share Ray deals in whole ten-thousandths.
+    return 1.0 if gpus >= workers else int(1e4 / -(-workers // int(gpus or 1))) / 1e4
+
+
 def _cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
@@ -342,6 +376,7 @@ def main() -> None:
             known = work
             answer(_answer(lambda: known(task)))  # noqa: B023 - called at once
             continue
+        os.environ.update(task.get("environment", {}))
         if hasattr(os, "sched_setaffinity"):  # before JAX counts the cores
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(0, task["cores"])

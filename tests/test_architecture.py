@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1] / "proxyq"
 # A module may import its own stage and those before it.
 STAGES = [
     (
+        "devices",
         "errors",
         "executor",
         "files",

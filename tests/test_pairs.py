@@ -1,5 +1,7 @@
 """Pairwise terms: losses of pairs against full runs, CLADO's matrix, logit coupling, PSD step."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from proxyq.engine.divergence import (
     rescaled_divergence,
 )
 from proxyq.engine.gram import Gram
-from proxyq.engine.pairs import pair_sweep
+from proxyq.engine.pairs import pair_row, pair_sweep, pairs_by_row
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.function_import import from_function
 from proxyq.proxies import clado, kl_delta, logit_coupling, rescaled_coupling, score
@@ -447,3 +449,50 @@ def test_solvers_that_do_not_couple_say_so():
     model = small_net()
     with pytest.raises(UsageError, match="couples layers, which the solver 'dp' does not take"):
         proxyq.search(model, images(model), proxy="clado", solver="dp", budget="size=3bit")
+
+
+# -- rows that others measure ----------------------------------------------------------
+
+
+def test_rows_that_others_measure_give_the_same_table(tmp_path):
+    """In any order, over JSON, and after a worker was lost for good."""
+    model = mixer()
+    x = images(model)
+    engine = Engine.build(model, 6, batch_size=4)
+    own = choices(engine, x, BITS, (3,))
+    inside = beside_each_other(len(BITS), 1)
+    asked, lost = [], 5
+
+    def work(rows):
+        asked.append(list(rows))
+        for place in reversed(range(len(rows))):
+            if len(asked) == 1 and len(rows) - place > lost:
+                raise ProxyqError("a worker was lost.")
+            single, pairs = pair_row(engine, x, own, kl, rows[place], inside=inside)
+            yield place, json.loads(json.dumps([float(single), pairs.tolist()]))
+
+    kept = {"inside": inside, "checkpoint": Checkpoint(tmp_path, every=0.0)}
+    with pytest.raises(ProxyqError, match="was lost"):
+        pairs_by_row(engine, x, own, kl, work, **kept)
+    found = pairs_by_row(engine, x, own, kl, work, **kept)
+    assert len(asked[0]) - len(asked[1]) == lost
+    serial = pair_sweep(engine, x, own, kl, inside=inside)
+    for one, other in zip(found, serial, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_pairs_in_several_processes():
+    settings = {"proxies": "clado", "bits": BITS, "samples": 24}
+    here, there = (proxyq.score("digits", how=how, **settings) for how in ("serial", "process:2"))
+    one, other = here.of("clado"), there.of("clado")
+    # Processes that share the cores split sums in another way.
+    scale = np.abs(one.coupling).max()
+    np.testing.assert_allclose(other.coupling, one.coupling, atol=1e-6 * scale)
+
+
+def test_an_executor_without_pairs_is_refused():
+    with pytest.raises(UsageError, match="none is asked for"):
+        proxyq.score("digits", proxies="sqnr", how="process:2")
+    with pytest.raises(UsageError, match="`model` must be text"):
+        proxyq.score(mixer(), proxies="clado", how="process:2")

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import numpy as np
 import pytest
 
 from proxyq import api
@@ -70,3 +71,22 @@ def test_a_node_is_lost_midway(cluster, serial):
 
     assert api.table(**TABLE, how="ray:2", progress=progress).to_json() == serial
     assert cluster.second is None
+
+
+@pytest.mark.slow
+def test_pairs_when_a_node_is_lost_midway(cluster):
+    """CLADO's rows on two nodes, one of which goes: the same matrix as without Ray."""
+    settings = {"proxies": "clado", "bits": (2, 4), "samples": 16}
+    serial = api.score("digits", **settings).of("clado")
+    if cluster.second is None:
+        cluster.second = cluster.add_node(num_cpus=1)
+
+    def progress(stage, done, total):
+        if stage == "rows of pairs" and done >= 4 and cluster.second is not None:
+            cluster.remove_node(cluster.second, allow_graceful=False)
+            cluster.second = None
+
+    other = api.score("digits", **settings, how="ray:2", progress=progress).of("clado")
+    assert cluster.second is None
+    scale = np.abs(serial.coupling).max()
+    np.testing.assert_allclose(other.coupling, serial.coupling, atol=1e-6 * scale)

@@ -315,6 +315,41 @@ def test_a_process_that_dies_is_told(monkeypatch):
         list(Processes(1).run("proxyq.api.table:worker", {}, [1]))
 
 
+class FakeJax:
+    """What `_surroundings` reads of JAX, on a machine with GPUs."""
+
+    class config:
+        jax_platforms = None
+
+    def __init__(self, backend, devices):
+        self.default_backend = lambda: backend
+        self.local_device_count = lambda: devices
+
+
+def test_workers_use_the_platform_they_are_told_and_a_gpu_each(monkeypatch):
+    """Of GPUs on paper: no test here has one."""
+    import sys
+
+    from proxyq.executor import _gpu_share, _surroundings
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    monkeypatch.setitem(sys.modules, "jax", FakeJax("gpu", 2))
+    plain = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    assert _surroundings() == plain
+    assert [_surroundings(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert [_surroundings(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["4", "7", "4"]
+    monkeypatch.setitem(sys.modules, "jax", FakeJax("cpu", 1))
+    monkeypatch.setattr(FakeJax.config, "jax_platforms", "cpu")
+    on_cpu = {**plain, "JAX_PLATFORMS": "cpu"}
+    assert _surroundings(0) == on_cpu
+    monkeypatch.delitem(sys.modules, "jax")
+    assert _surroundings(0) == plain
+    assert [_gpu_share(g, 4, plain) for g in (0.0, 1.0, 2.0, 4.0, 8.0)] == [0, 0.25, 0.5, 1, 1]
+    assert _gpu_share(2.0, 3, plain) == 0.5 and _gpu_share(8.0, 4, on_cpu) == 0
+
+
 # -- the command ----------------------------------------------------------------------
 
 

@@ -49,3 +49,20 @@ class ModelSpec:
         """The same again."""
         shape = record["input_shape"]
         return cls(**{**record, "input_shape": None if shape is None else tuple(shape)})
+
+
+def check_text(model: Any, data: Any, eval_data: Any) -> None:
+    """Refuse what an executor of other processes cannot be sent."""
+    given = {"model": model, "data": data, "eval_data": eval_data}
+    for name, value in given.items():
+        if (
+            value is None
+            or isinstance(value, str)
+            or (name == "model" and isinstance(value, ModelSpec))
+        ):
+            continue
+        raise UsageError(
+            f"`{name}` must be text for an executor of other processes, which load it themselves "
+            f"(a specification, or for the model a ModelSpec), got {type(value).__name__}: or use "
+            "how='serial'."
+        )

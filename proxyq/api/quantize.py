@@ -14,6 +14,7 @@ import numpy as np
 
 from proxyq.api.inputs import as_data, as_eval_data, as_model, inputs_of, labelled_batches
 from proxyq.api.method import DEFAULT_SAMPLES
+from proxyq.devices import several
 from proxyq.engine import Edit, Engine
 from proxyq.engine.ranges import ActivationRange, input_grids
 from proxyq.engine.statistics import correct_statistics, float_moments
@@ -256,6 +257,8 @@ def pack(
         facts["samples"] = len(jax.tree.leaves(inputs)[0])
     if RECONSTRUCTIONS[reconstruction] is not None:
         facts["learning"] = learning_facts(learning or Learning())
+    if (devices := several()) is not None:
+        facts["devices"] = devices
     content, size = packed_bytes(made, facts)
     files = {folder / "packed.safetensors": content, folder / "plan.json": plan.to_json()}
     write_together(files, folder=folder)

@@ -12,6 +12,7 @@ from proxyq.api.inputs import as_model
 from proxyq.api.measured import Table, load_table
 from proxyq.api.pareto import is_scores
 from proxyq.api.score import ALL, Asked, score
+from proxyq.devices import several
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.progress import Progress, silent
 from proxyq.provenance import provenance
@@ -178,7 +179,7 @@ def rank(
         table=found,
         rows=tuple(sorted(rows, key=_order)),
         left_out=left_out,
-        provenance=provenance(seed=seed),
+        provenance=provenance(seed=seed, devices=several()),
     )
 
 

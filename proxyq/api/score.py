@@ -2,13 +2,19 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import jax
 
 from proxyq.api.inputs import as_data, as_model, calibration_of
 from proxyq.api.method import method_of
+from proxyq.api.model_spec import ModelSpec, check_text
+from proxyq.devices import several
+from proxyq.engine import Engine, TapOptions, pair_rows
+from proxyq.engine.pairs import RowWork
 from proxyq.errors import ProxyqError, UsageError
+from proxyq.executor import Executor, executor
 from proxyq.model.features import layers_by_feature
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.model.schedule import schedule
@@ -18,6 +24,7 @@ from proxyq.proxies import PROXIES, Cache, Proxy
 from proxyq.proxies import score as scores_of
 from proxyq.proxies.cost import weight_errors
 from proxyq.proxies.scoring import Request, logger
+from proxyq.quantize import Rounding
 from proxyq.search.scores_file import ScoreFile, score_file
 
 ALL = "all"
@@ -38,6 +45,7 @@ def score(
     samples: int | None = None,
     seed: int | None = None,
     memory: int | None = None,
+    how: str | Executor = "serial",
     cache_dir: str | os.PathLike[str] | Cache | None = None,
     progress: Progress = silent,
 ) -> ScoreFile:
@@ -51,6 +59,8 @@ def score(
       are left out.
     - `bits`: candidate bit-widths; `activation_bits`: as for `search`; a list has proxies that
       measure activations do so, for `allocate` to choose.
+    - `how`: who measures pairs of layers (`clado`), all else being done here: `serial`,
+      `process:N` or `ray:N`, which need `model` and `data` as text (or a `ModelSpec`).
     - `cache_dir`: where finished scores are kept and long ones go on after a kill.
 
     **Returns** a `ScoreFile`, which has `save`, `load` and `of(proxy)`.
@@ -65,6 +75,14 @@ def score(
         extra_code=extra_code,
         samples=samples,
     )
+    runner, named = executor(how), model
+    if runner.remote:
+        if not any("pairs" in proxy.needs for proxy, _ in requests):
+            raise UsageError(
+                f"the executor {how!r} is for proxies that measure pairs of layers (clado), and "
+                "none is asked for: leave it out."
+            )
+        check_text(model, data, None)
     model = as_model(model)
     found = network(model, LAYERS_AT)
     readers = [proxy.name for proxy, _ in requests if proxy.needs_images]
@@ -81,6 +99,22 @@ def score(
         left_out.append(error)
 
     choose = method.activation_bits if isinstance(method.activation_bits, tuple) else ()
+
+    def pair_work(options: TapOptions) -> RowWork:
+        spec = named if isinstance(named, ModelSpec) else ModelSpec(name=named)
+        setup = {
+            "model": spec.to_json(),
+            "data": data,
+            "samples": method.samples,
+            "draw": seed,
+            "bits": list(method.bits),
+            "activation_bits": list(choose),
+            "options": asdict(options),
+            "rounding": asdict(method.rounding),
+            "memory": memory,
+        }
+        return lambda rows: runner.run("proxyq.api.score:worker", setup, rows)
+
     scores = scores_of(
         model,
         requests,
@@ -93,6 +127,7 @@ def score(
         rounding=method.rounding,
         cache=Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir,
         failed=leave_out if every else None,
+        pair_work=pair_work if runner.remote else None,
         progress=progress,
     )
     if not scores:
@@ -110,8 +145,41 @@ def score(
         rounding=method.rounding,
         samples=0 if inputs is None else len(jax.tree.leaves(inputs)[0]),
         seed=seed,
-        provenance=provenance(data=None if calibration is None else calibration.identity),
+        provenance=provenance(
+            data=None if calibration is None else calibration.identity, devices=several()
+        ),
     )
+
+
+def worker(setup: Mapping[str, Any]) -> Any:
+    """What measures rows of the table of pairs in another process."""
+    model = ModelSpec.from_json(setup["model"]).load()
+    data = as_data(setup["data"], model)
+    assert data is not None  # the process that asks has looked
+    inputs, labels = calibration_of(data, model, setup["samples"], setup["draw"])
+    options = TapOptions(**setup["options"])
+    engine = Engine.build(
+        model,
+        len(jax.tree.leaves(inputs)[0]),
+        batch_norm=options.batch_norm,
+        memory=setup["memory"],
+    )
+    row = pair_rows(
+        engine,
+        inputs,
+        setup["bits"],
+        labels=labels,
+        activation_bits=setup["activation_bits"],
+        options=options,
+        rounding=Rounding(**setup["rounding"]),
+        seed=setup["draw"] or 0,
+    )
+
+    def measured(choice: int) -> list[Any]:
+        single, pairs = row(choice)
+        return [float(single), pairs.tolist()]
+
+    return measured
 
 
 def _requests(proxies: Asked | Sequence[Asked]) -> tuple[list[Request], bool]:

@@ -14,6 +14,7 @@ from proxyq.api.method import AUTO, Method, method_of
 from proxyq.api.program import program
 from proxyq.auto import HELD_BACK, Judge, check_effort, choose, halves, improve
 from proxyq.data import Data
+from proxyq.devices import several
 from proxyq.errors import UsageError
 from proxyq.model.features import layers_by_feature
 from proxyq.model.model import Model
@@ -269,7 +270,9 @@ def search(
         },
         activation_bits=None if beside else method.activation_bits,
         provenance=provenance(
-            seed=seed, data=None if calibration is None else calibration.identity
+            seed=seed,
+            data=None if calibration is None else calibration.identity,
+            devices=several(),
         ),
         predicted=predicted,
     )

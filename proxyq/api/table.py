@@ -20,7 +20,8 @@ from proxyq.api.inputs import (
     labelled_batches,
 )
 from proxyq.api.method import DEFAULT_SAMPLES
-from proxyq.api.model_spec import ModelSpec
+from proxyq.api.model_spec import ModelSpec, check_text
+from proxyq.devices import several
 from proxyq.engine import Edits, Engine
 from proxyq.engine.divergence import cross_entropy_of, kl_divergence, rescaled_divergence
 from proxyq.errors import ProxyqError, UsageError
@@ -104,7 +105,7 @@ def table(
         check_bits(width, "bits")
     rounding = Rounding(extra_code=extra_code)  # type: ignore[arg-type]
     if runner.remote:
-        _check_text(model, data, eval_data)
+        check_text(model, data, eval_data)
     setting: dict[str, Any] = {
         "correction": correction,
         "activation_bits": activation_bits,
@@ -133,7 +134,7 @@ def table(
         "measures": MEASURES,
     }
     facts.pop("cores", None)  # six digits are kept, which the threads do not change
-    kept = cache.checkpoint(_digest(facts))
+    kept = cache.checkpoint(_digest(facts), batches=False)
     values = (kept.load("table") or {}).get("values", np.full((len(wanted), len(MEASURES)), np.nan))
     left = [i for i in range(len(wanted)) if np.isnan(values[i, 0])]
     groups = [left[i : i + TOGETHER] for i in range(0, len(left), TOGETHER)]
@@ -183,7 +184,7 @@ def table(
             _plan(plan, row, layers, activation_bits)
             for plan, row in zip(wanted, values, strict=True)
         ],
-        provenance=provenance(**bench.identity),
+        provenance=provenance(**bench.identity, devices=several()),
     )
 
 
@@ -334,22 +335,6 @@ def _setup(model: Any, data: Any, eval_data: Any, setting: Mapping[str, Any]) ->
         "eval_data": eval_data,
         "setting": dict(setting),
     }
-
-
-def _check_text(model: Any, data: Any, eval_data: Any) -> None:
-    given = {"model": model, "data": data, "eval_data": eval_data}
-    for name, value in given.items():
-        if (
-            value is None
-            or isinstance(value, str)
-            or (name == "model" and isinstance(value, ModelSpec))
-        ):
-            continue
-        raise UsageError(
-            f"`{name}` must be text for an executor of other processes, which load it themselves "
-            f"(a specification, or for the model a ModelSpec), got {type(value).__name__}: or use "
-            "how='serial'."
-        )
 
 
 def _whole(value: Any, name: str) -> int:

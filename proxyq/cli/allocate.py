@@ -36,7 +36,7 @@ def allocate(
     activations = parse_activation_bits(activation_bits)
     check_results(out, plot=plot)
 
-    with working(no_cache=True, quiet=quiet):
+    with working(computes=False, no_cache=True, quiet=quiet):
         from proxyq import api
         from proxyq.search.scores_file import ScoreFile
 

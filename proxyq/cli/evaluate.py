@@ -28,11 +28,14 @@ def evaluate(
     cache_dir: o.CacheDir = None,
     no_cache: o.NoCache = False,
     device: o.Device = None,
+    devices: o.DeviceCount = None,
 ) -> None:
     """Measure plans beside float and uniform bits, tested image by image."""
     model, files = model_and_plans(arguments, packed=True)
     bound = None if memory is None else byte_count(memory, "--memory")
-    with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
+    with working(
+        device=device, devices=devices, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet
+    ) as progress:
         from proxyq import api
         from proxyq.ptq.packed import load_packed
         from proxyq.search.allocate.plan import Plan

@@ -46,6 +46,7 @@ def evolve(
     cache_dir: o.CacheDir = None,
     no_cache: o.NoCache = False,
     device: o.Device = None,
+    devices: o.DeviceCount = None,
 ) -> None:
     """Find a formula that orders measured plans well: a new proxy.
 
@@ -73,7 +74,14 @@ def evolve(
     }
     if leaves is not None:
         changes["leaves"] = tuple(part.strip() for part in leaves.split(","))
-    with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
+    with working(
+        device=device,
+        devices=devices,
+        cache_dir=cache_dir,
+        no_cache=no_cache,
+        quiet=quiet,
+        shared=executor != "serial",
+    ) as progress:
         from proxyq import api
         from proxyq.files import write_together
         from proxyq.report.plots import draw_evolution

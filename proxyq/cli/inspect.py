@@ -23,7 +23,9 @@ def inspect(
 ) -> None:
     """List a model's layers: kinds, weights, MACs, output shapes, groups."""
     try:
-        with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet):
+        with working(
+            device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet, computes=False
+        ):
             from proxyq import api
 
             network = api.inspect(load(model, weights=weights, input_shape=input_shape))

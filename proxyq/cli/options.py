@@ -618,6 +618,16 @@ ExecutorName = Annotated[
         "a Ray cluster.",
     ),
 ]
+PairExecutor = Annotated[
+    str,
+    _option(
+        "--executor",
+        metavar="serial|process:N|ray:N",
+        panel=RUN,
+        help="Who measures pairs of layers (clado): this process, N processes that share the "
+        "cores, or N workers of a Ray cluster.",
+    ),
+]
 TableFile = Annotated[
     str | None,
     _option(
@@ -955,6 +965,15 @@ Device = Annotated[
         metavar="cpu|gpu|tpu",
         panel=RUN,
         help="What computes. Default: the fastest that JAX finds.",
+    ),
+]
+DeviceCount = Annotated[
+    str | None,
+    _option(
+        "--devices",
+        metavar="N|all",
+        panel=RUN,
+        help="Among how many devices images are split. Default: all of an accelerator, 1 on CPU.",
     ),
 ]
 

@@ -51,6 +51,7 @@ def pareto(
     cache_dir: o.CacheDir = None,
     no_cache: o.NoCache = False,
     device: o.Device = None,
+    devices: o.DeviceCount = None,
 ) -> None:
     """Choose bits over a range of budgets, by one set of scores.
 
@@ -76,7 +77,9 @@ def pareto(
         "resize": resize,
     }
 
-    with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
+    with working(
+        device=device, devices=devices, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet
+    ) as progress:
         from proxyq import api
 
         front = api.pareto(

@@ -34,6 +34,7 @@ def quantize(
     cache_dir: o.CacheDir = None,
     no_cache: o.NoCache = False,
     device: o.Device = None,
+    devices: o.DeviceCount = None,
 ) -> None:
     """Apply a plan for good, and write the packed network.
 
@@ -43,7 +44,9 @@ def quantize(
     if len(files) > 1:
         raise UsageError(f"name one plan to apply, got {files[0]!r} and {files[1]!r}.")
     bound = None if memory is None else byte_count(memory, "--memory")
-    with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
+    with working(
+        device=device, devices=devices, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet
+    ) as progress:
         from proxyq import api
         from proxyq.ptq.reconstruct import Learning
         from proxyq.search.allocate.plan import Plan

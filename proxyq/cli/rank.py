@@ -36,6 +36,7 @@ def rank(
     cache_dir: o.CacheDir = None,
     no_cache: o.NoCache = False,
     device: o.Device = None,
+    devices: o.DeviceCount = None,
 ) -> None:
     """Rank proxies by how well they order plans of measured accuracy.
 
@@ -59,7 +60,12 @@ def rank(
         "resize": resize,
     }
     with working(
-        device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet, times=True
+        device=device,
+        devices=devices,
+        cache_dir=cache_dir,
+        no_cache=no_cache,
+        quiet=quiet,
+        times=True,
     ) as progress:
         from proxyq import api
         from proxyq.files import write_together

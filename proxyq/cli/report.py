@@ -24,7 +24,7 @@ def report(
     Bits and scores by layer, couplings, Pareto front, accuracy, groups, provenance: each where
     the files hold it. The page fetches nothing and runs no script.
     """
-    with working(no_cache=True, quiet=quiet):
+    with working(computes=False, no_cache=True, quiet=quiet):
         from proxyq import api
         from proxyq.files import check_writable
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxyq.cli.output import say
+from proxyq.devices import on_devices
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.progress import Progress, silent
 
@@ -28,32 +29,57 @@ CHECKPOINT_SECONDS = 10.0
 def working(
     *,
     device: str | None = None,
+    devices: str | None = None,
     cache_dir: str | None = None,
     no_cache: bool = False,
     quiet: bool = False,
     times: bool = False,
+    computes: bool = True,
+    shared: bool = False,
 ) -> Iterator[Progress]:
-    """Run the body on `device`, its programs cached; gives what reports progress.
+    """Run the body on `device`, on as many as `devices` says, its programs cached; gives what
+    reports progress.
+
+    A body that does not compute starts no device; one whose device is `shared` with worker
+    processes takes no more of its memory than it needs.
 
     What the body prints goes to stderr: stdout belongs to the result. So does what the
     library notes, with `times` also how long things took.
 
-    **Raises** `UsageError` for an unknown device, `ProxyqError` for one that is not there.
+    **Raises** `UsageError` for an unknown device or number of them, `ProxyqError` for what is not
+    there.
     """
     if device is not None and device not in DEVICES:
         raise UsageError(f"unknown device {device!r}: {near(device, DEVICES)}")
+    count = None if devices is None else _device_count(devices)
     with (
         _silence(),
         _notes(logging.CRITICAL if quiet else logging.DEBUG if times else logging.INFO),
         _bar(enabled=not quiet and sys.stderr.isatty()) as progress,
         contextlib.redirect_stdout(sys.stderr),
     ):
+        if shared:
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         _use_device(device)
+        if computes:
+            _use_float32()
         _use_cache(None if no_cache else cache_folder(cache_dir), quiet=quiet)
-        yield progress
+        if count is None:
+            yield progress
+            return
+        with on_devices(count):
+            yield progress
 
 
 # -- the device ------------------------------------------------------------------------
+
+
+def _device_count(text: str) -> int | str:
+    if text == "all":
+        return text
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise UsageError(f"--devices must be a number of at least 1, or all, got {text!r}.")
+    return int(text)
 
 
 def _use_device(device: str | None) -> None:
@@ -69,6 +95,18 @@ def _use_device(device: str | None) -> None:
         raise _no_device(device, str(error)) from error
     if found != device:
         raise _no_device(device, f"JAX finds only: {found}")
+
+
+def _use_float32() -> None:
+    """Whole float32 products on accelerators, unless `JAX_DEFAULT_MATMUL_PRECISION` is set.
+
+    By themselves they multiply float32 numbers with 10 bits of mantissa or fewer, and that is
+    more than what rounding a layer to 8 bits changes.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu" and jax.config.jax_default_matmul_precision is None:
+        jax.config.update("jax_default_matmul_precision", "float32")
 
 
 def _no_device(device: str, reason: str) -> ProxyqError:

@@ -6,7 +6,7 @@ from typing import Any
 from proxyq.cli import options as o
 from proxyq.cli.arguments import activation_bits as parse_activation_bits
 from proxyq.cli.arguments import byte_count, key_values, numbers
-from proxyq.cli.models import load
+from proxyq.cli.models import named
 from proxyq.cli.output import print_blocks, print_text, say
 from proxyq.cli.plans import check_results
 from proxyq.cli.runtime import checkpoint_seconds, score_cache, working
@@ -31,6 +31,7 @@ def score(
     weights: o.Weights = None,
     input_shape: o.InputShape = None,
     out: o.OutScores = None,
+    executor: o.PairExecutor = "serial",
     seed: o.Seed = None,
     memory: o.Memory = None,
     json: o.AsJson = False,
@@ -38,6 +39,7 @@ def score(
     cache_dir: o.CacheDir = None,
     no_cache: o.NoCache = False,
     device: o.Device = None,
+    devices: o.DeviceCount = None,
 ) -> None:
     """Measure how sensitive the layers are, for `proxyq allocate`.
 
@@ -55,12 +57,18 @@ def score(
         )
 
     with working(
-        device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet, times=True
+        device=device,
+        devices=devices,
+        cache_dir=cache_dir,
+        no_cache=no_cache,
+        quiet=quiet,
+        times=True,
+        shared=executor != "serial",
     ) as progress:
         from proxyq import api
 
         asked = with_options(proxy, settings)
-        loaded = load(
+        loaded = named(
             model,
             weights=weights,
             input_shape=input_shape,
@@ -79,6 +87,7 @@ def score(
             samples=samples,
             seed=seed,
             memory=bound,
+            how=executor,
             cache_dir=score_cache(cache_dir, no_cache=no_cache),
             progress=progress,
         )

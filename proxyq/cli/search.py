@@ -49,6 +49,7 @@ def search(
     cache_dir: o.CacheDir = None,
     no_cache: o.NoCache = False,
     device: o.Device = None,
+    devices: o.DeviceCount = None,
 ) -> None:
     """Choose a bit-width for every layer within hard budgets.
 
@@ -60,7 +61,9 @@ def search(
     bound = None if memory is None else byte_count(memory, "--memory")
     check_results(out, plot=plot)
 
-    with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
+    with working(
+        device=device, devices=devices, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet
+    ) as progress:
         from proxyq import api
 
         loaded = load(

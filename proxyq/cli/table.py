@@ -37,6 +37,7 @@ def table(
     cache_dir: o.CacheDir = None,
     no_cache: o.NoCache = False,
     device: o.Device = None,
+    devices: o.DeviceCount = None,
 ) -> None:
     """Measure many random plans: the truth that proxies are ranked against.
 
@@ -49,7 +50,14 @@ def table(
         )
     bound = None if memory is None else byte_count(memory, "--memory")
     check_results(out)
-    with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
+    with working(
+        device=device,
+        devices=devices,
+        cache_dir=cache_dir,
+        no_cache=no_cache,
+        quiet=quiet,
+        shared=executor != "serial",
+    ) as progress:
         from proxyq import api
 
         found = api.table(

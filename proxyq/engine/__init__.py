@@ -16,3 +16,4 @@ from proxyq.engine.taps import LayerTap as LayerTap
 from proxyq.engine.taps import TapOptions as TapOptions
 from proxyq.engine.taps import Taps as Taps
 from proxyq.engine.taps import collect as collect
+from proxyq.engine.taps import pair_rows as pair_rows

@@ -2,10 +2,10 @@
 
 Changing layer `l` leaves everything before it as it was: keep the state at the cut before
 `l`, and run only what follows. Plain suffix runs, one state at a time, are the fastest way
-on CPU; stacking several states is for accelerators.
+on CPU; stacking several states is for accelerators, and for splitting them among devices.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proxyq.devices import current
 from proxyq.engine.memory import images_at_once
+from proxyq.engine.placement import ALONE, Placement, can_split, placement
 from proxyq.engine.segments import NO_EDIT, Edit, Segment, State, call, call_site, cut
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.graph import Var
 from proxyq.model.layers import weight_columns
 from proxyq.model.model import Model, logits_of
-from proxyq.model.network import Network, network
+from proxyq.model.network import LAYERS_AT, Network, network
 
 Edits = Mapping[int, Edit]
 """What is changed at which site, by the site's index."""
@@ -31,10 +33,11 @@ class Engine:
     """A network ready to run: parameters on the device, segments cut.
 
     `batch_size` images run at once; `chunks` cuts a larger set into batches of just that
-    size, so that nothing is compiled twice.
+    size, so that nothing is compiled twice. `placement` says how a batch is split among devices.
     """
 
     network: Network
+    placement: Placement = ALONE
 
     @classmethod
     def build(
@@ -47,13 +50,17 @@ class Engine:
         batch_size: int | None = None,
         tape: bool = False,
     ) -> "Engine":
-        """An engine for a set of `images`, as many at once as `memory` bytes allow.
+        """An engine for a set of `images`, as many at once as `memory` bytes a device allow.
 
-        With `tape`, as many as can be kept whole for derivatives.
+        With `tape`, as many as can be kept whole for derivatives. It runs on the devices of the
+        surrounding `on_devices`.
         """
+        exactly, devices = batch_size is not None, current()
+        apart = devices.count == 1 or can_split(network(model, LAYERS_AT).graph)
+        where = placement(devices, batch_size or images, exactly=exactly, apart=apart)
         if batch_size is None:
-            batch_size = images_at_once(model, images, memory, tape=tape)
-        engine = _engine(cls, model, batch_size, batch_norm)
+            batch_size = images_at_once(model, images, memory, tape=tape, parts=where.images)
+        engine = _engine(cls, model, batch_size, batch_norm, where)
         if all(site.apart for site in engine.network.sites):
             return engine
         if batch_norm == "batch":
@@ -63,7 +70,7 @@ class Engine:
                 "batch_norm='running'."
             )
         # Measured for each image, so one image at a time.
-        return _engine(cls, model, 1, batch_norm)
+        return _engine(cls, model, 1, batch_norm, placement(devices, 1))
 
     @property
     def batch_size(self) -> int:
@@ -72,16 +79,17 @@ class Engine:
 
     @cached_property
     def frontier(self) -> Mapping[Var, Any]:
-        """Folded weights, biases and tables on the device."""
+        """Folded weights, biases and tables, on every device."""
         names = list(self.network.model.params)
-        values = [jnp.asarray(self.network.model.params[name]) for name in names]
+        values = [self.placement.whole(self.network.model.params[name]) for name in names]
         graph = self.network.graph
 
         def prelude(values: list[Any]) -> list[Any]:
             env = graph.run_prelude(dict(zip(names, values, strict=True)))
             return [env[var] for var in graph.frontier]
 
-        return dict(zip(graph.frontier, jax.jit(prelude)(values), strict=True))
+        program = jax.jit(prelude, out_shardings=self.placement.everywhere)
+        return dict(zip(graph.frontier, program(values), strict=True))
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -114,7 +122,8 @@ class Engine:
             whole = count == size
             batch = [leaf[start : start + size] if whole else leaf[rows] for leaf in leaves]
             types = (var.aval.dtype for var in self.network.graph.inputs)
-            arrays = [jnp.asarray(leaf, kind) for leaf, kind in zip(batch, types, strict=True)]
+            place = self.placement.batch
+            arrays = [place(leaf, kind) for leaf, kind in zip(batch, types, strict=True)]
             yield jax.tree.unflatten(tree, arrays), count
 
     def _check_shapes(self, leaves: list[Any]) -> None:
@@ -135,8 +144,10 @@ class Engine:
 
     def start(self, inputs: Any) -> State:
         """The state before the first site."""
-        graph = self.network.graph
-        state = dict(zip(graph.inputs, jax.tree.leaves(inputs), strict=True))
+        graph, leaves = self.network.graph, jax.tree.leaves(inputs)
+        if self.placement.mesh is not None:
+            leaves = [self.placement.batch(leaf) for leaf in leaves]
+        state = dict(zip(graph.inputs, leaves, strict=True))
         return self._run(self.segments[0], state, NO_EDIT, ())[0]
 
     def step(
@@ -181,25 +192,54 @@ class Engine:
                 tick()
         return np.concatenate(parts)
 
-    def resume_stacked(self, state: State, site: int, alternatives: list[Edit]) -> Any:
+    def logits_each(
+        self, state: State, site: int, alternatives: Sequence[Edits], *, stacked: bool = False
+    ) -> Iterator[np.ndarray]:
+        """The first output from the state before `site`, with each of several edits, in order.
+
+        As many at once as there are devices for alternatives, with `stacked` all of them; but
+        one after the other where they differ in what they change after the site.
+        """
+        size = len(alternatives) if stacked else self.placement.alternatives
+        later = [{at: edit for at, edit in edits.items() if at > site} for edits in alternatives]
+        alike = all(
+            own.keys() == later[0].keys() and all(own[at] is later[0][at] for at in own)
+            for own in later
+        )
+        if not alike or min(size, len(alternatives)) <= 1:
+            for edits in alternatives:
+                yield np.asarray(logits_of(self.resume(state, site, edits)))
+            return
+        for start in range(0, len(alternatives), size):
+            some = [edits.get(site, NO_EDIT) for edits in alternatives[start : start + size]]
+            # As many as there are shares: nothing is compiled again for the last ones.
+            short = -len(some) % self.placement.alternatives
+            outputs = self.resume_stacked(state, site, [*some, *some[-1:] * short], later[0])
+            yield from np.asarray(logits_of(outputs))[: len(some)]
+
+    def resume_stacked(
+        self, state: State, site: int, alternatives: list[Edit], later: Edits | None = None
+    ) -> Any:
         """`resume` for several edits of ONE site at once, stacked along a new first axis.
 
-        For accelerators: on CPU it gains nothing over one `resume` an edit, and sums run in
-        another order, so results of the two ways should not be mixed.
+        `later` are edits of sites after it, the same for all. For accelerators: on CPU it gains
+        nothing over one `resume` an edit, and sums run in another order, so results of the two
+        ways should not be mixed.
         """
+        later = later or {}
         after = [self.step(state, site, edit)[0] for edit in alternatives]
         stacked = {var for var in after[0] if any(s[var] is not after[0][var] for s in after)}
         current = {
-            var: jnp.stack([s[var] for s in after]) if var in stacked else after[0][var]
+            var: self.placement.stack([s[var] for s in after]) if var in stacked else after[0][var]
             for var in after[0]
         }
         for index in range(site + 1, len(self.network.sites)):
-            segment = self.segments[index + 1]
+            segment, edit = self.segments[index + 1], later.get(index, NO_EDIT)
             flags = tuple(var in stacked for var in segment.reads)
             if not any(flags):
-                current, _ = self._run(segment, current, NO_EDIT, ())
+                current, _ = self._run(segment, current, edit, ())
                 continue
-            current, _ = self._run(segment, current, NO_EDIT, (), flags)
+            current, _ = self._run(segment, current, edit, (), flags)
             stacked |= set(segment.writes)
         # An output that the site does not reach is the same for every alternative.
         number = len(alternatives)
@@ -251,6 +291,8 @@ def at_least_float32(array: Any) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _engine(kind: type[Engine], model: Model, batch_size: int, batch_norm: str) -> Engine:
+def _engine(
+    kind: type[Engine], model: Model, batch_size: int, batch_norm: str, where: Placement
+) -> Engine:
     """Engines are kept, so that folding the same weights again compiles nothing."""
-    return kind(network=network(model, batch_size, batch_norm=batch_norm))
+    return kind(network=network(model, batch_size, batch_norm=batch_norm), placement=where)

@@ -162,13 +162,14 @@ def _site_gradients(tape: Tape, index: int, reduce: Callable[[Any], Any]) -> Any
     eqn, batch = graph.main[site.position], engine.batch_size
     reads = locate(graph).get(eqn.invars[1 - site.operand], site.examples)
     text = text_key([eqn], [eqn.invars[1 - site.operand]], eqn.outvars, site.operand)
-    key = (text, reads, site.examples, batch, reduce.__qualname__)
+    key = (text, reads, site.examples, batch, reduce.__qualname__, engine.placement)
     program = _PER_IMAGE.get(key)
     if program is None:
 
         def gradients(x: Any, delta: Any) -> Any:
             split = split_examples(x, reads, batch), split_examples(delta, site.examples, batch)
-            return reduce(jax.vmap(partial(pull_weight, eqn, site.operand))(*split))
+            pull = jax.vmap(partial(pull_weight, eqn, site.operand))
+            return reduce(engine.placement.each_image(pull)(*split))
 
         program = remember(_PER_IMAGE, key, jax.jit(gradients))
     return program(tape.x(index), tape.deltas[index])

@@ -86,12 +86,13 @@ def amount(size: float) -> str:
 
 
 def images_at_once(
-    model: Model, images: int, memory: int | None = None, *, tape: bool = False
+    model: Model, images: int, memory: int | None = None, *, tape: bool = False, parts: int = 1
 ) -> int:
     """The batch size for a set of `images`: as few, equally large batches as fit `memory`.
 
     Two states live at once (the clean one and a perturbed one), hence the factor of two; with
-    `tape`, all states that derivatives need.
+    `tape`, all states that derivatives need. A batch that is split into `parts` divides by them,
+    and `memory` is that of one part.
     """
     if images < 1:
         raise UsageError(f"at least one image is needed, got {images}.")
@@ -100,5 +101,6 @@ def images_at_once(
     if memory is None:
         on_cpu = jax.default_backend() == "cpu"
         memory = TAPE_MEMORY if tape else CPU_MEMORY if on_cpu else ACCELERATOR_MEMORY
-    most = max(1, memory // per_image)
-    return math.ceil(images / math.ceil(images / most))
+    most = parts * max(1, memory // per_image)
+    size = math.ceil(images / math.ceil(images / most))
+    return parts * math.ceil(size / parts)

@@ -6,7 +6,7 @@ of the forward passes that pairs cost one by one. Losses are summed in float64, 
 images, since a pair's own term is the small difference of four of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,10 @@ Loss = Callable[[np.ndarray, int], Callable[[np.ndarray], np.ndarray]]
 
 What belongs to a batch is computed once, however many networks are compared on it.
 """
+
+
+RowWork = Callable[[Sequence[int]], Iterator[tuple[int, tuple[float, Any]]]]
+"""Rows of the table of pairs by their numbers -> `(place in the list, pair_row)`, in any order."""
 
 
 class PairLosses(NamedTuple):
@@ -63,10 +67,8 @@ def pair_sweep(
 
     **Raises** `UsageError` when a layer is missing or has another number of alternatives.
     """
-    network = engine.network
-    columns = columns_of(network, alternatives)
-    choices = columns * len(network.names)
-    starting = {network.sites_of(name)[0]: row for row, name in enumerate(network.names)}
+    sweep = _Sweep(engine, alternatives, inside)
+    columns, choices = sweep.columns, sweep.choices
     checkpoint = checkpoint or Checkpoint()
     kept = checkpoint.load("pairs") or {}
     singles = kept.get("singles", np.zeros(choices))
@@ -74,57 +76,160 @@ def pair_sweep(
     unchanged = kept.get("unchanged", np.zeros(()))
     finished = int(kept.get("rows", 0))
     images, rows = len(jax.tree.leaves(inputs)[0]), 0
-    work = _row_work(engine, list(starting), columns)
+    work = _row_work(engine, list(sweep.starting), columns)
     chunks = -(-images // engine.batch_size)
     done, total = 0, chunks * columns * sum(work.values())
 
     for chunk, (batch, count) in enumerate(engine.chunks(inputs)):
-        start = chunk * engine.batch_size
-        reference = np.asarray(logits_of(engine.run(batch)))[:count]
-
-        measure = loss(reference, start)
-
-        def summed(outputs: Any, count: int = count, measure: Any = measure) -> Any:
-            logits = np.asarray(logits_of(outputs))[:count]
-            return np.sum(measure(logits), dtype=np.float64)
-
+        reference, measure = _measure(engine, batch, count, loss, chunk)
         # Whole batches are counted with their first row, so that a resumed run counts them once.
         if rows >= finished:
             unchanged = unchanged + np.sum(measure(reference), dtype=np.float64)
         clean = engine.start(batch)
-        for site in range(len(network.sites)):
-            row = starting.get(site)
-            own = () if row is None else alternatives[network.names[row]]
-            for column, edits in enumerate(own):
+        for site in range(len(engine.network.sites)):
+            row = sweep.starting.get(site)
+            for column in range(0 if row is None else columns):
                 assert row is not None
                 rows, done = rows + 1, done + work[site]
                 if rows <= finished:
                     continue
-                a, state = row * columns + column, clean
-                singles[a] += summed(engine.resume(clean, site, edits))
-                for other in (two for one, two in inside if one == column):
-                    both = _together(edits, own[other])
-                    pairs[a, row * columns + other] += summed(engine.resume(clean, site, both))
-                for later in range(site, len(network.sites)):
-                    if later > site and later in starting:
-                        b = starting[later] * columns
-                        for k, others in enumerate(alternatives[network.names[starting[later]]]):
-                            outputs = engine.resume(state, later, {**edits, **others})
-                            pairs[a, b + k] += summed(outputs)
-                    state, _ = engine.step(state, later, edits.get(later, NO_EDIT))
+                a = row * columns + column
+                single, own = sweep.row(clean, site, column, _summed(measure, count))
+                singles[a] += single
+                pairs[a] += own
                 progress("pairs", done, total)
                 if checkpoint.due():
                     sums = {"singles": singles, "pairs": pairs, "unchanged": unchanged}
                     checkpoint.save("pairs", {**sums, "rows": np.array(rows)})
             clean, _ = engine.step(clean, site, NO_EDIT)
-    # Every pair was measured in one of its two places.
-    layer = np.arange(choices) // columns
-    known = layer[:, None] != layer[None]
-    for one, two in inside:
-        rows_of = np.arange(len(network.names)) * columns
-        known[rows_of + one, rows_of + two] = known[rows_of + two, rows_of + one] = True
-    both = (pairs + pairs.T) / images
-    return PairLosses(float(unchanged / images), singles / images, both, known)
+    return sweep.losses(float(unchanged), singles, pairs, images)
+
+
+def pair_row(
+    engine: Engine,
+    inputs: Any,
+    alternatives: Mapping[str, Sequence[Edits]],
+    loss: Loss,
+    choice: int,
+    *,
+    inside: Sequence[tuple[int, int]] = (),
+) -> tuple[float, np.ndarray]:
+    """The sums of losses with one choice: alone, and with each of later layers, `[choices]`.
+
+    `choice` counts as `PairLosses` does: `layer * number + column`. The same numbers as in
+    `pair_sweep`, for about one forward pass more.
+    """
+    sweep = _Sweep(engine, alternatives, inside)
+    row, column = divmod(choice, sweep.columns)
+    first = next(site for site, own in sweep.starting.items() if own == row)
+    single, pairs = 0.0, np.zeros(sweep.choices)
+    for chunk, (batch, count) in enumerate(engine.chunks(inputs)):
+        _, measure = _measure(engine, batch, count, loss, chunk)
+        clean = engine.start(batch)
+        for site in range(first):
+            clean, _ = engine.step(clean, site, NO_EDIT)
+        alone, own = sweep.row(clean, first, column, _summed(measure, count))
+        single, pairs = single + alone, pairs + own
+    return single, pairs
+
+
+def pairs_by_row(
+    engine: Engine,
+    inputs: Any,
+    alternatives: Mapping[str, Sequence[Edits]],
+    loss: Loss,
+    work: RowWork,
+    *,
+    inside: Sequence[tuple[int, int]] = (),
+    checkpoint: Checkpoint | None = None,
+    progress: Progress = silent,
+) -> PairLosses:
+    """`pair_sweep`, with each row of the table measured by others: `work` gives `pair_row`s.
+
+    - `checkpoint`: keeps the rows that have come, under the name `rows`.
+    """
+    sweep = _Sweep(engine, alternatives, inside)
+    choices, images = sweep.choices, len(jax.tree.leaves(inputs)[0])
+    checkpoint = checkpoint or Checkpoint()
+    kept = checkpoint.load("rows") or {}
+    singles = kept.get("singles", np.full(choices, np.nan))
+    pairs = kept.get("pairs", np.zeros((choices, choices)))
+    come = kept.get("come", np.zeros(choices, bool))
+    left = np.flatnonzero(~come).tolist()
+    for number, (single, own) in work(left):
+        a = left[number]
+        singles[a], pairs[a], come[a] = single, own, True
+        progress("rows of pairs", int(come.sum()), choices)
+        if checkpoint.due():
+            checkpoint.save("rows", {"singles": singles, "pairs": pairs, "come": come})
+    unchanged = 0.0
+    for chunk, (batch, count) in enumerate(engine.chunks(inputs)):
+        reference, measure = _measure(engine, batch, count, loss, chunk)
+        unchanged += float(np.sum(measure(reference), dtype=np.float64))
+    return sweep.losses(unchanged, singles, pairs, images)
+
+
+def _measure(engine: Engine, batch: Any, count: int, loss: Loss, chunk: int) -> tuple[Any, Any]:
+    """The float network's logits on a batch, and what measures others against them."""
+    reference = np.asarray(logits_of(engine.run(batch)))[:count]
+    return reference, loss(reference, chunk * engine.batch_size)
+
+
+def _summed(measure: Any, count: int) -> Callable[[np.ndarray], Any]:
+    return lambda logits: np.sum(measure(logits[:count]), dtype=np.float64)
+
+
+class _Sweep:
+    """What there is to measure, and a row of it on one batch."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        alternatives: Mapping[str, Sequence[Edits]],
+        inside: Sequence[tuple[int, int]],
+    ):
+        network = engine.network
+        self.engine, self.alternatives, self.inside = engine, alternatives, inside
+        self.columns = columns_of(network, alternatives)
+        self.choices = self.columns * len(network.names)
+        self.starting = {network.sites_of(name)[0]: row for row, name in enumerate(network.names)}
+
+    def row(
+        self, clean: Any, site: int, column: int, summed: Callable[[np.ndarray], Any]
+    ) -> tuple[Any, np.ndarray]:
+        """Losses with one choice of the layer that starts at `site`, from the state before it."""
+        engine, names = self.engine, self.engine.network.names
+        row = self.starting[site]
+        own, found = self.alternatives[names[row]], np.zeros(self.choices)
+        edits, state = own[column], clean
+
+        def alone(edits: Edits) -> Any:
+            return summed(np.asarray(logits_of(engine.resume(clean, site, edits))))
+
+        single = alone(edits)
+        for other in (two for one, two in self.inside if one == column):
+            found[row * self.columns + other] = alone(_together(edits, own[other]))
+        for later in range(site, len(engine.network.sites)):
+            if later > site and later in self.starting:
+                b = self.starting[later] * self.columns
+                ahead = {at: edit for at, edit in edits.items() if at >= later}
+                others = self.alternatives[names[self.starting[later]]]
+                joined = [{**ahead, **other} for other in others]
+                for k, logits in enumerate(engine.logits_each(state, later, joined)):
+                    found[b + k] = summed(logits)
+            state, _ = engine.step(state, later, edits.get(later, NO_EDIT))
+        return single, found
+
+    def losses(
+        self, unchanged: float, singles: np.ndarray, pairs: np.ndarray, images: int
+    ) -> PairLosses:
+        """Means; every pair was measured in one of its two places."""
+        layer = np.arange(self.choices) // self.columns
+        known = layer[:, None] != layer[None]
+        rows_of = np.arange(len(self.starting)) * self.columns
+        for one, two in self.inside:
+            known[rows_of + one, rows_of + two] = known[rows_of + two, rows_of + one] = True
+        return PairLosses(unchanged / images, singles / images, (pairs + pairs.T) / images, known)
 
 
 def _together(weights: Edits, inputs: Edits) -> dict[int, Edit]:

@@ -47,7 +47,8 @@ def single_layer_sweep(
       float network.
     - `grams`: take up the inner products of all changes of the logits.
     - `stacked`: run a layer's alternatives together along a new axis, for accelerators; on
-      CPU it gains nothing, and sums run in another order.
+      CPU it gains nothing, and sums run in another order. Where the engine splits alternatives
+      among devices, so many run together.
     - `checkpoint`: keeps the sums so far, under the name `sweep`.
 
     **Raises** `UsageError` when a layer is missing or has another number of alternatives.
@@ -76,7 +77,8 @@ def single_layer_sweep(
             if row is not None and step > finished:
                 own = alternatives[network.names[row]]
                 edits = [{**base, **edit} for edit in own] if base else own
-                for column, logits in enumerate(_runs(engine, state, site, edits, stacked)):
+                changed = engine.logits_each(state, site, edits, stacked=stacked)
+                for column, logits in enumerate(changed):
                     measured = measure(reference, logits[:count], start)
                     if totals is None:
                         totals = np.zeros((len(network.names), columns, *measured.shape[1:]))
@@ -95,13 +97,3 @@ def single_layer_sweep(
                 checkpoint.save("sweep", done_so_far)
     assert totals is not None
     return totals / images
-
-
-def _runs(
-    engine: Engine, state: Any, site: int, edits: Sequence[Edits], stacked: bool
-) -> list[np.ndarray]:
-    alone = all(set(edit) <= {site} for edit in edits)
-    if stacked and alone and len(edits) > 1:
-        own = [edit.get(site, NO_EDIT) for edit in edits]
-        return list(np.asarray(logits_of(engine.resume_stacked(state, site, own))))
-    return [np.asarray(logits_of(engine.resume(state, site, edit))) for edit in edits]

@@ -27,7 +27,7 @@ from proxyq.engine.gradients import GRADIENT_NEEDS, record_gradients
 from proxyq.engine.gram import Gram
 from proxyq.engine.memory import CHANGES_MEMORY, amount
 from proxyq.engine.objectives import LABELS, Targets, objective, objective_for, targets
-from proxyq.engine.pairs import Loss, PairLosses, pair_sweep
+from proxyq.engine.pairs import Loss, PairLosses, RowWork, pair_row, pair_sweep, pairs_by_row
 from proxyq.engine.ranges import input_errors
 from proxyq.engine.sweep import Measure, single_layer_sweep
 from proxyq.engine.walk import FORWARD_NEEDS, record_forward
@@ -260,6 +260,7 @@ def collect(
     seed: int = 0,
     memory: int | None = None,
     checkpoint: Checkpoint | None = None,
+    pair_work: RowWork | None = None,
     progress: Progress = silent,
 ) -> Taps:
     """Record what `needs` names (see `NEEDS`) of every layer.
@@ -272,6 +273,7 @@ def collect(
     - `rounding`: how weights are rounded; `seed`: of what is drawn.
     - `memory`: bound on the activations held at once.
     - `checkpoint`: keeps how far the long passes are.
+    - `pair_work`: measures rows of the table of pairs elsewhere, as `pair_rows` does.
 
     **Raises** `UsageError` for an unknown need, or when images are needed and missing.
     """
@@ -363,10 +365,13 @@ def collect(
             for name, gram in grams.items():
                 whole[OF_ALL[name]] = gram.correlation()
         if "pairs" in needs:
-            inside = beside_each_other(len(bits), len(beside))
-            loss = _pair_loss(options, aims)
-            found = pair_sweep(engine, inputs, alternatives, loss, inside=inside, **kept)
-            whole[OF_ALL["pairs"]] = found
+            kept["inside"] = beside_each_other(len(bits), len(beside))
+            given = (engine, inputs, alternatives, _pair_loss(options, aims))
+            if pair_work is None:
+                whole[OF_ALL["pairs"]] = pair_sweep(*given, **kept)
+            else:
+                whole[OF_ALL["pairs"]] = pairs_by_row(*given, pair_work, **kept)
+            del kept["inside"]
         if "tangents" in needs:
             taped = _tape_engine(engine, images, memory)
             found = gauss_newton(
@@ -408,6 +413,27 @@ def collect(
         checkpoint=checkpoint,
         progress=progress,
     )
+
+
+def pair_rows(
+    engine: Engine,
+    inputs: Any,
+    bits: Sequence[int],
+    *,
+    labels: Any = None,
+    activation_bits: Sequence[int] = (),
+    options: TapOptions,
+    rounding: Rounding,
+    seed: int = 0,
+) -> Callable[[int], tuple[float, np.ndarray]]:
+    """What measures a row of the table of pairs, as `collect` would with the need `pairs`."""
+    aims = targets(options.labels, labels, seed)
+    alternatives = choices(
+        engine, inputs, bits, activation_bits, rounding=rounding, correction=options.correction
+    )
+    inside = beside_each_other(len(bits), len(activation_bits))
+    loss = _pair_loss(options, aims)
+    return lambda choice: pair_row(engine, inputs, alternatives, loss, choice, inside=inside)
 
 
 def _tape_engine(engine: Engine, images: int, memory: int | None) -> Engine:

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from proxyq.checkpoint import Checkpoint, tell_unwritable
+from proxyq.devices import current
 from proxyq.engine.segments import text_key
 from proxyq.errors import ProxyqError
 from proxyq.files import digest_arrays, write_atomic
@@ -84,11 +85,17 @@ class Cache:
         """The name of the checkpoint of taps that several proxies share."""
         return "" if self.folder is None else _digest(facts)
 
-    def checkpoint(self, key: str) -> Checkpoint:
-        """Where an unfinished computation keeps how far it is."""
+    def checkpoint(self, key: str, *, batches: bool = True) -> Checkpoint:
+        """Where an unfinished computation keeps how far it is.
+
+        One that counts `batches` goes on with as many devices as it began with: a batch has other
+        images on another number of them. What is finished is the same whatever they were.
+        """
         if self.folder is None:
             return Checkpoint()
-        return Checkpoint(self.folder / "unfinished" / key, every=self.every, root=self.folder)
+        split = current().label if batches else ""
+        name = f"{key}-{split}" if split else key
+        return Checkpoint(self.folder / "unfinished" / name, every=self.every, root=self.folder)
 
     def load(self, key: str, model: Model) -> Scores | None:
         """Scores that were kept, or `None`."""

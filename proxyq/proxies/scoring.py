@@ -8,13 +8,15 @@ options, seed, code and versions.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 
+from proxyq.devices import several
 from proxyq.engine import Engine, TapOptions, collect
+from proxyq.engine.pairs import RowWork
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model
 from proxyq.model.network import LAYERS_AT
@@ -66,6 +68,7 @@ def score(
     rounding: Rounding | None = None,
     cache: Cache | None = None,
     failed: Callable[[Proxy, ProxyqError], None] | None = None,
+    pair_work: Callable[[TapOptions], RowWork] | None = None,
     progress: Progress = silent,
 ) -> list[Scores]:
     """The scores of several proxies, in the order of `requests` (proxy, options).
@@ -78,6 +81,7 @@ def score(
     - `cache`: where finished scores are kept, and long computations go on after a kill.
     - `failed`: called with a proxy that cannot score this network, which is then left out of
       the answer; without it, its error is raised.
+    - `pair_work`: who measures pairs of layers, by the options that they are measured with.
 
     What came from the cache is logged (`proxyq.scores`), and what took how long.
 
@@ -138,6 +142,7 @@ def score(
                 seed=seed,
                 memory=memory,
                 checkpoint=shared,
+                pair_work=None if pair_work is None else pair_work(options),
                 progress=progress,
             )
         except ProxyqError as error:
@@ -159,6 +164,7 @@ def score(
                     rounding=rounding,
                     cache=cache,
                     failed=failed,
+                    pair_work=pair_work,
                     progress=progress,
                 )
                 if alone:
@@ -179,6 +185,8 @@ def score(
                     raise
                 failed(proxy, error)
                 continue
+            if (devices := several()) is not None:
+                found = replace(found, notes={**found.notes, "devices": devices})
             answers[index] = found
             if (spent := seconds + found.seconds) >= 0.005:
                 logger.debug("%.2f s: %s", spent, proxy.name)
