@@ -92,7 +92,7 @@ def main() -> None:
     assert spec is not None and spec.loader is not None
     code = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(code)
-    model = proxyq.from_torch(code.encoder(), code.example(), name="sentence-encoder")
+    model = code.encoder()
     calibration, held = (tokens(args.encoder, s, code.TOKENS) for s in sentences(256, 500))
     engine = proxyq.Engine.build(model, 500)
     whole = unit(engine.logits(held, {}))

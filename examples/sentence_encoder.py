@@ -1,6 +1,7 @@
 """A sentence encoder as its users write it: a network of transformers, its tokens averaged.
 
-    PROXYQ_ENCODER=all-MiniLM-L6-v2/ proxyq inspect examples/sentence_encoder.py:encoder
+    export PROXYQ_ENCODER=all-MiniLM-L6-v2/
+    proxyq search examples/sentence_encoder.py:encoder --data text:sentences.txt --budget size=4bit
 
 `PROXYQ_ENCODER` is a folder with `config.json` and `model.safetensors`, or a name of the hub. The
 outputs are unit vectors times 20, the factor that such networks are trained with, so that a KL
@@ -12,6 +13,8 @@ import os
 import torch
 import transformers
 from torch import nn
+
+import proxyq
 
 TOKENS = 32
 
@@ -30,16 +33,16 @@ class SentenceEncoder(nn.Module):
         return 20 * nn.functional.normalize(mean, dim=-1)
 
 
-def encoder() -> SentenceEncoder:
-    """The encoder in the folder that the environment names."""
+def encoder() -> proxyq.Model:
+    """The encoder in the folder that the environment names, with its tokenizer."""
     folder = os.environ["PROXYQ_ENCODER"]
     network = transformers.AutoModel.from_pretrained(
         folder, use_safetensors=True, add_pooling_layer=False
     )
-    return SentenceEncoder(network.eval())
-
-
-def example() -> dict[str, torch.Tensor]:
-    """One text, for `proxyq.from_torch`."""
     ids = torch.ones((1, TOKENS), dtype=torch.int64)
-    return {"input_ids": ids, "attention_mask": ids.clone()}
+    return proxyq.from_torch(
+        SentenceEncoder(network.eval()),
+        {"input_ids": ids, "attention_mask": ids.clone()},
+        name="sentence-encoder",
+        identity={"tokenizer": folder},
+    )

@@ -1,5 +1,10 @@
 """The errors that proxyq raises on purpose: one clear sentence each, and an exit code."""
 
+from typing import Any
+
+LONGEST = 200
+"""Signs of a stranger's text that a sentence holds."""
+
 
 class ProxyqError(Exception):
     """Something could not be done; the message is one sentence with a remedy.
@@ -49,3 +54,18 @@ def near(name: str, known: "list[str] | tuple[str, ...]") -> str:
     if close:
         return "did you mean " + " or ".join(repr(match) for match in close) + "?"
     return "known are " + ", ".join(sorted(known)) + "."
+
+
+def shown(value: Any) -> str:
+    """A value from a file as it stands in a sentence: short, on one line."""
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__}"
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a long number"
+    return repr(value[:80] if isinstance(value, (str, bytes)) else value)[:LONGEST]
+
+
+def reason(error: BaseException) -> str:
+    """What an error of another library says, as it stands within a sentence: short, one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= LONGEST else text[:LONGEST] + " …").rstrip(".")

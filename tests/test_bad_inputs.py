@@ -1,6 +1,8 @@
 """Everything that users get wrong: the exit code, one sentence, and no file touched."""
 
 import json
+import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +90,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "later.json").write_text(json.dumps({**scores, "schema": "proxyq/scores/2"}))
     scores["scores"][1]["values"]["head"][0] = None
     (folder / "hole.json").write_text(json.dumps(scores))
+    moved = {**json.loads(done.out), "rounding": {"method": "absmax", "extra_code": "negative"}}
+    (folder / "moved.json").write_text(json.dumps(moved))
     latency = {"schema": "proxyq/latency/1", "layers": {"stem": [{"weight_bits": 2, "seconds": 1}]}}
     (folder / "latency.json").write_text(json.dumps(latency))
+
+    (folder / "endless.json").write_text("[" * 5000 + "]" * 5000)
+    (folder / "twice.json").write_text('{"layers": {}, "layers": {}}')
+    (folder / "halves.json").write_text('{"schema": "\\ud800"}')
+    np.savez(folder / "objects.npz", x=np.array([[[{}]]], object))
+    np.savez(folder / "promise.npz", x=images, y=labels)
+    with zipfile.ZipFile(folder / "promise.npz", "w") as archive:
+        shape = {"descr": "|u1", "fortran_order": False, "shape": (2**40, 8, 8, 1)}
+        with archive.open("x.npy", "w") as entry:
+            np.lib.format.write_array_header_1_0(entry, shape)
+    (folder / "promise.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    (folder / "endless.toml").write_text("bits = " + "[" * 5000 + "]" * 5000)
 
     (folder / "factories.py").write_text(FACTORIES)
     (folder / "syntax.py").write_text("def factory(:\n")
@@ -327,7 +343,203 @@ CASES: dict[str, tuple[str, int, str]] = {
     ),
     "unlabelled accuracy": ("evaluate {f}/good.json --eval-data {f}/unlabelled.npz", 2, "labels"),
     "unknown correction of plans": ("evaluate {f}/good.json --correction no", 2, "'no'"),
+    # fronts
+    "front without a budget": ("pareto {f}/scores.json --proxy sqnr", 2, "size=2.5bit..6bit"),
+    "front without a range": ("pareto {f}/scores.json --proxy sqnr --budget size=3bit", 2, "range"),
+    "range that falls": (
+        "pareto {f}/scores.json --proxy sqnr --budget size=6bit..2bit",
+        2,
+        "size=6bit..2bit",
+    ),
+    "range of two units": (
+        "pareto {f}/scores.json --proxy sqnr --budget size=2bit..1MiB",
+        2,
+        "size=2bit..1MiB",
+    ),
+    "front of one point": (
+        "pareto {f}/scores.json --proxy sqnr --budget size=2bit..4bit --points 1",
+        2,
+        "at least 2",
+    ),
+    "front out of reach": (
+        "pareto {f}/scores.json --proxy sqnr --budget size=1bit..1.5bit",
+        1,
+        "smallest reachable is 2 bit",
+    ),
+    "scores that are measured again": (
+        "pareto {f}/scores.json --proxy sqnr --budget size=2bit..4bit --bits 2,4",
+        2,
+        "bits",
+    ),
+    "weights of scores": (
+        "pareto {f}/scores.json --budget size=2bit..4bit --weights {f}/good.safetensors",
+        2,
+        "--weights is for a model",
+    ),
+    "front of auto": ("pareto --proxy auto --budget size=2bit..4bit", 2, "'logit-coupling'"),
+    "truncated scores of a front": (
+        "pareto {f}/cut_scores.json --budget size=2bit..4bit",
+        1,
+        "cut short",
+    ),
+    "plans of a front for a file": (
+        "pareto {f}/scores.json --proxy sqnr --budget size=2bit..4bit --plans {o}/kept.json",
+        1,
+        "no folder",
+    ),
+    # measured tables
+    "table of no plans": ("table --plans 0", 2, "`plans` must be at least 1"),
+    "table of too many plans": ("table --plans 9 --bits 2", 2, "at most 1"),
+    "table drawn in no known way": ("table --draw evenly", 2, "uniform, size"),
+    "table of two activation widths": ("table --activation-bits 4,8", 2, "one number or float"),
+    "table corrected as it comes": ("table --correction auto", 2, "the same for all plans"),
+    "table of nine bits": ("table --bits 2,9", 2, "9"),
+    "table by nobody": ("table --executor threads:2", 2, "'threads:2'"),
+    "table by no process": ("table --executor process:0", 2, "at least 1 worker"),
+    "table of no images": ("table --eval-samples 0", 2, "`eval_samples` must be at least 1"),
+    "table without labels": ("table --eval-data {f}/unlabelled.npz", 2, "labels"),
+    "table nowhere": ("table --out {o}/sub/table.json", 1, "does not exist"),
+    # ranking
+    "rank without a table": ("rank --proxy sqnr", 2, "--table"),
+    "missing table": ("rank --proxy sqnr --table {f}/gone.json", 1, "gone.json"),
+    "plan for a table": ("rank --proxy sqnr --table {f}/good.json", 1, "holds no table"),
+    "table of another network": (
+        "rank {f}/factories.py:poisoned --proxy sqnr --table digits",
+        1,
+        "'head.kernel'",
+    ),
+    "unknown proxy to rank": (
+        "rank --proxy sqnrr --table digits",
+        2,
+        "did you mean 'sqnr'",
+    ),
+    "scores of other rounding to rank": (
+        "rank {f}/moved.json --proxy sqnr --table digits",
+        2,
+        "rounding",
+    ),
+    "rank drawn in no format": ("rank --table digits --plot {o}/rank.bmp", 2, ".png, .svg or .pdf"),
+    # evolution
+    "evolution without a table": ("evolve", 2, "--table"),
+    "evolution of a plan": ("evolve --table {f}/good.json", 1, "holds no table"),
+    "evolution of a cut table": ("evolve --table {f}/cut.json", 1, "cut short"),
+    "unknown method": ("evolve --table digits --method emqq", 2, "did you mean 'emq'"),
+    "unknown structure": ("evolve --table digits --structure tre", 2, "did you mean 'tree'"),
+    "unknown leaf": ("evolve --table digits --leaves W,Q", 2, "'Q'"),
+    "population of one": ("evolve --table digits --population 1", 2, "at least 2"),
+    "no evaluations": ("evolve --table digits --evaluations 0", 2, "at least 1"),
+    "all plans held back": ("evolve --table digits --validation 1", 2, "below 1"),
+    "no entries": ("evolve --table digits --entries 0", 2, "--entries must be at least 1"),
+    "table that is held out too": ("evolve --table digits --holdout digits", 2, "twice"),
+    "formula without a name": ("evolve --table digits --out {o}/formula.txt", 2, ".json"),
+    "logbook nowhere": ("evolve --table digits --logbook {o}/sub/log.json", 1, "does not exist"),
+    # quantized networks
+    "nothing to quantize": ("quantize", 2, "PLAN.json"),
+    "two plans to quantize": ("quantize {f}/good.json {f}/bits.json", 2, "name one plan"),
+    "missing plan to quantize": ("quantize {f}/gone.json --out {o}/net", 1, "gone.json"),
+    "plan of another model to quantize": (
+        "quantize {f}/renamed.json --out {o}/net",
+        1,
+        "another model",
+    ),
+    "unknown reconstruction": (
+        "quantize {f}/good.json --reconstruct blok --out {o}/net",
+        2,
+        "'blok'",
+    ),
+    "no steps": (
+        "quantize {f}/good.json --reconstruct block --steps 0 --out {o}/net",
+        2,
+        "at least 1",
+    ),
+    "too few images to learn from": (
+        "quantize {f}/good.json --reconstruct block --samples 0 --out {o}/net",
+        2,
+        "0",
+    ),
+    "quantized for a file": ("quantize {f}/good.json --out {o}/kept.json", 1, "no folder"),
+    "quantized nowhere": ("quantize {f}/good.json --out {o}/sub/net", 1, "does not exist"),
+    # exports
+    "nothing to export": ("export --to onnx --out {o}/net.onnx", 2, "at least one plan"),
+    "export to nowhere": ("export {f}/good.json --to onnx", 2, "--out PATH"),
+    "export to nothing": ("export {f}/good.json --out {o}/net.onnx", 2, "--to onnx"),
+    "unknown format": (
+        "export {f}/good.json --to onxx --out {o}/net.onnx",
+        2,
+        "did you mean 'onnx'",
+    ),
+    "packed network that is none": (
+        "export --packed {f}/good.safetensors --to onnx --out {o}/net.onnx",
+        1,
+        "no packed network",
+    ),
+    "missing packed network": (
+        "export --packed {f}/gone.safetensors --to onnx --out {o}/net.onnx",
+        1,
+        "gone.safetensors",
+    ),
+    "plan of another model to export": (
+        "export {f}/renamed.json --to onnx --out {o}/net.onnx",
+        1,
+        "another model",
+    ),
+    "truncated plan to export": ("export {f}/cut.json --to onnx --out {o}/n.onnx", 1, "cut short"),
+    # pages
+    "page of nothing": ("report --out {o}/page.html", 2, "PLAN.json"),
+    "page that is written nowhere": ("report {f}/good.json", 2, "--out"),
+    "page over a plan": ("report {f}/good.json --out {o}/kept.json", 2, "ends in .html"),
+    "page of a missing plan": ("report {f}/gone.json --out {o}/page.html", 1, "gone.json"),
+    "page of scores that are a plan": (
+        "report {f}/good.json --scores {f}/good.json --out {o}/page.html",
+        1,
+        "holds no scores",
+    ),
+    "page of an evaluation that is a list": (
+        "report {f}/good.json --evaluation {f}/list.json --out {o}/page.html",
+        1,
+        "no measured accuracy",
+    ),
+    "page of a front that is a plan": (
+        "report {f}/good.json --front {f}/good.json --out {o}/page.html",
+        1,
+        "holds no front",
+    ),
+    "page of two models": (
+        "report {f}/good.json {f}/renamed.json --out {o}/page.html",
+        1,
+        "of different models",
+    ),
+    "page in a missing folder": (
+        "report {f}/good.json --out {o}/sub/page.html",
+        1,
+        "does not exist",
+    ),
+    # listings
+    "listing with an argument": ("models resnet18", 2, "unexpected"),
+    "listing of recipes by name": ("recipes ompq", 2, "unexpected"),
+    "listing with an unknown option": ("models --jsn", 2, "did you mean '--json'"),
+    "listing of recipes with an unknown option": ("recipes --jso", 2, "did you mean '--json'"),
+    "proxies of a formula that is missing": ("proxies {f}/gone.json", 1, "gone.json"),
+    "proxies of a plan": ("proxies {f}/good.json", 1, "holds no formula"),
+    "inspect a plan": ("inspect {f}/good.json", 2, "good.json"),
+    "inspect with weights that are cut": (
+        "inspect --weights {f}/cut.safetensors",
+        1,
+        "cut.safetensors",
+    ),
+    # files that are made to do harm
+    "plan without an end": ("evaluate {f}/endless.json", 1, "nested too deeply"),
+    "plan that says it twice": ("evaluate {f}/twice.json", 1, "gives the field 'layers' twice"),
+    "plan of halves of signs": ("evaluate {f}/halves.json", 1, "UTF-8 cannot write"),
+    "images of objects": ("search --data {f}/objects.npz:x", 1, "Python objects"),
+    "images of another length": ("search --data {f}/promise.npz", 1, "is damaged"),
+    "weights of a promise": ("search --weights {f}/promise.safetensors", 1, "promise.safetensors"),
+    "recipe without an end": ("search --recipe {f}/endless.toml", 1, "nested too deeply"),
 }
+COMMANDS = (
+    *("search", "score", "allocate", "pareto", "evaluate", "table", "rank", "evolve"),
+    *("quantize", "export", "report", "inspect", "proxies", "models", "recipes"),
+)
 
 
 @pytest.fixture
@@ -361,6 +573,15 @@ def arguments_of(line: str, files: Path, results: Path) -> list[str]:
 def content(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_command_is_asked_for_what_it_cannot_do():
+    """At least three things each, the listings two."""
+    asked = [line.split()[0] for line, _, _ in CASES.values()]
+    for command in COMMANDS:
+        least = 2 if command in ("models", "recipes") else 3
+        assert asked.count(command) >= least, command
+    assert len({line for line, _, _ in CASES.values()}) == len(CASES) >= 60
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -151,13 +151,13 @@ def test_relu_keeps_its_derivative_at_zero():
     assert float(jnp.abs(gradient).sum()) == 0.0
 
 
-def test_a_loop_over_layers_is_refused_by_name():
+def test_a_loop_over_layers_is_unrolled():
     def apply(p, x):
         return jax.lax.scan(lambda c, w: (c @ w, None), x, p["stack"])[0]
 
     model = from_function(apply, {"stack": np.ones((3, 4, 4), np.float32)}, (4,), name="scanned")
-    with pytest.raises(ProxyqError, match=r"`scan`.*unrolled"):
-        network(model, 2)
+    assert [layer.name for layer in network(model, 2).layers] == ["stack.0", "stack.1", "stack.2"]
+    assert all(eqn.primitive.name != "scan" for eqn in network(model, 2).graph.main)
 
 
 def test_a_model_without_layers_is_refused():

@@ -171,7 +171,7 @@ def folder(tmp_path_factory):
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=32,
-        max_position_embeddings=12,
+        max_position_embeddings=32,
         num_labels=3,
     )
     transformers.BertForSequenceClassification(config).save_pretrained(path)
@@ -186,8 +186,8 @@ def test_a_folder_of_transformers(folder, tmp_path):
 
     model = proxyq.load_model(f"hf:{folder}")
     assert {key: x.shape for key, x in model.inputs.items()} == {
-        "input_ids": (12,),
-        "attention_mask": (12,),
+        "input_ids": (32,),
+        "attention_mask": (32,),
     }
     lines = tmp_path / "lines.txt"
     lines.write_text("the cat sat on the mat\n\na dog ran\nthe dog and the cat\n" * 3)

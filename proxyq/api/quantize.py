@@ -18,14 +18,14 @@ from proxyq.engine import Edit, Engine
 from proxyq.engine.ranges import ActivationRange, input_grids
 from proxyq.engine.statistics import correct_statistics, float_moments
 from proxyq.errors import ProxyqError, UsageError, near
-from proxyq.files import check_folder
+from proxyq.files import check_folder, write_together
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 from proxyq.proxies import Cache
 from proxyq.ptq.correct import correct
 from proxyq.ptq.measure import right
-from proxyq.ptq.packed import PackedSize, save_packed
+from proxyq.ptq.packed import PackedSize, packed_bytes
 from proxyq.ptq.quantized import QuantizedModel, integer_weights, with_input_grids, with_weights
 from proxyq.ptq.reconstruct import Learning, Level, learning_facts, reconstruct
 from proxyq.quantize import Rounding
@@ -66,6 +66,8 @@ def quantize_model(
       layer or block by block, with gains and shifts of the channels, which takes the place of a
       correction unless one is asked for.
     - `learning`: the settings of these two; `seed`: of the order of their batches.
+    - `memory`: bound on the activations held at once; learning holds those between two layers or
+      blocks of all images, and where there is no room for them is refused.
     - `activation_range`: how inputs of layers get their ranges, where the plan rounds them.
     - `cache`: keeps how far the learning is.
 
@@ -129,6 +131,7 @@ def quantize_model(
             input_grids=grids,
             learning=learning,
             key=jax.random.key(seed),
+            memory=memory,
             checkpoint=checkpoint,
             progress=progress,
         )
@@ -247,15 +250,15 @@ def pack(
         progress=progress,
     )
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = {"seed": seed, "activation_range": activation_range}
     if calibration is not None:
         facts["data"] = calibration.identity
         facts["samples"] = len(jax.tree.leaves(inputs)[0])
     if RECONSTRUCTIONS[reconstruction] is not None:
         facts["learning"] = learning_facts(learning or Learning())
-    size = save_packed(made, folder / "packed.safetensors", facts=facts)
-    plan.save(folder / "plan.json")
+    content, size = packed_bytes(made, facts)
+    files = {folder / "packed.safetensors": content, folder / "plan.json": plan.to_json()}
+    write_together(files, folder=folder)
     quantized = (layer for layer in plan.layers.values() if layer.weight_bits is not None)
     return Packed(
         model=made,

@@ -75,7 +75,7 @@ def evolve(
         changes["leaves"] = tuple(part.strip() for part in leaves.split(","))
     with working(device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet) as progress:
         from proxyq import api
-        from proxyq.files import write_atomic
+        from proxyq.files import write_together
         from proxyq.report.plots import draw_evolution
 
         found = api.evolve(
@@ -97,12 +97,14 @@ def evolve(
             progress=progress,
             **changes,
         )
+        written: dict[Path, bytes | str] = {}
         if out is not None and name is not None:
-            found.formula(name).save(out)
+            written[Path(out)] = found.formula(name).to_json()
         if logbook is not None:
-            write_atomic(logbook, found.text())
+            written[Path(logbook)] = found.text()
         if plot is not None:
-            write_atomic(plot, draw_evolution(found.to_json(), plot))
+            written[Path(plot)] = draw_evolution(found.to_json(), plot)
+        write_together(written)
 
     if json:
         print_json(found.to_json())

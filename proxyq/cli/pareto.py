@@ -134,15 +134,17 @@ def names_scores(model: str | None, loading: dict[str, Any]) -> bool:
 
 def save_front(front: Any, out: str | None, plans: str | None, plot: str | None) -> None:
     """The front's file, its plans and its picture, where they are asked for."""
+    from proxyq.files import write_together
+
+    files: dict[Path, bytes | str] = {}
     if out is not None:
-        front.save(out)
+        files[Path(out)] = front.to_json()
     if plans is not None:
-        Path(plans).mkdir(exist_ok=True)
         digits = max(2, len(str(len(front.points))))
         for number, plan in enumerate(front.plans, 1):
-            plan.save(Path(plans) / f"plan-{number:0{digits}}.json")
+            files[Path(plans) / f"plan-{number:0{digits}}.json"] = plan.to_json()
     if plot is not None:
-        from proxyq.files import write_atomic
         from proxyq.report.plots import draw_front
 
-        write_atomic(plot, draw_front(front, plot))
+        files[Path(plot)] = draw_front(front, plot)
+    write_together(files, folder=plans)

@@ -1,6 +1,7 @@
 """What commands that make a plan have in common: where it is written, and how it is shown."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from proxyq.cli.output import print_blocks, print_text, say
@@ -20,13 +21,16 @@ def check_results(*files: str | None, plot: str | None = None) -> None:
 
 def save_plan(plan: Any, out: str | None, plot: str | None) -> None:
     """The plan's file and picture, where they are asked for."""
+    from proxyq.files import write_together
+
+    files: dict[Path, bytes | str] = {}
     if out is not None:
-        plan.save(out)
+        files[Path(out)] = plan.to_json()
     if plot is not None:
-        from proxyq.files import write_atomic
         from proxyq.report.plots import draw_plan
 
-        write_atomic(plot, draw_plan(plan, plot))
+        files[Path(plot)] = draw_plan(plan, plot)
+    write_together(files)
 
 
 def tell_unused_pins(pins: Sequence[str] | None, names: Sequence[str], *, quiet: bool) -> None:

@@ -1,5 +1,7 @@
 """`proxyq rank`: how well proxies order measured plans."""
 
+from pathlib import Path
+
 from proxyq.cli import options as o
 from proxyq.cli.arguments import byte_count, key_values
 from proxyq.cli.models import load
@@ -60,7 +62,7 @@ def rank(
         device=device, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet, times=True
     ) as progress:
         from proxyq import api
-        from proxyq.files import write_atomic
+        from proxyq.files import write_together
         from proxyq.report.plots import draw_ranking
 
         result = api.rank(
@@ -75,10 +77,12 @@ def rank(
             cache_dir=score_cache(cache_dir, no_cache=no_cache),
             progress=progress,
         )
+        written: dict[Path, bytes | str] = {}
         if out is not None:
-            write_atomic(out, result.text())
+            written[Path(out)] = result.text()
         if plot is not None:
-            write_atomic(plot, draw_ranking(result.costs(), result.table, plot))
+            written[Path(plot)] = draw_ranking(result.costs(), result.table, plot)
+        write_together(written)
 
     if json:
         print_json(result.to_json())

@@ -11,6 +11,8 @@ import numpy as np
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.files import digest_arrays
 
+MOST_CLASSES = 1 << 24
+
 
 @dataclass(frozen=True, eq=False)
 class LazyImages:
@@ -176,7 +178,11 @@ def _checked_images(images: Any, name: str) -> np.ndarray:
     if np.issubdtype(images.dtype, np.floating):
         if not np.isfinite(images).all():
             raise ProxyqError(f"the images of {name!r} hold NaN or infinite values.")
-        return images.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):
+            narrow = images.astype(np.float32, copy=False)
+        if not np.isfinite(narrow).all():
+            raise ProxyqError(f"the images of {name!r} hold values too large for float32.")
+        return narrow
     raise UsageError(f"the images of {name!r} must be uint8 or float, got {images.dtype}.")
 
 
@@ -194,6 +200,11 @@ def _checked_labels(labels: Any, name: str) -> np.ndarray:
         raise UsageError(
             f"the labels of {name!r} must count from 0, got {int(labels.min())}: leave out "
             "images without a class."
+        )
+    if labels.size and labels.max() >= MOST_CLASSES:
+        raise UsageError(
+            f"the labels of {name!r} must be below {MOST_CLASSES:,}, got {int(labels.max())}: "
+            "give the number of each image's class."
         )
     return labels.astype(np.int64)
 

@@ -1,5 +1,6 @@
 """Images and labels in a NumPy archive."""
 
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import IO
 import numpy as np
 
 from proxyq.data.data import Data
-from proxyq.errors import ProxyqError, UsageError, near
+from proxyq.errors import ProxyqError, UsageError, near, reason
 from proxyq.files import read_bytes
 
 # How the arrays of a split are usually called; the first that fits is taken.
@@ -17,6 +18,9 @@ WORDS = {
     "validation": ("val", "test", "eval"),
     "test": ("test", "eval", "val"),
 }
+MOST_RATIO, LEAST_BYTES = 250, 1 << 27
+"""An array that unpacks to more than so many times its bytes in the file, and to more than so many
+bytes in all, is no set of images but made to fill memory."""
 _LABELS = re.compile(r"y(_|$)|.*(label|target)", re.IGNORECASE)
 Header = tuple[tuple[int, ...], np.dtype]
 
@@ -37,31 +41,35 @@ def load_npz(
         read_bytes(path, "data file")  # the common sentence for what cannot be read
     try:
         with zipfile.ZipFile(path) as archive:
-            headers = {
-                entry.filename.removesuffix(".npy"): _header(archive.open(entry))
+            entries = {
+                entry.filename.removesuffix(".npy"): entry
                 for entry in archive.infolist()
                 if entry.filename.endswith(".npy")
             }
+            headers, starts = {}, {}
+            for key, entry in entries.items():
+                headers[key], starts[key] = _header(archive.open(entry))
         if not headers:
             raise UsageError(f"the file {str(path)!r} holds no arrays.")
         image_key, label_key = _chosen(headers, keys, split, str(path))
+        for key in filter(None, (image_key, label_key)):
+            _check_bytes(key, entries[key], headers[key], starts[key], path)
         with np.load(path, allow_pickle=False) as arrays:
             images = arrays[image_key]
             labels = arrays[label_key] if label_key else None
-    except UsageError:
+    except ProxyqError:
         raise
     except Exception as error:  # zipfile, zlib and numpy each raise their own kinds
         raise ProxyqError(
             f"the data file {str(path)!r} is not an intact .npz archive of plain arrays "
-            f"({type(error).__name__}: {str(error).rstrip('.') or 'cut short'}): make it again "
-            "with `numpy.savez`."
+            f"({type(error).__name__}: {reason(error)}): make it again with `numpy.savez`."
         ) from error
     label = f"{name}:{image_key}" + (f",{label_key}" if label_key else "")
     return Data(name=label, images=channels_last(images, layout, label), labels=labels)
 
 
-def _header(file: IO[bytes]) -> Header:
-    """Shape and type of an array from its first bytes."""
+def _header(file: IO[bytes]) -> tuple[Header, int]:
+    """Shape and type of an array from its first bytes, and how many bytes these are."""
     with file:
         version = np.lib.format.read_magic(file)
         read = (
@@ -70,7 +78,27 @@ def _header(file: IO[bytes]) -> Header:
             else np.lib.format.read_array_header_2_0
         )
         shape, _, dtype = read(file)
-    return shape, dtype
+        return (shape, dtype), file.tell()
+
+
+def _check_bytes(key: str, entry: zipfile.ZipInfo, header: Header, start: int, path: Path) -> None:
+    """Refuse, before anything is unpacked, what is not there and what is there to fill memory."""
+    shape, dtype = header
+    if dtype.hasobject:
+        raise ValueError(f"the array {key!r} holds Python objects, which are not unpickled")
+    promised = start + math.prod(shape) * dtype.itemsize
+    if promised != entry.file_size or entry.compress_size > path.stat().st_size:
+        raise ProxyqError(
+            f"the array {key!r} of {str(path)!r} is damaged: its shape {shape} takes "
+            f"{promised:,} bytes, and there are {entry.file_size:,}; make the file again with "
+            "`numpy.savez`."
+        )
+    if promised > max(LEAST_BYTES, MOST_RATIO * entry.compress_size):
+        raise ProxyqError(
+            f"the array {key!r} of {str(path)!r} unpacks to {promised:,} bytes from "
+            f"{entry.compress_size:,}, which no images do: store them without compression, with "
+            "`numpy.savez`, where this is meant."
+        )
 
 
 def _chosen(

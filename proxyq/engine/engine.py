@@ -16,7 +16,7 @@ import numpy as np
 
 from proxyq.engine.memory import images_at_once
 from proxyq.engine.segments import NO_EDIT, Edit, Segment, State, call, call_site, cut
-from proxyq.errors import ProxyqError
+from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.graph import Var
 from proxyq.model.layers import weight_columns
 from proxyq.model.model import Model, logits_of
@@ -93,17 +93,20 @@ class Engine:
         return self.frontier[self.network.sites[site].weight]
 
     def columns(self, site: int) -> Any:
-        """The same as `[fan_in, channels]`."""
+        """The same as `[fan_in, channels]`, in float32 at least."""
         where, weight = self.network.sites[site], self.weight(site)
-        return weight_columns(weight, where.channel_axes)
+        return at_least_float32(weight_columns(weight, where.channel_axes))
 
     def chunks(self, inputs: Any) -> Iterator[tuple[Any, int]]:
         """Batches of `batch_size`, the last one padded by repeating its last example.
 
         Yields the batch and how many of its examples are real. Nothing may depend on the
         padding, so batch statistics need a set that fits one batch.
+
+        **Raises** `UsageError` for examples of another shape than the model's.
         """
         leaves, tree = jax.tree.flatten(inputs)
+        self._check_shapes(leaves)
         total, size = len(leaves[0]), self.batch_size
         for start in range(0, total, size):
             count = min(size, total - start)
@@ -113,6 +116,22 @@ class Engine:
             types = (var.aval.dtype for var in self.network.graph.inputs)
             arrays = [jnp.asarray(leaf, kind) for leaf, kind in zip(batch, types, strict=True)]
             yield jax.tree.unflatten(tree, arrays), count
+
+    def _check_shapes(self, leaves: list[Any]) -> None:
+        wanted = [tuple(var.aval.shape[1:]) for var in self.network.graph.inputs]
+        given = [tuple(np.shape(leaf)[1:]) for leaf in leaves]
+        if given == wanted:
+            return
+        model, hint = self.network.model, ""
+        if model.image_layout and len(given) == len(wanted) == 1 and len(given[0]) == 3:
+            last = model.image_layout == "NHWC"
+            first, *rest = given[0] if last else (given[0][2], *given[0][:2])
+            if wanted[0] == ((*rest, first) if last else (first, *rest)):
+                hint = f": the model reads images with the channels {'last' if last else 'first'}"
+        raise UsageError(
+            f"the inputs of {model.name!r} must have the shape {_shapes(wanted)} for each example, "
+            f"got {_shapes(given)}{hint}."
+        )
 
     def start(self, inputs: Any) -> State:
         """The state before the first site."""
@@ -157,7 +176,7 @@ class Engine:
         """The first output on a set of any size: `[images, …]`."""
         parts = []
         for batch, count in self.chunks(inputs):
-            parts.append(np.asarray(logits_of(self.run(batch, edits)))[:count])
+            parts.append(np.asarray(at_least_float32(logits_of(self.run(batch, edits))))[:count])
             if tick is not None:
                 tick()
         return np.concatenate(parts)
@@ -218,6 +237,17 @@ class Engine:
         after.update(zip(segment.writes, written, strict=True))
         known = dict(zip(ahead, recorded, strict=True))
         return after, [known[var] if var in known else state[var] for var in capture]
+
+
+def _shapes(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes)) or "()"
+
+
+def at_least_float32(array: Any) -> Any:
+    """The same numbers, bfloat16 and float16 as float32: sums and grids are too fine for those."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 @lru_cache(maxsize=8)

@@ -65,8 +65,8 @@ def record_gradients(
         ]
     sums: dict[str, np.ndarray] = checkpoint.load("gradients") or {}
     first_batch = int(sums.pop("batches", np.array(0)))
-    chunks = list(engine.chunks(inputs))
-    images = sum(count for _, count in chunks)
+    images = len(jax.tree.leaves(inputs)[0])
+    chunks = -(-images // engine.batch_size)
 
     def add(need: str, row: int, value: Any) -> None:
         key = f"{need}/{row}"
@@ -78,7 +78,7 @@ def record_gradients(
         value = np.asarray(value)
         sums[key] = np.concatenate([sums[key], value], axis=-1) if key in sums else value
 
-    for done, (batch, count) in enumerate(chunks):
+    for done, (batch, count) in enumerate(engine.chunks(inputs)):
         start = done * engine.batch_size
         if done < first_batch:
             continue
@@ -96,7 +96,7 @@ def record_gradients(
                 ]
                 products = [_first_order(tape, site, deltas[site]) for site in own]
                 extend("first-order", row, np.sum(products, axis=0)[:, :count])
-        progress("backward", done + 1, len(chunks))
+        progress("backward", done + 1, chunks)
         if checkpoint.due():
             checkpoint.save("gradients", {**sums, "batches": np.array(done + 1)})
     averaged = ("gradient", "gradient-squares", "gradient-magnitudes")

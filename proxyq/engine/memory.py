@@ -1,11 +1,12 @@
 """How many images fit at once under a bound on memory."""
 
 import math
+from collections.abc import Iterable
 
 import jax
 
 from proxyq.errors import UsageError
-from proxyq.model.graph import Graph, is_literal
+from proxyq.model.graph import Graph, Var, is_literal
 from proxyq.model.model import Model
 from proxyq.model.network import LAYERS_AT, Network, network
 
@@ -15,6 +16,10 @@ CPU_MEMORY, ACCELERATOR_MEMORY, TAPE_MEMORY = 1 << 26, 1 << 30, 1 << 29
 On CPU 64 MiB: larger batches leave the caches and pay for fresh pages (twice the time at 1 GiB).
 Derivatives keep a whole batch: 512 MiB.
 """
+WHOLE_MEMORY = 1 << 33
+"""The same where images are held against each other: fewer at once would take more passes."""
+CHANGES_MEMORY = 1 << 30
+"""The same of what choices make of a batch's outputs, of which there may be a whole vocabulary."""
 
 
 def bytes_per_image(graph: Graph) -> int:
@@ -51,6 +56,33 @@ def tape_bytes_per_image(of: Network) -> int:
     kept = 6 * sum(a.size * a.dtype.itemsize for a in outs) / of.graph.batch_size
     weights = (site.weight.aval for site in of.sites)
     return math.ceil(kept) + 2 * max(a.size * a.dtype.itemsize for a in weights)
+
+
+def images_beside_each_other(
+    of: Network, captured: Iterable[Var], memory: int | None = None
+) -> int:
+    """How many images may be held at one layer, to be compared with each other.
+
+    Of each live the state and the largest of the `captured` features, three times over: as it was
+    captured, put together with the others', and centred.
+    """
+    bound = WHOLE_MEMORY if memory is None else memory
+    return int(bound // bytes_per_image_beside(of, captured))
+
+
+def bytes_per_image_beside(of: Network, captured: Iterable[Var]) -> float:
+    """What one image takes there."""
+    graph = of.graph
+    sizes = [var.aval.size * var.aval.dtype.itemsize / graph.batch_size for var in captured]
+    return bytes_per_image(graph) + 3 * max(sizes, default=0)
+
+
+def amount(size: float) -> str:
+    """Bytes for people: `3.4 GiB`."""
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if size >= 1 << power:
+            return f"{size / (1 << power):.1f} {unit}"
+    return f"{math.ceil(size / 1024)} KiB"
 
 
 def images_at_once(

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proxyq.engine.engine import Edits, Engine
+from proxyq.engine.engine import Edits, Engine, at_least_float32
 from proxyq.engine.segments import NO_EDIT, Edit
 from proxyq.model.examples import Examples
 from proxyq.model.layers import columns_of
@@ -92,7 +92,7 @@ def float_moments(
             state, (output,) = engine.step(state, index, capture=(out,))
             parts[index].append(_moments([output], [count], site, engine.batch_size))
         leaf = jax.tree.leaves(engine.outputs(state))[0]
-        logits.append(np.asarray(leaf)[:count])
+        logits.append(np.asarray(at_least_float32(leaf))[:count])
         progress("float statistics", done + 1, total)
     joined = [
         Moments(

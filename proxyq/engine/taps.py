@@ -25,6 +25,7 @@ from proxyq.engine.engine import Engine
 from proxyq.engine.gauss_newton import gauss_newton
 from proxyq.engine.gradients import GRADIENT_NEEDS, record_gradients
 from proxyq.engine.gram import Gram
+from proxyq.engine.memory import CHANGES_MEMORY, amount
 from proxyq.engine.objectives import LABELS, Targets, objective, objective_for, targets
 from proxyq.engine.pairs import Loss, PairLosses, pair_sweep
 from proxyq.engine.ranges import input_errors
@@ -306,6 +307,7 @@ def collect(
             recorded,
             feature=options.feature,
             centre=options.centre,
+            memory=memory,
             progress=progress,
         )
     own = tuple(need for need in needs if need in GRADIENT_NEEDS)
@@ -347,7 +349,7 @@ def collect(
         if own or grams:
             own = own or ("kl",)
             table = single_layer_sweep(
-                engine,
+                _small_enough(engine, size * len(grams), images, memory) if grams else engine,
                 inputs,
                 alternatives,
                 _measure(own, options, aims),
@@ -410,6 +412,28 @@ def collect(
 
 def _tape_engine(engine: Engine, images: int, memory: int | None) -> Engine:
     return Engine.build(engine.network.model, max(images, 1), memory=memory, tape=True)
+
+
+def _small_enough(engine: Engine, choices: int, images: int, memory: int | None) -> Engine:
+    """The engine, or one of smaller batches where the outputs of a batch, times the choices that
+    are held of them, are too many: those of a language model are a vocabulary for each token.
+
+    **Raises** `UsageError` where a single image's are.
+    """
+    graph = engine.network.graph
+    outputs = jax.tree.leaves(graph.outputs)[0].aval.size / graph.batch_size
+    bound, per_image = CHANGES_MEMORY if memory is None else memory, 4 * choices * outputs
+    if per_image > bound:
+        raise UsageError(
+            f"what {choices} choices change of the {int(outputs):,} outputs of one image takes "
+            f"{amount(per_image)}, and memory (--memory) allows {amount(bound)}: give that much, "
+            "or fewer --bits."
+        )
+    most = int(bound // per_image)
+    if engine.batch_size <= most:
+        return engine
+    model, norm = engine.network.model, engine.network.batch_norm
+    return Engine.build(model, images, batch_norm=norm, batch_size=most)
 
 
 def _measure(needs: tuple[str, ...], options: TapOptions, aims: Targets | None) -> Measure:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from proxyq.errors import MissingExtra, ProxyqError
+from proxyq.errors import MissingExtra, ProxyqError, reason
 from proxyq.export.agreement import (
     check_agreement,
     examples_of,
@@ -174,18 +174,29 @@ def load_compressed_tensors(path: str | os.PathLike[str], module: Any) -> Any:
         own = ct.QuantizationConfig.model_validate(config["quantization_config"])
     except (KeyError, ValueError) as error:
         raise ProxyqError(
-            f"compressed-tensors cannot read the configuration in {str(folder)!r}: {error}."
+            f"compressed-tensors cannot read the configuration in {str(folder)!r}: {reason(error)}."
         ) from None
-    ct.apply(made, own, show_progress=False)
-    found = [one for one in made.modules() if hasattr(one, "quantization_scheme")]
-    with torch.no_grad():
-        for one in found:  # gives it the names and shapes of compressed weights
-            one.weight_scale.fill_(1)
-            ct.compress(one)
+    try:
+        ct.apply(made, own, show_progress=False)
+        found = [one for one in made.modules() if hasattr(one, "quantization_scheme")]
+        with torch.no_grad():
+            for one in found:  # gives it the names and shapes of compressed weights
+                one.weight_scale.fill_(1)
+                ct.compress(one)
+    except Exception as error:  # a scheme that it reads and cannot apply
+        raise ProxyqError(
+            f"compressed-tensors cannot apply the configuration in {str(folder)!r}: "
+            f"{reason(error)}."
+        ) from None
     tensors, _ = read_weights(folder)
     put_state(made, tensors, folder)
-    for one in found:
-        ct.decompress(one)
+    try:
+        for one in found:
+            ct.decompress(one)
+    except Exception as error:
+        raise ProxyqError(
+            f"compressed-tensors cannot decompress the weights in {str(folder)!r}: {reason(error)}."
+        ) from None
     return made
 
 

@@ -9,6 +9,7 @@ that adds to it. Nothing of the network's code changes, and any framework can ru
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from proxyq.engine import Engine
@@ -18,6 +19,7 @@ from proxyq.model.graph import Graph, Var
 from proxyq.model.layers import Layer
 from proxyq.model.network import LAYERS_AT
 from proxyq.model.origin import Tail, parameter_indices, tails, trailing_bias, trailing_sums
+from proxyq.model.scanned import whole_params
 from proxyq.ptq.deploy import in_parameter
 from proxyq.ptq.quantized import QuantizedModel
 from proxyq.quantize.integers import Integers
@@ -27,7 +29,8 @@ def to_params(quantized: QuantizedModel) -> dict[str, np.ndarray]:
     """The model's parameters by name with a quantized network's numbers.
 
     `model.apply(to_params(quantized), x)` is `quantized.logits(x)` up to the rounding of float32
-    where inputs of layers stay float; rounded inputs are no parameters and are left out.
+    where inputs of layers stay float, of bfloat16 where layers compute in that (2^-8 in each
+    weight); rounded inputs are no parameters and are left out.
 
     **Raises** `ProxyqError` when a layer cannot be put back: its weight is computed from
     parameters, has other numbers at each use, or is read elsewhere as it was; or something is
@@ -58,6 +61,9 @@ def unfolded_integers(quantized: QuantizedModel) -> dict[str, Integers]:
 def to_nnx(quantized: QuantizedModel, module: Any) -> Any:
     """A copy of an nnx module, in evaluation mode, with a quantized network's numbers.
 
+    Arrays keep the module's types: what is bfloat16 there takes the nearest numbers, and outputs
+    are then those of the quantized network to the precision of bfloat16, 2^-8 in each weight.
+
     - `module`: the one that the model was made from, or one with the same names and shapes.
 
     **Raises** `ProxyqError` as `to_params` does, or when names or shapes do not match.
@@ -68,11 +74,11 @@ def to_nnx(quantized: QuantizedModel, module: Any) -> Any:
 
     if not isinstance(module, nnx.Module):
         raise UsageError(f"`module` must be a flax.nnx.Module, got {kind_of(module)}.")
-    return put_into_nnx(module, to_params(quantized))
+    return put_into_nnx(module, whole_params(to_params(quantized), quantized.model.stacks))
 
 
 def to_linen(quantized: QuantizedModel, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """A linen module's variables with a quantized network's numbers.
+    """A linen module's variables with a quantized network's numbers; types as `to_nnx` does.
 
     - `variables`: those that the model was made from, or others with the same names and shapes.
 
@@ -85,7 +91,8 @@ def to_linen(quantized: QuantizedModel, variables: Mapping[str, Any]) -> dict[st
             "`variables` must be a dictionary with the collection 'params', as `module.init` "
             f"returns it, got {kind_of(variables)}."
         )
-    return put_into_linen(variables, to_params(quantized))
+    params = whole_params(to_params(quantized), quantized.model.stacks)
+    return put_into_linen(variables, params)
 
 
 def _unfolded(
@@ -165,12 +172,13 @@ def _check(engine: Engine, quantized: QuantizedModel, params: Mapping[str, np.nd
         site = network.sites[index]
         layer = network.layer(site.layer)
         if edit.weight is not None:
-            _same(after[site.weight], edit.weight, layer)
+            _same(after[site.weight], edit.weight, layer, after[site.weight].dtype)
             replaced.setdefault(site.weight, set()).add(site.position)
         bias, _ = trailing_bias(network, site, before)
         if bias is not None:
             offset = 0 if edit.offset is None else np.asarray(edit.offset)
-            _same(trailing_bias(network, site, after)[0], bias + offset, layer)
+            found, _ = trailing_bias(network, site, after)
+            _same(found, bias + offset, layer, after[site.weight].dtype)
         for position, operand, _ in trailing_sums(network.graph, site):
             replaced.setdefault(_read_by_main(network.graph, operand), set()).add(position)
     old = quantized.model.params
@@ -179,7 +187,7 @@ def _check(engine: Engine, quantized: QuantizedModel, params: Mapping[str, np.nd
         leaves = network.graph.leaves[var] & changed
         if not leaves or _readers(network.graph, var) <= replaced.get(var, set()):
             continue
-        if not _close(after[var], before[var]):
+        if not _close(after[var], before[var], after[var].dtype):
             raise ProxyqError(
                 f"{', '.join(map(repr, sorted(leaves)))} would hold a quantized layer's numbers, "
                 "and is read elsewhere in the network too, as it is: leave the layer float, or "
@@ -187,18 +195,24 @@ def _check(engine: Engine, quantized: QuantizedModel, params: Mapping[str, np.nd
             )
 
 
-def _same(found: Any, wanted: Any, layer: Layer) -> None:
-    if not _close(found, wanted):
+def _same(found: Any, wanted: Any, layer: Layer, dtype: Any) -> None:
+    if not _close(found, wanted, dtype):
         raise ProxyqError(
             f"the layer {layer.name!r} cannot be put back into {layer.parameter!r}: the network "
             "would compute another weight or bias from it."
         )
 
 
-def _close(found: Any, wanted: Any) -> bool:
-    found, wanted = np.asarray(found), np.asarray(wanted)
+def _close(found: Any, wanted: Any, dtype: Any) -> bool:
+    """Whether numbers are the same, but for what rounding to a layer's type does to them."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     largest = float(np.max(np.abs(wanted), initial=0.0))
-    return np.allclose(found, wanted, rtol=1e-4, atol=1e-5 * largest + 1e-30)
+    # In bfloat16: the kernel is rounded, and its product with batch norm's factor again, by half
+    # a step each.
+    step = float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
+    return np.allclose(
+        found, wanted, rtol=max(1e-4, 1.25 * step), atol=max(1e-5, step / 4) * largest + 1e-30
+    )
 
 
 def _read_by_main(graph: Graph, var: Var) -> Var:

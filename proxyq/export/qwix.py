@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from proxyq.engine import Engine
-from proxyq.errors import MissingExtra, ProxyqError, UsageError
-from proxyq.export.agreement import TOLERANCE, differences, examples_of
+from proxyq.errors import MissingExtra, ProxyqError, UsageError, reason, shown
+from proxyq.export.agreement import LOOSEST_TOLERANCE, TOLERANCE, differences, examples_of
 from proxyq.export.exported import (
     Exported,
     check_strict,
@@ -39,10 +39,11 @@ from proxyq.export.exported import (
     raised_and_sizes,
 )
 from proxyq.export.parameters import to_params, unfolded_integers
-from proxyq.files import check_folder, read_bytes, read_json, write_atomic
+from proxyq.files import check_folder, read_bytes, read_json, write_together
 from proxyq.model.function_import import kind_of
 from proxyq.model.model import logits_of
 from proxyq.model.network import LAYERS_AT
+from proxyq.model.scanned import whole_params
 from proxyq.provenance import provenance
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers, narrowed
 from proxyq.ptq.quantized import QuantizedModel
@@ -95,7 +96,8 @@ def export_qwix(
     check_folder(path)
     module = quantized.model.source if module is None else module
     _check_kind(module)
-    integers, params = unfolded_integers(quantized), to_params(quantized)
+    integers, stacks = unfolded_integers(quantized), quantized.model.stacks
+    params = whole_params(to_params(quantized), stacks)
     layers = [layer for layer in deployed_layers(quantized) if layer.name in integers]
     forms, rules, reasons = _choose(quantized, layers, integers)
     example = quantized.model.example(1)
@@ -149,7 +151,10 @@ def export_qwix(
             f"quantized network's by {calibrated:.2g} of the largest."
         )
     difference = _difference(quantized, made.filled(weights), inputs, apply_kwargs)
-    if not rounded and difference > TOLERANCE:
+    half = _has_half_precision(quantized, module)
+    if half:
+        notes.append("What the module holds or computes in bfloat16 agrees to its precision alone.")
+    if not rounded and difference > (LOOSEST_TOLERANCE if half else TOLERANCE):
         raise ProxyqError(
             f"the outputs in qwix differ from the quantized network's by {difference:.2g} of the "
             "largest: is `module` the one that the model was made from?"
@@ -163,10 +168,9 @@ def export_qwix(
         "provenance": provenance(),
     }
     folder = Path(path)
-    folder.mkdir(exist_ok=True)
     files = (folder / PARAMETERS, folder / RULES)
-    write_atomic(files[0], save(tensors))
-    write_atomic(files[1], json.dumps(record, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+    write_together({files[0]: save(tensors), files[1]: text}, folder=folder)
     return Exported(format="qwix", paths=files, difference=difference, notes=tuple(notes), **sizes)
 
 
@@ -199,22 +203,36 @@ def load_qwix(
     record = _record(path)
     try:
         tensors = load(read_bytes(Path(path) / PARAMETERS, "parameters"))
-    except SafetensorError as error:
-        raise ProxyqError(f"the parameters in {str(Path(path))!r} are damaged ({error}).") from None
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ProxyqError(
+            f"the parameters in {str(Path(path))!r} are damaged ({reason(error)})."
+        ) from None
     weights = {}
     try:
         for layer in record["layers"].values():
             name = layer["parameter"]
             scale, zero = tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point", None)
             # Exact: codes of at most 8 bits are far from half a step off.
-            codes = np.round(tensors[name] / scale) + (0 if zero is None else zero)
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                codes = np.round(tensors[name] / scale) + (0 if zero is None else zero)
+            if not (np.abs(codes) <= 128).all():
+                raise ValueError(f"{shown(name)} has no codes of 8 bits")
             weights[name] = Stored(codes.astype(np.int8), scale, zero, int(layer["bits"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        lacks = "it lacks " if isinstance(error, KeyError) else ""
         raise ProxyqError(
-            f"the rules and parameters in {str(Path(path))!r} do not fit together ({error}): "
-            "export them again."
+            f"the rules and parameters in {str(Path(path))!r} do not fit together "
+            f"({lacks}{reason(error)}): export them again."
         ) from None
-    made = _quantize(module, tensors, record["rules"], inputs, apply_kwargs)
+    try:
+        made = _quantize(module, tensors, record["rules"], inputs, apply_kwargs)
+    except ProxyqError:
+        raise
+    except Exception as error:  # what qwix makes of rules and shapes that are none of its own
+        raise ProxyqError(
+            f"qwix cannot quantize the module by the rules and parameters in {str(Path(path))!r} "
+            f"({reason(error)}): it may not be the one that was exported."
+        ) from None
     for name, stored in weights.items():
         if not _fits(made.find(name), stored):
             raise ProxyqError(
@@ -244,6 +262,18 @@ def _check_kind(module: Any) -> None:
         )
 
 
+def _has_half_precision(quantized: QuantizedModel, module: Any) -> bool:
+    """Whether a parameter of the module, or a layer's arithmetic, has fewer bits than float32."""
+    from flax import nnx
+
+    network = Engine.build(quantized.model, LAYERS_AT, batch_size=LAYERS_AT).network
+    types = [site.weight.aval.dtype for site in network.sites]
+    state = module[1] if isinstance(module, tuple) else nnx.state(module, nnx.Param)
+    types += [leaf.dtype for leaf in jax.tree.leaves(state) if hasattr(leaf, "dtype")]
+    floats = (kind for kind in types if jnp.issubdtype(kind, jnp.floating))
+    return any(jnp.finfo(kind).bits < 32 for kind in floats)
+
+
 def _choose(
     quantized: QuantizedModel, layers: Sequence[DeployedLayer], integers: Mapping[str, Integers]
 ) -> tuple[dict[str, Stored], dict[str, dict[str, Any]], dict[str, list[str]]]:
@@ -251,12 +281,15 @@ def _choose(
     forms: dict[str, Stored] = {}
     rules: dict[str, dict[str, Any]] = {}
     reasons: dict[str, list[str]] = {}
+    stacked = {part for stack in quantized.model.stacks.values() for part in stack.parts}
     network = Engine.build(quantized.model, LAYERS_AT, batch_size=LAYERS_AT).network
     for layer in layers:
         conv = layer.kind != "linear"
         width = layer.activation_bits if layer.inputs is not None else None
         form = _stored(integers[layer.name], centred=conv)
-        if form is None:
+        if layer.parameter in stacked:
+            why = "one rule of qwix takes all steps of a loop over layers"
+        elif form is None:
             why = "qwix has at most 8 bits and whole zero points"
         elif conv and (width is None or width > 8):
             why = "qwix quantizes convolutions only together with their inputs, to 8 bits at most"
@@ -319,7 +352,20 @@ def _record(path: str | os.PathLike[str]) -> dict[str, Any]:
     record = read_json(Path(path) / RULES, "rules")
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         found = record.get("schema") if isinstance(record, dict) else None
-        raise ProxyqError(f"{str(Path(path))!r} has the schema {found!r}; this reads {SCHEMA!r}.")
+        raise ProxyqError(
+            f"{str(Path(path))!r} has the schema {shown(found)}; this reads {SCHEMA!r}."
+        )
+    rules, layers = record.get("rules"), record.get("layers")
+    if not (
+        isinstance(rules, list)
+        and all(isinstance(rule, dict) for rule in rules)
+        and all(isinstance(one, str | None) for rule in rules for one in rule.values())
+        and isinstance(layers, dict)
+    ):
+        raise ProxyqError(
+            f"{str(Path(path) / RULES)!r} is damaged: its field 'rules' must be a list of objects "
+            "of text, and 'layers' an object; export it again."
+        )
     return record
 
 
@@ -327,7 +373,9 @@ def _rules(qwix: Any, rules: Sequence[Mapping[str, Any]]) -> list[Any]:
     try:
         return [qwix.QuantizationRule(**rule) for rule in rules]
     except TypeError as error:
-        raise ProxyqError(f"a rule for qwix has a field that it does not know ({error}).") from None
+        raise ProxyqError(
+            f"a rule for qwix has a field that it does not know ({reason(error)})."
+        ) from None
 
 
 def _quantize(

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from proxyq.errors import ProxyqError, UsageError
+from proxyq.errors import ProxyqError, UsageError, reason, shown
 from proxyq.export.torch_module import round_input
-from proxyq.files import read_bytes, read_json, write_atomic
+from proxyq.files import cannot_write, made_folder, read_bytes, read_json, write_atomic
 from proxyq.model.torch_import import import_torch
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -56,17 +56,25 @@ def restructured(module: Any, facts: Mapping[str, Any], folder: Path) -> Any:
             setattr(made.get_submodule(owner), attribute, torch.nn.Identity())
         for name, shape in facts["biases"].items():
             owner, _, attribute = name.rpartition(".")
+            # A bias is a vector, of no more channels than a layer can have.
+            if not (isinstance(shape, list) and len(shape) == 1 and _is_width(shape[0])):
+                raise ValueError(f"the shape of {name!r} is {shown(shape)}")
             bias = torch.nn.Parameter(torch.zeros(shape), requires_grad=False)
             setattr(made.get_submodule(owner), attribute, bias)
         for name, grid in facts["inputs"].items():
             round_input(made.get_submodule(name), grid)
     except AttributeError as error:
-        raise _other(folder, f"{error}") from None
-    except (KeyError, TypeError, ValueError) as error:
+        raise _other(folder, reason(error)) from None
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        lacks = "it lacks " if isinstance(error, KeyError) else ""
         raise ProxyqError(
-            f"the field 'proxyq' of {str(folder / CONFIG)!r} is wrong: {error}."
+            f"the field 'proxyq' of {str(folder / CONFIG)!r} is wrong: {lacks}{reason(error)}."
         ) from None
     return made
+
+
+def _is_width(size: Any) -> bool:
+    return type(size) is int and 0 <= size < 1 << 24
 
 
 def write_folder(
@@ -86,12 +94,19 @@ def write_folder(
     from safetensors.torch import save
 
     folder = Path(path)
+    content = save({name: value.contiguous().clone() for name, value in tensors.items()}, metadata)
+    with made_folder(folder):
+        return len(content), _tried(folder, content, config, check)
+
+
+def _tried(
+    folder: Path, content: bytes, config: Mapping[str, Any], check: Callable[[Path], Checked]
+) -> Checked:
+    """Write the two files beside their places, let them be checked, and put them there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         trial = tempfile.TemporaryDirectory(dir=folder, prefix=".trial.")
     except OSError as error:
-        raise ProxyqError(f"cannot make the folder {str(path)!r}: {error.strerror}.") from None
-    content = save({name: value.contiguous().clone() for name, value in tensors.items()}, metadata)
+        raise cannot_write(folder, error) from None
     with trial as made:
         write_atomic(Path(made) / WEIGHTS, content)
         write_atomic(Path(made) / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
@@ -100,9 +115,8 @@ def write_folder(
             try:
                 os.replace(Path(made) / name, folder / name)
             except OSError as error:
-                told = f"cannot write {str(folder / name)!r}: {error.strerror}."
-                raise ProxyqError(told) from None
-    return len(content), found
+                raise cannot_write(folder / name, error) from None
+    return found
 
 
 def read_config(folder: Path, schema: str) -> dict[str, Any]:
@@ -116,7 +130,7 @@ def read_config(folder: Path, schema: str) -> dict[str, Any]:
     if found != schema:
         raise ProxyqError(
             f"{str(folder / CONFIG)!r} has no part 'proxyq' with the schema {schema!r}, got "
-            f"{found!r}."
+            f"{shown(found)}."
         )
     return config
 
@@ -133,8 +147,10 @@ def read_weights(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         with safe_open(str(folder / WEIGHTS), framework="pt") as file:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ProxyqError(f"the weights {str(folder / WEIGHTS)!r} are damaged: {error}.") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise ProxyqError(
+            f"the weights {str(folder / WEIGHTS)!r} are damaged: {reason(error)}."
+        ) from None
 
 
 def put_state(module: Any, state: Mapping[str, Any], folder: Path) -> None:
@@ -155,7 +171,10 @@ def put_state(module: Any, state: Mapping[str, Any], folder: Path) -> None:
                 f"its {name!r} has the shape {tuple(value.shape)} and the module's "
                 f"{tuple(own[name].shape)}",
             )
-    module.load_state_dict(dict(state), assign=True)
+    try:
+        module.load_state_dict(dict(state), assign=True)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # of another type
+        raise _other(folder, reason(error)) from None
 
 
 def _other(folder: Path, why: str) -> ProxyqError:

@@ -192,7 +192,10 @@ class _Rounder:
     def __init__(self, torch: Any, facts: Mapping[str, Any], *, inputs: int):
         self.torch, self.inputs = torch, inputs
         self.scale, self.zero = float(facts["scale"]), int(facts["zero"])
-        self.top = 2 ** int(facts["bits"]) - 1
+        bits = int(facts["bits"])
+        if not (1 <= bits <= 16 and 0 < self.scale < 1e30 and 0 <= self.zero < 2**bits):
+            raise ValueError("a grid of inputs is none")
+        self.top = 2**bits - 1
 
     def __call__(self, module: Any, args: Any, kwargs: Any) -> Any:
         del module

@@ -1,18 +1,22 @@
 """Flax modules, nnx and linen, as a `Model`: they are JAX already, only the names are ours."""
 
+import inspect
+import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
+from flax import errors, linen, nnx
 from flax.core import meta
 
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.model.function_import import (
     Layout,
     finish_model,
+    first_line,
     flatten_names,
     kind_of,
     path_name,
@@ -37,13 +41,16 @@ def from_nnx(
     Names are the attribute path joined with dots (`blocks.0.conv1.kernel`). Every
     `nnx.Param` is a weight; other variables (batch-norm statistics, caches) and bare arrays
     are `frozen`. Random state stays inside the function. A variable that several
-    modules share is one array, under the first of its paths.
+    modules share is one array, under the first of its paths. The stacked variables that a loop
+    over layers (`nnx.scan`) runs through are one array for each step: `blocks.0.dense.kernel`.
+    Parameters in bfloat16 are held in float32; what the module computes in bfloat16 stays so.
 
     - `input_shape`: of ONE example. A tuple of shapes: positional arguments; a dictionary:
       keyword arguments.
     - `apply_kwargs`: fixed keyword arguments of the call, such as `{"train": False}`.
 
-    **Raises** `UsageError` for another kind of object or inputs that do not fit.
+    **Raises** `UsageError` for another kind of object, inputs that do not fit, or a call that
+    runs batch norm or dropout as in training.
     """
     if isinstance(module, type) and issubclass(module, nnx.Module):
         raise UsageError(
@@ -59,11 +66,13 @@ def from_nnx(
 
     evaluation = nnx.clone(module)
     evaluation.eval()
+    training = nnx.clone(evaluation)
+    _refuse_training(evaluation, _turn_off(module, kwargs))
     leaves, weights, apply = _nnx_function(evaluation, kwargs)
     arrays, constants = split_arrays(leaves)
     batch_statistics = None
-    if _use_batch_statistics(evaluation):
-        _, _, batch_statistics = _nnx_function(evaluation, kwargs)
+    if _use_batch_statistics(training):
+        _, _, batch_statistics = _nnx_function(training, kwargs)
 
     def bind(function: Callable[[Mapping[str, Any], Any], Any]) -> Apply:
         def bound(params: Mapping[str, Any], inputs: Any) -> Any:
@@ -83,7 +92,7 @@ def from_nnx(
         batch_statistics_apply=bind(batch_statistics) if batch_statistics else None,
         identity={"source": "flax.nnx", "class": qualified_name(module)},
         source=module,
-        hint=", or give fixed arguments in `apply_kwargs`",
+        explain=_explaining(module, kwargs, bind(apply), arrays),
     )
 
 
@@ -176,8 +185,121 @@ def _replaced(leaves: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str,
                 f"{np.shape(value)} in the quantized network."
             )
     return {
-        name: jnp.asarray(params[name]) if name in params else leaf for name, leaf in leaves.items()
+        # Of the type that the module has: a model holds all floats as float32.
+        name: jnp.asarray(params[name], jax.dtypes.canonicalize_dtype(leaf.dtype))
+        if name in params
+        else leaf
+        for name, leaf in leaves.items()
     }
+
+
+def _refuse_training(module: nnx.Module, flags: str) -> None:
+    """Make parts of `module` that are told in a call to work as in training refuse to."""
+    for _, part in nnx.iter_graph(module):
+        for kind, flag, does in _IN_TRAINING:
+            if isinstance(part, kind):
+                part.__class__ = _refusing_class(type(part), flag, does, flags)
+
+
+_IN_TRAINING = (
+    (nnx.BatchNorm, "use_running_average", "batch norm takes the statistics of the batch"),
+    (nnx.Dropout, "deterministic", "dropout draws random numbers"),
+    (nnx.MultiHeadAttention, "deterministic", "the dropout of attention draws random numbers"),
+)
+
+
+@lru_cache(maxsize=256)
+def _refusing_class(base: type, flag: str, does: str, flags: str) -> type:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        positional = args[1:2] if flag == "use_running_average" else ()
+        rate = getattr(self, "rate", getattr(self, "dropout_rate", None))
+        # `module.eval()` does not reach what is said in the call.
+        if rate != 0 and kwargs.get(flag, *positional or (None,)) is False:
+            raise UsageError(
+                f"the module runs in training mode: its call says {flag}=False, so that {does}; "
+                f"{flags}."
+            )
+        return base.__call__(self, *args, **kwargs)
+
+    return type(base)(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
+
+
+# What a call may take to run as in training, and its value in evaluation.
+_FLAGS = {
+    "train": False,
+    "training": False,
+    "is_training": False,
+    "deterministic": True,
+    "use_running_average": True,
+    "inference": True,
+}
+
+
+def _turn_off(module: Any, kwargs: Mapping[str, Any]) -> str:
+    """What to do about a module that runs in training mode, by what its call takes."""
+    method = kwargs.get("method", "__call__")
+    function = getattr(type(module), method, None) if isinstance(method, str) else method
+    try:
+        known = inspect.signature(function).parameters  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        known = {}
+    own = {name: value for name, value in _FLAGS.items() if name in known and name not in kwargs}
+    such = f", such as {own}" if own else ""
+    return f"give fixed arguments in `apply_kwargs`{such}"
+
+
+def _explaining(
+    module: Any, kwargs: Mapping[str, Any], apply: Apply, params: Mapping[str, Any]
+) -> Callable[[Exception, Any], str | None]:
+    """`explain` of `finish_model` for Flax: why the module does not run, and what to do."""
+
+    def runs(inputs: Any) -> bool:
+        try:
+            jax.eval_shape(apply, dict(params), inputs)
+        except Exception:
+            return False
+        return True
+
+    def explain(error: Exception, inputs: Any) -> str | None:
+        text, flags = str(error), _turn_off(module, kwargs)
+        if isinstance(error, errors.ScopeCollectionNotFound | errors.ScopeVariableNotFoundError):
+            found = re.search(r'collection "(\w+)"', text)
+            if found:
+                return (
+                    f"needs the collection {found[1]!r}, which `variables` lacks: give all that "
+                    "`module.init` returned or training made of it, not 'params' alone."
+                )
+        if isinstance(error, errors.ModifyScopeVariableError):
+            found = re.search(r'collection "(\w+)"', text)
+            return (
+                f"runs in training mode (it updates {found[1] if found else 'its variables'!r}): "
+                f"{flags}."
+            )
+        if isinstance(error, errors.InvalidRngError):
+            found = re.search(r'PRNG for "(\w+)"', text)
+            stream = found[1] if found else "dropout"
+            return (
+                f"asks for random numbers of the stream {stream!r}, as in training: {flags}, or "
+                f"a key as {{'rngs': {{{stream!r}: jax.random.key(0)}}}} where they belong to it."
+            )
+        missing = re.search(r"missing \d+ required \S+ arguments?: '(\w+)'", text)
+        if isinstance(error, TypeError) and missing and missing[1] in _FLAGS:
+            return f"is called without {missing[1]!r}: {flags}."
+        shape = inputs.shape if isinstance(inputs, jax.ShapeDtypeStruct) else ()
+        if len(shape) == 4 and shape[1] in (1, 3, 4):
+            moved = (*shape[2:], shape[1])
+            if runs(jax.ShapeDtypeStruct((shape[0], *moved), inputs.dtype)):
+                return (
+                    "reads images with channels last, as Flax does: give "
+                    f"input_shape={moved}, not {shape[1:]}."
+                )
+        shapes = jax.tree.map(lambda x: x.shape[1:], inputs)
+        return (
+            f"does not run on a batch of inputs of shape {shapes} ({first_line(error)}): check "
+            f"`input_shape`, or {flags}."
+        )
+
+    return explain
 
 
 def _use_batch_statistics(module: nnx.Module) -> bool:
@@ -213,7 +335,9 @@ def from_linen(
 
     Names are those of the variables without their collection (`Conv_0.kernel`); the
     collection `params` holds the weights, all others (`batch_stats`) are `frozen` and keep
-    their collection as a prefix only where a name would clash.
+    their collection as a prefix only where a name would clash. The stacked variables that a loop
+    over layers (`nn.scan`) runs through are one array for each step: `blocks.0.dense.kernel`.
+    Parameters in bfloat16 are held in float32; what the module computes in bfloat16 stays so.
 
     - `variables`: what `module.init` returned or training made of it.
     - `input_shape`: of ONE example. A tuple of shapes: positional arguments; a dictionary:
@@ -272,7 +396,7 @@ def from_linen(
         batch_statistics_apply=batch_statistics if "batch_stats" in plain else None,
         identity={"source": "flax.linen", "class": qualified_name(module)},
         source=(module, variables),
-        hint=", or give fixed arguments in `apply_kwargs`, such as {'train': False}",
+        explain=_explaining(module, kwargs, apply, arrays),
     )
 
 

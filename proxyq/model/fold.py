@@ -14,6 +14,7 @@ from proxyq.model.graph import Graph, Var, bind, is_literal, trace_function
 from proxyq.model.layers import Site
 
 _AFFINE = frozenset({"add", "add_any", "sub", "mul", "div"})
+_CONVERT = "convert_element_type"
 
 
 def foldable(graph: Graph, sites: tuple[Site, ...]) -> tuple[int, ...]:
@@ -47,10 +48,14 @@ def fold(graph: Graph, sites: tuple[Site, ...], lengths: tuple[int, ...]) -> Gra
             site = by_position[index]
             scale, shift = _affine(graph, site, chains[index], env)
             weight = values[site.operand]
-            values[site.operand] = site.from_columns(site.columns(weight) * scale, weight.shape)
+            folded = site.from_columns(site.columns(weight) * scale, weight.shape)
+            # A network that computes in bfloat16 normalises in float32 in between.
+            values[site.operand] = folded.astype(weight.dtype)
             (out,) = bind(eqn, values)
             last = graph.main[chains[index][-1]].outvars[0]
-            env[last] = out if isinstance(shift, float) else out + site.on_output(shift)
+            out = out.astype(jnp.promote_types(out.dtype, last.aval.dtype))
+            out = out if isinstance(shift, float) else out + site.on_output(shift)
+            env[last] = out.astype(last.aval.dtype)
         leaves = [atom.val if is_literal(atom) else env[atom] for atom in graph.outputs]
         return jax.tree.unflatten(graph.out_tree, leaves)
 
@@ -67,13 +72,20 @@ def _chain(graph: Graph, site: Site) -> list[int]:
 
 
 def per_channel_equations(graph: Graph, site: Site) -> list[int]:
-    """Indices of the equations right after a site that scale or shift each channel."""
+    """Indices of the equations right after a site that scale or shift each channel.
+
+    Between them may stand conversions from one floating type to another.
+    """
     var = graph.main[site.position].outvars[0]
     chain: list[int] = []
     while var not in graph.outputs and len(graph.consumers.get(var, ())) == 1:
         (index,) = graph.consumers[var]
         eqn = graph.main[index]
         name = eqn.primitive.name
+        if name == _CONVERT and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+            chain.append(index)
+            var = eqn.outvars[0]
+            continue
         if name not in _AFFINE or (name == "div" and eqn.invars[0] is not var):
             break
         other = eqn.invars[1] if eqn.invars[0] is var else eqn.invars[0]
@@ -112,6 +124,9 @@ def _affine(graph: Graph, site: Site, chain: list[int], env: dict[Var, Any]) -> 
     shift: Any = 0.0
     for index in chain:
         eqn = graph.main[index]
+        if eqn.primitive.name == _CONVERT:
+            var = eqn.outvars[0]
+            continue
         first = eqn.invars[0] is var
         value = channel_vector(graph, site, eqn.invars[1] if first else eqn.invars[0], env)
         # After each operation: y = scale * output + shift.

@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.model.model import Apply, Model, Preprocessing
+from proxyq.model.scanned import taken_apart
 
 Layout = Literal["NCHW", "NHWC"]
 
@@ -241,11 +242,11 @@ def finish_model(
     batch_statistics_apply: Apply | None,
     identity: Mapping[str, Any],
     source: Any = None,
-    hint: str = "",
+    explain: Callable[[Exception, Any], str | None] = lambda error, inputs: None,
 ) -> Model:
     """Check everything that can be checked without running the network, and build a `Model`.
 
-    `hint` ends the sentence for a function that does not run on such inputs.
+    `explain(error, inputs)` may say why the function does not run on such inputs, and what to do.
     """
     if image_layout not in (None, "NHWC", "NCHW"):
         raise UsageError(f"`image_layout` must be 'NHWC', 'NCHW' or None, got {image_layout!r}.")
@@ -269,26 +270,31 @@ def finish_model(
         identity=dict(identity),
         source=source,
     )
-    _check_runs(model, hint)
-    return model
+    return taken_apart(model, _check_runs(model, explain))
 
 
-def _check_runs(model: Model, hint: str) -> None:
+def _check_runs(model: Model, explain: Callable[[Exception, Any], str | None]) -> Any:
     """Trace `apply` at a batch size that is unlikely to be any other size in the network."""
     batch_size = 7
+    traced: list[Any] = []
     for apply in (model.apply, model.batch_statistics_apply):
         if apply is None:
             continue
+        example = model.example(batch_size)
         try:
-            outputs = jax.eval_shape(apply, model.params, model.example(batch_size))
+            jaxpr, outputs = jax.make_jaxpr(apply, return_shape=True)(dict(model.params), example)
         except ProxyqError:
             raise
         except Exception as error:
+            told = explain(error, example)
+            if told is not None:
+                raise UsageError(f"the model {model.name!r} {told}") from error
             shapes = jax.tree.map(lambda x: x.shape, model.inputs)
             raise UsageError(
                 f"the model {model.name!r} does not run on a batch of inputs of shape {shapes} "
-                f"({first_line(error)}): check `input_shape`{hint}."
+                f"({first_line(error)}): check `input_shape`."
             ) from error
+        traced.append(jaxpr.jaxpr)
         leaves = jax.tree.leaves(outputs)
         if not leaves:
             raise UsageError(f"the model {model.name!r} returns no array.")
@@ -299,6 +305,7 @@ def _check_runs(model: Model, hint: str) -> None:
                     f"axis, got shape {tuple(leaf.shape)} for a batch of {batch_size}: for a "
                     "function of one example use `jax.vmap`."
                 )
+    return traced[0]
 
 
 def _matching(patterns: Iterable[str], names: list[str]) -> set[str]:

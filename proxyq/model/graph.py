@@ -1,9 +1,10 @@
 """`Graph`: a model traced to one list of equations, the only graph in the house.
 
-A model is traced to a jaxpr, calls that contain layers are spliced in, and the equations
-are split in two: the *prelude* depends on parameters alone (batch-norm folding, position
-tables, weight standardisation) and runs once per set of parameters; *main* depends on the
-inputs and runs per batch. This file alone touches the internals of JAX.
+A model is traced to a jaxpr, calls that contain layers are spliced in, loops of fixed length
+over layers are unrolled, and the equations are split in two: the *prelude* depends on
+parameters alone (batch-norm folding, position tables, weight standardisation) and runs once
+per set of parameters; *main* depends on the inputs and runs per batch. This file and
+`scanned` alone touch the internals of JAX.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend import core as jex
 
 from proxyq.errors import ProxyqError
@@ -55,7 +58,13 @@ _CALLS = {
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
-_CONTROL_FLOW = frozenset({"scan", "while", "cond"})
+_DECIDED_BY_DATA = {
+    "while": "whose number of steps its data decide: give the loop a fixed length (`nn.scan`, "
+    "`jax.lax.scan`)",
+    "cond": "whose branch its data decide: choose the branch in Python, or compute both",
+}
+MOST_STEPS = 256
+"""Loops over layers with more steps than this are not unrolled."""
 
 
 def is_literal(atom: Any) -> bool:
@@ -162,32 +171,123 @@ def primitives(eqn: Equation) -> set[str]:
     return set().union(*(primitives(e) for body in inner for e in body.eqns), set())
 
 
-def _body(eqn: Equation) -> tuple[Any, Sequence[Any]] | None:
-    """A call's body and the constants it closes over, when a layer is inside."""
+def has_layers(eqn: Equation) -> bool:
+    """Whether a call or a loop has a convolution or a dot product inside."""
+    return bool(bodies(eqn)) and bool(primitives(eqn) & LAYER_PRIMITIVES)
+
+
+def call_body(eqn: Equation) -> tuple[Any, Sequence[Any]] | None:
+    """A call's body and the constants it closes over; `None` for what is no call."""
     name = eqn.primitive.name
-    if not bodies(eqn) or not primitives(eqn) & LAYER_PRIMITIVES:
-        return None
-    if name in _CONTROL_FLOW:
-        raise ProxyqError(
-            f"the model runs layers inside a `{name}` (for example `nn.scan`), which proxyq "
-            "cannot take apart yet: build it with the layers written out (unrolled)."
-        )
     if name not in _CALLS:
         return None
-    # Splicing a call without a layer would lose custom derivatives (relu at 0) for nothing.
     body = eqn.params[_CALLS[name]]
     return (body.jaxpr, body.consts) if isinstance(body, jex.ClosedJaxpr) else (body, ())
 
 
+@dataclass(frozen=True, eq=False)
+class _Pile:
+    """Arrays that lie on top of each other along a new axis, until somebody asks for the whole.
+
+    A loop over layers wants them one by one; so each step reads the very arrays that were put
+    together, and knows their names.
+    """
+
+    parts: tuple[Any, ...]
+    axis: int = 0
+
+    def whole(self) -> Any:
+        return jnp.stack([_whole(part) for part in self.parts], self.axis)
+
+    def transposed(self, permutation: Sequence[int]) -> "_Pile":
+        rest = [axis for axis in permutation if axis != self.axis]
+        inner = [axis - (axis > self.axis) for axis in rest]
+        moved = [lax.transpose(_whole(part), inner) for part in self.parts]
+        return _Pile(tuple(moved), list(permutation).index(self.axis))
+
+    def converted(self, params: Mapping[str, Any]) -> "_Pile":
+        to = params["new_dtype"]
+        parts = [lax.convert_element_type(_whole(part), to) for part in self.parts]
+        return _Pile(tuple(parts), self.axis)
+
+
+def _whole(value: Any) -> Any:
+    return value.whole() if isinstance(value, _Pile) else value
+
+
+def pile(parts: Sequence[Any]) -> Any:
+    """Equal arrays on top of each other, along a new first axis; a graph keeps them apart."""
+    return proxyq_pile(*parts)
+
+
+@jax.jit
+def proxyq_pile(*parts: Any) -> Any:
+    """`pile`, under a name by which a traced call is known."""
+    return jnp.stack(parts)
+
+
+def is_pile(eqn: Equation) -> bool:
+    """Whether an equation is what `pile` was traced to."""
+    if eqn.primitive.name not in ("jit", "pjit") or eqn.params.get("name") != proxyq_pile.__name__:
+        return False
+    # Under `vmap` it puts other axes first.
+    return eqn.outvars[0].aval.shape == (len(eqn.invars), *eqn.invars[0].aval.shape)
+
+
 def _inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     env: Env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-
-    def splice(eqn: Equation, values: list[Any]) -> Sequence[Any] | None:
-        body = _body(eqn)
-        return None if body is None else _inline(*body, values)
-
-    evaluate(jaxpr.eqns, env, splice)
+    evaluate(jaxpr.eqns, env, _splice)
     return [read(env, atom) for atom in jaxpr.outvars]
+
+
+def _splice(eqn: Equation, values: list[Any]) -> Sequence[Any] | None:
+    """What takes the place of an equation; `None` where it stays as it is."""
+    name = eqn.primitive.name
+    if is_pile(eqn):
+        return [_Pile(tuple(values))]
+    # Splicing a call without a layer would lose custom derivatives (relu at 0) for nothing.
+    if has_layers(eqn):
+        if name == "scan" and eqn.params["length"]:
+            return _unrolled(eqn, values)
+        if name in _DECIDED_BY_DATA:
+            raise ProxyqError(f"the model runs layers inside a `{name}`, {_DECIDED_BY_DATA[name]}.")
+        body = call_body(eqn)
+        if body is not None:
+            return _inline(*body, values)
+    if not any(isinstance(value, _Pile) for value in values):
+        return None
+    if name == "transpose":
+        return [values[0].transposed(eqn.params["permutation"])]
+    if name == "convert_element_type":
+        return [values[0].converted(eqn.params)]
+    return bind(eqn, [_whole(value) for value in values])
+
+
+def _unrolled(eqn: Equation, values: list[Any]) -> list[Any]:
+    """A loop of fixed length, one step after the other."""
+    params = eqn.params
+    body, length = params["jaxpr"], params["length"]
+    if length > MOST_STEPS:
+        raise ProxyqError(
+            f"the model runs layers in a loop of {length} steps, and proxyq unrolls at most "
+            f"{MOST_STEPS}: shorten what it runs over (the sequence, for a recurrent network)."
+        )
+    first, state = params["num_consts"], params["num_carry"]
+    constants, carry = values[:first], values[first : first + state]
+    scanned = values[first + state :]
+    made: dict[int, list[Any]] = {}
+    for step in reversed(range(length)) if params["reverse"] else range(length):
+        own = [_step_of(value, step) for value in scanned]
+        out = _inline(body.jaxpr, body.consts, [*constants, *carry, *own])
+        carry, made[step] = out[:state], out[state:]
+    count = len(eqn.outvars) - state
+    return [*carry, *(_Pile(tuple(made[i][k] for i in range(length))) for k in range(count))]
+
+
+def _step_of(value: Any, step: int) -> Any:
+    if isinstance(value, _Pile) and value.axis == 0:
+        return value.parts[step]
+    return lax.index_in_dim(_whole(value), step, keepdims=False)
 
 
 def trace(model: Model, batch_size: int, *, apply: Apply | None = None) -> Graph:
@@ -214,9 +314,9 @@ def trace_function(
 ) -> Graph:
     """Trace `function(params, inputs)`, both flat lists, and split it; see `Graph`."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(list(params), list(inputs))
-    spliced = jax.make_jaxpr(lambda *args: _inline(closed.jaxpr, closed.consts, args))(
-        *params, *inputs
-    )
+    spliced = jax.make_jaxpr(
+        lambda *args: [_whole(out) for out in _inline(closed.jaxpr, closed.consts, args)]
+    )(*params, *inputs)
     jaxpr: Any = spliced.jaxpr
     param_vars = jaxpr.invars[: len(names)]
     input_vars = tuple(jaxpr.invars[len(names) :])

@@ -71,13 +71,25 @@ def _input_groups(graph: Graph, sites: tuple[Site, ...]) -> dict[str, str]:
     for site in sites:
         data = graph.main[site.position].invars[1 - site.operand]
         if not is_literal(data):
-            readers.setdefault(origin(graph, data), []).append(site.layer)
+            readers.setdefault(_shared(graph, data), []).append(site.layer)
     groups = {}
     for names in readers.values():
         distinct = list(dict.fromkeys(names))
         if len(distinct) > 1:
             groups.update({name: groups.get(name, distinct[0]) for name in distinct})
     return groups
+
+
+def _shared(graph: Graph, var: Any) -> Any:
+    """The tensor itself, also behind a conversion of its type, which every reader does anew."""
+    while True:
+        var = origin(graph, var)
+        if var not in graph.producer:
+            return var
+        eqn = graph.main[graph.producer[var]]
+        if eqn.primitive.name != "convert_element_type":
+            return var
+        var = eqn.invars[0]
 
 
 def origin(graph: Graph, var: Any) -> Any:

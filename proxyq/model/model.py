@@ -34,6 +34,14 @@ class Preprocessing:
             raise UsageError(f"`std` must be positive in every channel, got {self.std}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """An array that its author keeps as one, taken apart along `axis` into the arrays `parts`."""
+
+    parts: tuple[str, ...]
+    axis: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
     """A trained network as a pure function: `apply(params, inputs) -> outputs`.
@@ -48,6 +56,9 @@ class Model:
     - `image_layout`: how an image input lies in memory, `None` when the input is no image.
     - `batch_statistics_apply`: `apply` with batch norm taking the statistics of the batch
       (training mode) and all else as in evaluation; `None` where the source offers none.
+    - `stacks`: arrays of the source that are several here, by their name there: a loop over
+      layers (`nn.scan`) keeps the weights of all its steps in one, which is no parameter of one
+      layer. A part may be such an array itself, of a loop inside; it comes later.
     - `identity`: where the model came from, as text for provenance.
     - `source`: the object that it came from, for exporters: a torch or nnx module, or the pair of
       a linen module and its variables. It is no part of digests, and its numbers may be older
@@ -62,6 +73,7 @@ class Model:
     image_layout: Literal["NCHW", "NHWC"] | None = None
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     batch_statistics_apply: Apply | None = None
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
     source: Any = field(default=None, repr=False)
 

@@ -97,6 +97,9 @@ def trailing_sums(graph: Graph, site: Site) -> Iterator[tuple[int, Var, int]]:
     while var not in graph.outputs and len(graph.consumers.get(var, ())) == 1:
         (index,) = graph.consumers[var]
         eqn = graph.main[index]
+        if eqn.primitive.name == "convert_element_type":
+            var = eqn.outvars[0]
+            continue
         first = eqn.invars[0] is var
         if eqn.primitive.name not in ("add", "add_any", "sub") or len(eqn.invars) != 2:
             return
@@ -144,6 +147,9 @@ def _tail(graph: Graph, site: Site, folded: int, known: Mapping[Var, Any], model
     for place, index in enumerate(per_channel_equations(graph, site)):
         eqn = graph.main[index]
         name, first = eqn.primitive.name, eqn.invars[0] is var
+        if name == "convert_element_type":
+            var = eqn.outvars[0]
+            continue
         if place >= folded and not (name in ("add", "add_any") or (name == "sub" and first)):
             break
         operand = eqn.invars[1] if first else eqn.invars[0]

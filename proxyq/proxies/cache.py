@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
-from proxyq.checkpoint import Checkpoint
+from proxyq.checkpoint import Checkpoint, tell_unwritable
 from proxyq.engine.segments import text_key
 from proxyq.errors import ProxyqError
 from proxyq.files import digest_arrays, write_atomic
@@ -33,7 +33,7 @@ from proxyq.provenance import provenance
 from proxyq.proxies.proxy import Proxy, Scores
 from proxyq.quantize import Rounding
 
-SCHEMA = "proxyq/cached-scores/1"
+SCHEMA = "proxyq/cached-scores/2"
 _STAGES = ("psd.py", "model", "quantize", "engine", "proxies", "ptq")
 _PRECISION = ("jax_enable_x64", "jax_default_matmul_precision")
 
@@ -88,7 +88,7 @@ class Cache:
         """Where an unfinished computation keeps how far it is."""
         if self.folder is None:
             return Checkpoint()
-        return Checkpoint(self.folder / "unfinished" / key, every=self.every)
+        return Checkpoint(self.folder / "unfinished" / key, every=self.every, root=self.folder)
 
     def load(self, key: str, model: Model) -> Scores | None:
         """Scores that were kept, or `None`."""
@@ -96,8 +96,12 @@ class Cache:
             return None
         try:
             with safe_open(self._file(key), framework="numpy") as file:
-                record = json.loads((file.metadata() or {}).get("record", "{}"))
+                metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # A disk that lost a page would give wrong numbers, and nobody would know.
+            if metadata["digest"] != _digest([metadata["record"], digest_arrays(arrays)]):
+                return None
+            record = json.loads(metadata["record"])
             if record.pop("schema") != SCHEMA:
                 return None
             layers = network(model, LAYERS_AT).layers
@@ -110,11 +114,11 @@ class Cache:
                 activation_bits=tuple(record.pop("activation_bits")),
                 **record,
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        except Exception:  # the reader of a damaged file raises many kinds
             return None
 
     def save(self, key: str, scores: Scores) -> None:
-        """Keep scores; a cache that cannot be written is no reason to fail."""
+        """Keep scores; a cache that cannot be written is no reason to fail: it is logged, once."""
         if self.folder is None:
             return
         record = {
@@ -133,9 +137,11 @@ class Cache:
                 arrays[name] = np.asarray(own, order="C")
         try:
             self._file(key).parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self._file(key), save(arrays, {"record": json.dumps(record)}))
-        except (OSError, ProxyqError):
-            return
+            text = json.dumps(record)
+            digest = _digest([text, digest_arrays(arrays)])
+            write_atomic(self._file(key), save(arrays, {"record": text, "digest": digest}))
+        except (OSError, ProxyqError) as error:
+            tell_unwritable(self.folder, error)
 
     def _file(self, key: str) -> Path:
         assert self.folder is not None

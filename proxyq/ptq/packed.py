@@ -58,6 +58,15 @@ def save_packed(
 
     **Raises** `ProxyqError` when the file cannot be written.
     """
+    content, size = packed_bytes(quantized, facts)
+    write_atomic(path, content)
+    return size
+
+
+def packed_bytes(
+    quantized: QuantizedModel, facts: Mapping[str, Any] | None = None
+) -> tuple[bytes, PackedSize]:
+    """The content of the file that `save_packed` writes, and what takes how much of it."""
     layers = deployed_layers(quantized)
     tensors: dict[str, np.ndarray] = {}
     sizes = {"codes": 0, "scales": 0, "unquantized": 0}
@@ -107,8 +116,7 @@ def save_packed(
     }
     text = json.dumps(header, ensure_ascii=False, allow_nan=False, sort_keys=True)
     content = save(tensors, {"proxyq": text})
-    write_atomic(path, content)
-    return PackedSize(header=len(content) - sum(sizes.values()), **sizes)
+    return content, PackedSize(header=len(content) - sum(sizes.values()), **sizes)
 
 
 def _bias_tensor(layer: DeployedLayer) -> str:
@@ -163,9 +171,11 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
                 added, _ = trailing_bias(network, site, engine.frontier)
                 bias = tensors[record["bias"]]
                 bias = _slice(bias, where, site) if len(bias) != scale.shape[1] else bias
+                if len(bias) != scale.shape[1]:
+                    raise _other(path, layer.name)
                 offset = bias if added is None else bias - added
                 edit = edit._replace(offset=jnp.asarray(offset, jnp.float32))
-            if "inputs" in record:
+            if record.get("inputs") is not None:
                 grid = record["inputs"]
                 activations[layer.name] = int(grid["bits"])
                 edit = edit._replace(
@@ -189,8 +199,8 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
         edits=with_weights(engine, integers, edits),
         integers=integers,
         activation_bits=activations,
-        correction=header.get("correction", "none"),
-        reconstruction=header.get("reconstruction", "nearest"),
+        correction=str(header.get("correction", "none")),
+        reconstruction=str(header.get("reconstruction", "nearest")),
         plan=None if plan is None else Plan.from_json(plan, f"plan in {str(Path(path))!r}"),
     )
 
@@ -198,6 +208,8 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
 def _slice(bias: np.ndarray, where: Any, site: Any) -> np.ndarray:
     """A slice's part of the bias of a whole weight, by the rank of its first element."""
     width = int(np.prod(site.channel_shape))
+    if where is None or not len(bias) or where.size * len(bias) < width:
+        return bias  # which does not fit
     first = int(where.min()) * len(bias) // (where.size * len(bias) // width)
     return bias[first : first + width]
 

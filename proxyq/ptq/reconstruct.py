@@ -33,7 +33,8 @@ Where ours differs from the papers:
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -45,6 +46,7 @@ import optax
 
 from proxyq.checkpoint import Checkpoint
 from proxyq.engine import Edit, Engine
+from proxyq.engine.memory import amount
 from proxyq.engine.pieces import Piece, block_pieces, layer_pieces
 from proxyq.engine.segments import remember
 from proxyq.errors import ProxyqError, UsageError
@@ -116,6 +118,7 @@ def reconstruct(
     input_grids: Mapping[int, Grid] | None = None,
     learning: Learning | None = None,
     key: Any,
+    memory: int | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress = silent,
 ) -> dict[int, Rounded]:
@@ -126,21 +129,23 @@ def reconstruct(
     - `engine`: at `learning.batch_size` images (or one, where images cannot be told apart).
     - `start`: each quantized site's weight rounded to nearest: its grid is kept.
     - `inputs`: unlabelled calibration inputs, `[images, …]`. All tensors that live between two
-      pieces are held for all of them, twice: in float and quantized.
+      pieces are held for all of them, twice: in float and quantized (`held_bytes` says how much).
     - `level`: `layer` (AdaRound) or `block` (BRECQ).
     - `input_grids`: grids of the sites' inputs, by site.
+    - `memory`: bound in bytes on what is held of the images; without one, what the machine has.
     - `checkpoint`: finished pieces are kept there; a run that was stopped goes on after them, to
       the same bytes.
 
     **Returns** what was learned, by site.
 
-    **Raises** `UsageError` for fewer images than one batch, `ProxyqError` where the error stops
-    being a number.
+    **Raises** `UsageError` for fewer images than one batch, or more than `memory` has room for;
+    `ProxyqError` where the error stops being a number.
     """
     learning, checkpoint = learning or Learning(), checkpoint or Checkpoint()
     if level not in ("layer", "block"):
         raise UsageError(f"`level` must be 'layer' or 'block', got {level!r}.")
     pieces = (block_pieces if level == "block" else layer_pieces)(engine.network)
+    _check_room(engine, pieces, inputs, learning, memory)
     walk = _Walk(engine, inputs)
     grids = input_grids or {}
     learned: dict[int, Rounded] = {}
@@ -163,9 +168,58 @@ def reconstruct(
             learned |= found
             for i, own in found.items():
                 by_weight.setdefault(engine.network.sites[i].weight, own)
-        walk.advance(piece, _edits(engine, piece, learned, grids), targets)
+        del targets
+        walk.advance(piece, _edits(engine, piece, learned, grids))
         progress(STAGE, index + 1, len(pieces))
     return learned
+
+
+def held_bytes(engine: Engine, pieces: Sequence[Piece], learning: Learning) -> int:
+    """What is held of one image while the dearest piece is learned.
+
+    Its tensors before the piece in the quantized network and after it in the float one; once more,
+    in stacks to draw batches from, what the piece reads and writes; and the weights of the errors,
+    with a copy while they are put together.
+    """
+    weighed = 2 if learning.weighting != "none" else 0
+
+    def size(some: Iterable[Var]) -> int:
+        return sum(var.aval.size * var.aval.dtype.itemsize for var in {*some})
+
+    most = max(
+        size([*piece.keeps, *piece.reads])
+        + size([*piece.keeps, *piece.writes])
+        + size(piece.reads)
+        + (1 + weighed) * size(piece.writes)
+        for piece in pieces
+    )
+    return -(-most // engine.batch_size)
+
+
+def _check_room(
+    engine: Engine, pieces: Sequence[Piece], inputs: Any, learning: Learning, memory: int | None
+) -> None:
+    """Refuse before minutes of work what would be killed in the middle of it."""
+    one, images = held_bytes(engine, pieces, learning), len(jax.tree.leaves(inputs)[0])
+    room, whose = memory, "`memory` (--memory) allows"
+    if room is None:
+        room, whose = _machine_memory(), "this machine has"
+    if room is None or one * images <= room:
+        return
+    fits = room // one - room // one % engine.batch_size
+    remedy = f"give at most {fits} images (--samples)" if fits else "give a smaller batch_size"
+    raise UsageError(
+        f"learning the rounding holds {amount(one * images)} of {images} images, and {whose} "
+        f"{amount(room)}: {remedy}, or more memory."
+    )
+
+
+def _machine_memory() -> int | None:
+    """Bytes of main memory, where the system tells; of an accelerator, nothing is known here."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def learning_facts(learning: Learning) -> dict[str, Any]:
@@ -224,25 +278,22 @@ class _Walk:
     def constants(self, piece: Piece) -> list[Any]:
         return [self.engine.frontier[var] for var in piece.constants]
 
-    def _after(
-        self, piece: Piece, edits: list[Edit], states: list[dict[Var, Any]]
-    ) -> list[dict[Var, Any]]:
+    def _pass(self, piece: Piece, edits: list[Edit], states: list[dict[Var, Any]]) -> None:
+        """Replace states by those after the piece, one by one: both are never held of all."""
         run, constants = _forward(piece), self.constants(piece)
-        after = []
-        for state in states:
+        for index, state in enumerate(states):
             written = run(edits, constants, [state[var] for var in piece.reads])
             kept = {var: state[var] for var in piece.keeps}
-            after.append(kept | dict(zip(piece.writes, written, strict=True)))
-        return after
+            states[index] = kept | dict(zip(piece.writes, written, strict=True))
 
     def float_after(self, piece: Piece) -> list[dict[Var, Any]]:
-        """The float network's tensors after the piece."""
-        return self._after(piece, _float_edits(self.engine, piece), self.exact)
+        """Pass the piece in the float network: its tensors after it."""
+        self._pass(piece, _float_edits(self.engine, piece), self.exact)
+        return self.exact
 
-    def advance(self, piece: Piece, edits: list[Edit], exact: list[dict[Var, Any]]) -> None:
-        """Pass the piece."""
-        self.rounded = self._after(piece, edits, self.rounded)
-        self.exact = exact
+    def advance(self, piece: Piece, edits: list[Edit]) -> None:
+        """Pass the piece in the quantized network."""
+        self._pass(piece, edits, self.rounded)
 
 
 # -- learning one piece ----------------------------------------------------------------

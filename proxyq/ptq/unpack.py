@@ -60,14 +60,21 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.nda
         raise ValueError(f"{os.fspath(path)!r} is no packed network, or cut short.") from None
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
         found = header.get("schema") if isinstance(header, dict) else None
-        raise ValueError(f"{os.fspath(path)!r} has the schema {found!r}; this reads {SCHEMA!r}.")
+        found = repr(found)[:80] if isinstance(found, str) else type(found).__name__
+        raise ValueError(f"{os.fspath(path)!r} has the schema {found}; this reads {SCHEMA!r}.")
     data = memoryview(content)[8 + length :]
     try:
         tensors = {name: _tensor(data, entry) for name, entry in table.items()}
         for name, layer in header["layers"].items():
             _check(name, layer, tensors)
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is damaged ({error}).") from None
+        weights = [layer["weight"] for layer in header["layers"].values()]
+        if len(set(weights)) < len(weights):
+            raise ValueError("two layers have one weight")
+    except KeyError as error:
+        raise ValueError(f"{os.fspath(path)!r} is damaged (it lacks {str(error)[:80]}).") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(f"{os.fspath(path)!r} is damaged ({told}).") from None
     return header, tensors
 
 
@@ -81,19 +88,36 @@ def _tensor(data: memoryview, entry: dict[str, Any]) -> np.ndarray:
 def _check(name: str, layer: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     """Refuse a layer whose tensors do not fit each other."""
     weight, bits, shape = layer["weight"], layer["bits"], layer["shape"]
-    if not (isinstance(bits, int) and 1 <= bits <= 16):
-        raise ValueError(f"the layer {name} has {bits!r} bits")
-    if any(not isinstance(size, int) or size < 0 for size in shape):
-        raise ValueError(f"the layer {name} has the shape {shape!r}")
+    if type(bits) is not int or not 1 <= bits <= 16:
+        raise ValueError(f"the layer {name!r} has {str(bits)[:80]} bits")
+    if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"the layer {name!r} has the shape {str(shape)[:80]}")
     count = 1
     for size in shape:
         count *= size
     if tensors[weight].dtype != np.uint8 or tensors[weight].size != -(-count * bits // 8):
-        raise ValueError(f"the layer {name} has not the codes of its shape")
+        raise ValueError(f"the layer {name!r} has not the codes of its shape")
     for part in ("scale", "zero"):
-        own = tensors[f"{weight}.{part}"].shape
+        values = tensors[f"{weight}.{part}"]
+        own = values.shape
         if len(own) != len(shape) or any(a not in (1, b) for a, b in zip(own, shape, strict=True)):
-            raise ValueError(f"the {part} of the layer {name} has the shape {own}")
+            raise ValueError(f"the {part} of the layer {name!r} has the shape {own}")
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise ValueError(f"the {part} of the layer {name!r} must be finite floats")
+    # Values beyond float32 would be infinite weights.
+    scale, zero = (np.abs(tensors[f"{weight}.{part}"]).max(initial=0) for part in ("scale", "zero"))
+    if float(scale) * (float(zero) + 2**bits) > 3e38:
+        raise ValueError(f"the grid of the layer {name!r} is too wide")
+    if "bias" in layer and tensors[layer["bias"]].ndim != 1:
+        raise ValueError(f"the bias of the layer {name!r} has the wrong shape")
+    grid = layer.get("inputs")
+    if grid is None:
+        return
+    numbers = [grid[part] for part in ("scale", "zero")]
+    if type(grid["bits"]) is not int or not 1 <= grid["bits"] <= 16:
+        raise ValueError(f"the inputs of the layer {name!r} have the wrong bits")
+    if any(type(one) not in (int, float) or not abs(one) < 1e30 for one in numbers):
+        raise ValueError(f"the inputs of the layer {name!r} have no grid")
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from proxyq.errors import ProxyqError
+from proxyq.errors import LONGEST, ProxyqError
 from proxyq.files import read_json
 from proxyq.search.allocate.plan import Bits, Count, Number, first_problem
 
@@ -128,7 +128,7 @@ class EvaluationFile(_Record):
         except ValidationError as error:
             problem = error.errors()[0]
             if not problem["loc"]:
-                message = problem["msg"].removeprefix("Value error, ")
+                message = problem["msg"].removeprefix("Value error, ")[: 2 * LONGEST]
                 raise ProxyqError(f"the {what} is wrong: {message}.") from None
             raise ProxyqError(f"the {what} has a bad field {first_problem(error)}.") from None
 

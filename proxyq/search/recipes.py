@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from proxyq.errors import ProxyqError, UsageError, near
-from proxyq.files import read_bytes
+from proxyq.errors import ProxyqError, UsageError, near, reason, shown
+from proxyq.files import MOST_LEVELS, deeper_than, read_bytes
 from proxyq.search.allocate.build import AS_WEIGHTS
 from proxyq.search.allocate.lp import ROUNDINGS
 from proxyq.search.allocate.plan import first_problem
@@ -21,17 +21,18 @@ from proxyq.search.allocate.problem import check_bits
 from proxyq.shelf import shelf
 
 FOLDER = "search/recipes"
+MAX_BYTES = 1_000_000
 
 
 def _one_of_roundings(value: str | None) -> str | None:
     if value is not None and value not in ROUNDINGS:
-        raise ValueError(f"unknown rounding {value!r}: {near(value, ROUNDINGS)}")
+        raise ValueError(f"unknown rounding {shown(value)}: {near(value[:80], ROUNDINGS)}")
     return value
 
 
 def _activation_bits(value: int | list[int] | str | None) -> int | list[int] | str | None:
     if isinstance(value, str) and value != AS_WEIGHTS:
-        raise ValueError(f"must be a bit-width, a list of them or 'weights', got {value!r}")
+        raise ValueError(f"must be a bit-width, a list of them or 'weights', got {shown(value)}")
     if isinstance(value, int):
         check_bits([value], "`activation_bits`")
     elif isinstance(value, list):
@@ -60,7 +61,7 @@ class Recipe(BaseModel):
     - `note`: where this differs from the paper.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: str = Field(min_length=1)
     title: str = ""
@@ -110,11 +111,17 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
 
 def _read(path: Path) -> Recipe:
     try:
-        data = tomllib.loads(read_bytes(path, "recipe").decode())
+        data = tomllib.loads(read_bytes(path, "recipe", most=MAX_BYTES).decode())
     except UnicodeDecodeError as error:
         raise ProxyqError(f"the recipe {str(path)!r} is not UTF-8 text.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ProxyqError(f"the recipe {str(path)!r} is not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise ProxyqError(f"the recipe {str(path)!r} is nested too deeply.") from error
+    except ValueError as error:  # its own kind, and Python's limit on the digits of a number
+        raise ProxyqError(
+            f"the recipe {str(path)!r} is not valid TOML: {reason(error)}."
+        ) from error
+    if deeper_than(data, MOST_LEVELS):
+        raise ProxyqError(f"the recipe {str(path)!r} is nested too deeply.")
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:

@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from proxyq.errors import ProxyqError
+from proxyq.errors import LONGEST, ProxyqError, shown
 from proxyq.search.allocate.plan import first_problem
 
 R = TypeVar("R", bound=BaseModel)
@@ -21,13 +21,13 @@ def record_from(kind: type[R], data: Any, what: str, *, schema: str, holds: str,
     given = data.get("schema") if isinstance(data, dict) else None
     if isinstance(given, str) and given.startswith(family) and given != schema:
         raise ProxyqError(
-            f"the {what} has the schema {given!r}, which this version does not read; it "
+            f"the {what} has the schema {shown(given)}, which this version does not read; it "
             f"reads {schema!r}: use the version of proxyq that wrote it."
         )
     if given != schema:
         raise ProxyqError(
             f"the {what} holds no {holds}: it must be a JSON object whose field 'schema' is "
-            f"{schema!r}, got {given!r}; `proxyq {command}` writes such files."
+            f"{schema!r}, got {shown(given)}; `proxyq {command}` writes such files."
         )
     try:
         return kind.model_validate(data)
@@ -35,5 +35,5 @@ def record_from(kind: type[R], data: Any, what: str, *, schema: str, holds: str,
         problem = error.errors()[0]
         if problem["loc"]:
             raise ProxyqError(f"the {what} has a bad field {first_problem(error)}.") from None
-        message = problem["msg"].removeprefix("Value error, ")
+        message = problem["msg"].removeprefix("Value error, ")[: 2 * LONGEST]
         raise ProxyqError(f"the {what} is wrong: {message}.") from None

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from proxyq.errors import ProxyqError, UsageError, near
+from proxyq.errors import ProxyqError, UsageError, near, shown
 from proxyq.files import read_json, write_atomic
 from proxyq.model.layers import Layer
 from proxyq.model.live import Step, Tensor
@@ -42,13 +42,15 @@ def _activations(value: Any) -> Any:
     if isinstance(value, list) or (isinstance(value, int) and not isinstance(value, bool)):
         check_bits(value if isinstance(value, list) else [value], "`activation_bits`")
     elif value not in (None, "weights"):
-        raise ValueError(f"must be a bit-width, a list of them, 'weights' or null, got {value!r}")
+        raise ValueError(
+            f"must be a bit-width, a list of them, 'weights' or null, got {shown(value)}"
+        )
     return value
 
 
 def _cost(value: str | None) -> str | None:
     if value is not None and value not in COSTS:
-        raise ValueError(f"unknown cost {value!r}: {near(value, list(COSTS))}")
+        raise ValueError(f"unknown cost {shown(value)}: {near(value, list(COSTS))}")
     return value
 
 
@@ -56,12 +58,13 @@ def _rounding(value: dict[str, Any]) -> dict[str, Any]:
     try:
         return asdict(Rounding(**value))
     except TypeError:
-        raise ValueError(f"must hold 'method' and 'extra_code', got {value!r}") from None
+        raise ValueError(f"must hold 'method' and 'extra_code', got {shown(value)}") from None
 
 
 def _is_number(value: Any, *, least: float = -MOST) -> bool:
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return plain and math.isfinite(value) and least <= value <= MOST
+    # Compared first: an integer may be longer than what a float can be asked for.
+    return plain and least <= value <= MOST and math.isfinite(value)
 
 
 class _Record(BaseModel):
@@ -192,7 +195,9 @@ class ScoreFile(_Record):
                 raise ValueError(f"{what} say nothing of the layer {name!r}")
             value = table[name]
             if columns is None and not _is_number(value, least=least):
-                raise ValueError(f"{what} must be a {words} for the layer {name!r}, got {value!r}")
+                raise ValueError(
+                    f"{what} must be a {words} for the layer {name!r}, got {shown(value)}"
+                )
             if columns is not None and not (
                 isinstance(value, list)
                 and len(value) == columns
@@ -200,7 +205,7 @@ class ScoreFile(_Record):
             ):
                 raise ValueError(
                     f"{what} must be {columns} {words.replace('number', 'numbers')} for the "
-                    f"layer {name!r}, got {value!r}"
+                    f"layer {name!r}, got {shown(value)}"
                 )
 
     def _check_coupling(self, rows: list[list[Any]], choices: int, what: str) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from proxyq.errors import ProxyqError
+from proxyq.errors import ProxyqError, shown
 from proxyq.files import read_json, write_atomic
 from proxyq.quantize import Rounding
 from proxyq.search.allocate.plan import Count, Json, Number
@@ -106,7 +106,7 @@ class MeasuredTable(_Record):
     def _says_how(self) -> "MeasuredTable":
         correction = self.method.get("correction", "none")
         if not isinstance(correction, str):
-            raise ValueError(f"'method.correction' must be text, got {correction!r}")
+            raise ValueError(f"'method.correction' must be text, got {shown(correction)}")
         _ = self.rounding
         return self
 
@@ -118,7 +118,7 @@ class MeasuredTable(_Record):
             return Rounding(**given)
         except (TypeError, ProxyqError):
             raise ValueError(
-                f"'method.rounding' must hold 'method' and 'extra_code', got {given!r}"
+                f"'method.rounding' must hold 'method' and 'extra_code', got {shown(given)}"
             ) from None
 
     @property

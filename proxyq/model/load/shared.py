@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from proxyq.errors import UsageError
+from proxyq.errors import LONGEST, UsageError
 from proxyq.model.model import Model, Preprocessing
 
 
@@ -57,4 +57,4 @@ def reason(error: BaseException) -> str:
     """An error's kind and first line, for use inside a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text.rstrip(".:")
+    return " ".join(text.split())[:LONGEST].rstrip(".:")

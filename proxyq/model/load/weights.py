@@ -10,6 +10,7 @@ import numpy as np
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.load.shared import reason
 from proxyq.model.model import Model
+from proxyq.model.scanned import apart_params
 
 
 def weights_file(path: str | Path) -> Path:
@@ -52,8 +53,10 @@ def read_torch(path: Path) -> Mapping[str, Any]:
             break
     if not isinstance(loaded, Mapping) or not any(torch.is_tensor(v) for v in loaded.values()):
         raise ProxyqError(f"{str(path)!r} holds no tensors by name: save `module.state_dict()`.")
+    if not all(isinstance(key, str) for key in loaded):
+        loaded = {str(key): value for key, value in loaded.items()}
     for prefix in ("module.", "_orig_mod."):  # of DataParallel and of torch.compile
-        if all(str(key).startswith(prefix) for key in loaded):
+        if all(key.startswith(prefix) for key in loaded):
             loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
     return loaded
 
@@ -63,13 +66,20 @@ def load_into(module: Any, tensors: Mapping[str, Any], source: str) -> None:
     own = module.state_dict()
     tensors = _new_names(tensors, own)
     for key in own:
+        if key in tensors and not hasattr(tensors[key], "shape"):
+            raise _no_tensor(source, key, tensors[key])
         if key in tensors and own[key].shape != tensors[key].shape:
             raise ProxyqError(
                 f"{source} does not fit {type(module).__name__}: {key!r} has the shape "
                 f"{tuple(tensors[key].shape)} instead of {tuple(own[key].shape)}."
             )
     # The module may rename old keys itself, so its own answer counts.
-    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    try:
+        missing, unexpected = module.load_state_dict(tensors, strict=False)
+    except Exception as error:  # tensors of kinds that cannot be copied: sparse, of a device
+        raise ProxyqError(
+            f"{source} does not fit {type(module).__name__} ({reason(error)})."
+        ) from error
     loaded = {own[key].data_ptr() for key in own if key not in missing and own[key].numel()}
     missing = [
         key
@@ -108,8 +118,17 @@ def with_weights(model: Model, weights: Path | None) -> Model:
     else:
         from proxyq.model.torch_import.export import to_numpy
 
-        arrays = {key: to_numpy(tensor) for key, tensor in read_torch(weights).items()}
+        arrays = {}
+        for key, tensor in read_torch(weights).items():
+            if key not in model.params:
+                arrays[key] = np.zeros(0)  # told below, whatever it is
+                continue
+            try:
+                arrays[key] = to_numpy(tensor)
+            except Exception as error:  # a number, a sparse tensor, one without values
+                raise _no_tensor(f"the file {str(weights)!r}", key, tensor) from error
     source = f"the file {str(weights)!r}"
+    arrays = apart_params(arrays, model.stacks)
     missing = [key for key in model.params if key not in arrays]
     unexpected = [key for key in arrays if key not in model.params]
     _check_names(missing, unexpected, source, model.name)
@@ -120,8 +139,18 @@ def with_weights(model: Model, weights: Path | None) -> Model:
                 f"{source} does not fit {model.name}: {key!r} has the shape "
                 f"{tuple(arrays[key].shape)} instead of {tuple(np.shape(old))}."
             )
-        params[key] = np.asarray(arrays[key]).astype(np.asarray(old).dtype)
+        if np.asarray(arrays[key]).dtype.kind == "c":
+            raise ProxyqError(f"{source} holds complex numbers under {key!r}: give real ones.")
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told later
+            params[key] = np.asarray(arrays[key]).astype(np.asarray(old).dtype)
     return model.replace(params=params)
+
+
+def _no_tensor(source: str, key: str, value: Any) -> ProxyqError:
+    return ProxyqError(
+        f"{source} holds no plain tensor under {key!r}, but a {type(value).__name__}: save "
+        "`module.state_dict()`."
+    )
 
 
 def _check_names(missing: list[str], unexpected: list[str], source: str, target: str) -> None:

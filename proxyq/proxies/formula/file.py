@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from proxyq.errors import ProxyqError, UsageError, near
-from proxyq.files import read_json, write_atomic
+from proxyq.errors import ProxyqError, UsageError, near, shown
+from proxyq.files import deeper_than, read_json, write_atomic
 from proxyq.proxies.formula.grammar import Node, rooted
 from proxyq.proxies.formula.text import parse_formula
 from proxyq.shelf import shelf
@@ -39,11 +39,7 @@ def _text(text: str) -> str:
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
     """Free-form JSON, not nested deeply: finite numbers, text keys, keys sorted at every level."""
-    level: list[Any] = [value]
-    for _ in range(MAX_LEVELS):
-        inner = [one.values() if isinstance(one, dict) else one for one in level]
-        level = [one for values in inner for one in values if isinstance(one, (dict, list))]
-    if level:
+    if deeper_than(value, MAX_LEVELS):
         raise ValueError(f"must be nested at most {MAX_LEVELS} levels deep")
     try:
         text = json.dumps(value, allow_nan=False, sort_keys=True, ensure_ascii=False)
@@ -94,7 +90,7 @@ class Formula(BaseModel):
         if schema != SCHEMA:
             raise ProxyqError(
                 f"the {what} holds no formula: it must be a JSON object whose field 'schema' is "
-                f"{SCHEMA!r}, got {_shown(schema)}."
+                f"{SCHEMA!r}, got {shown(schema)}."
             )
         try:
             return cls.model_validate(data)
@@ -163,14 +159,5 @@ def _first_problem(error: ValidationError) -> str:
         and "got" not in message
         and path not in ("formula", "note")
     ):
-        message += f", got {_shown(got)}"
+        message += f", got {shown(got)}"
     return f"{path!r}: {message[:1].lower()}{message[1:]}"
-
-
-def _shown(value: Any) -> str:
-    """A value for a sentence, shortened; containers by their kind alone."""
-    if isinstance(value, (dict, list)):
-        return f"a {type(value).__name__}"
-    if isinstance(value, int) and abs(value) > 10**30:
-        return "a long number"
-    return repr(value[:80] if isinstance(value, str) else value)

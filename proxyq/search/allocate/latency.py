@@ -19,14 +19,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from proxyq.errors import ProxyqError
+from proxyq.errors import ProxyqError, shown
 from proxyq.files import read_json
 from proxyq.search.allocate.budget import PICOSECONDS
-from proxyq.search.allocate.plan import Bits, first_problem
+from proxyq.search.allocate.plan import Bits, Number, first_problem
 from proxyq.search.allocate.problem import check_bits
 
 SCHEMA = "proxyq/latency/1"
-Seconds = Annotated[int | float, Field(ge=0, lt=1e6, allow_inf_nan=False)]
+Seconds = Annotated[Number, Field(ge=0, lt=1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,8 @@ def load_latency(path: str | os.PathLike[str]) -> LatencyTable:
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
         raise ProxyqError(
-            f"{name!r} is no latency table: its field 'schema' must be {SCHEMA!r}, got {found!r}."
+            f"{name!r} is no latency table: its field 'schema' must be {SCHEMA!r}, got "
+            f"{shown(found)}."
         )
     try:
         file = _File.model_validate(data)

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from proxyq.errors import ProxyqError
-from proxyq.files import read_json, write_atomic
+from proxyq.errors import LONGEST, ProxyqError, shown
+from proxyq.files import MOST_LEVELS, deeper_than, read_json, write_atomic
 from proxyq.search.allocate.assignment import Assignment
 from proxyq.search.allocate.budget import SHARE, Budget, parse_budget, raw_budget, share_of
 from proxyq.search.allocate.build import ActivationBits, LayerLike
@@ -33,23 +33,28 @@ def _bits(value: int | None) -> int | None:
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
     """Free-form JSON: finite numbers, text keys, keys sorted at every level."""
+    if deeper_than(value, MOST_LEVELS):
+        raise ValueError(f"must be nested at most {MOST_LEVELS} levels deep")
     try:
-        return json.loads(json.dumps(value, allow_nan=False, sort_keys=True))
+        text = json.dumps(value, allow_nan=False, sort_keys=True, ensure_ascii=False)
+        text.encode()
+        return json.loads(text)
     except (TypeError, ValueError) as error:
         raise ValueError(f"must be plain JSON without NaN or infinity ({error})") from None
 
 
 def _usable(value: int | float) -> int | float:
     """Whole numbers in a file may be longer than any that can be reckoned with."""
-    if abs(value) > sys.float_info.max:
-        raise ValueError("must be a finite number")
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError("input should be a finite number")
     return value
 
 
 Bits = Annotated[int | None, AfterValidator(_bits)]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Json = Annotated[dict[str, Any], AfterValidator(_plain)]
-Number = Annotated[int | float, Field(allow_inf_nan=False), AfterValidator(_usable)]
+# Not `allow_inf_nan`: of a long whole number, that check makes a float first, which fails.
+Number = Annotated[int | float, AfterValidator(_usable)]
 
 
 class _Record(BaseModel):
@@ -188,11 +193,12 @@ class Plan(_Record):
         if schema != SCHEMA:
             if isinstance(schema, str) and schema.startswith("proxyq/plan/"):
                 raise ProxyqError(
-                    f"the {what} has the schema {schema!r}, which this version does not read; it "
-                    f"reads {SCHEMA!r}: use the version of proxyq that wrote it."
+                    f"the {what} has the schema {shown(schema)}, which this version does not read; "
+                    f"it reads {SCHEMA!r}: use the version of proxyq that wrote it."
                 )
             raise ProxyqError(
-                f"the {what} is not a plan: its field 'schema' must be {SCHEMA!r}, got {schema!r}."
+                f"the {what} is not a plan: its field 'schema' must be {SCHEMA!r}, got "
+                f"{shown(schema)}."
             )
         try:
             return cls.model_validate(data)
@@ -253,15 +259,15 @@ def first_problem(error: ValidationError) -> str:
     wrappers = ("int", "float", "constrained-int")
     path = ".".join(
         str(step) for at, step in enumerate(problem["loc"]) if not at or step not in wrappers
-    )
-    message = problem["msg"].removeprefix("Value error, ")
+    )[:LONGEST]
+    message = " ".join(problem["msg"].removeprefix("Value error, ").split())[: 2 * LONGEST]
     got = problem.get("input")
     if problem["type"] == "missing":
         return f"{path!r}: it is missing"
     if problem["type"] == "extra_forbidden":
         return f"{path!r}: no such field is known"
     if isinstance(got, (str, int, float, bool)) and "got" not in message:
-        message += f", got {got!r}"
+        message += f", got {shown(got)}"
     return f"{path!r}: {message[:1].lower()}{message[1:]}"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from proxyq.errors import ProxyqError, UsageError
+from proxyq.errors import ProxyqError, UsageError, shown
 
 # The sum of all usages of a limit stays below this, so that int64 arithmetic is exact.
 USAGE_CEILING = 2**62
@@ -36,7 +36,7 @@ def exact_integer(value: Any, what: str) -> int:
     """`value` as a Python int, if it is an integer and not a bool; else `UsageError`."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return int(value)
-    raise UsageError(f"{what} must be an integer, got {value!r}.")
+    raise UsageError(f"{what} must be an integer, got {shown(value)}.")
 
 
 def check_bits(
@@ -48,7 +48,7 @@ def check_bits(
         raise UsageError(f"{what} must name at least one bit-width, got none.")
     for b in checked:
         if not (1 <= b <= 8 or b == 16):
-            raise UsageError(f"a bit-width in {what} must be 1 to 8 or 16, got {b}.")
+            raise UsageError(f"a bit-width in {what} must be 1 to 8 or 16, got {shown(b)}.")
     if distinct and len(set(checked)) < len(checked):
         twice = next(b for b in checked if checked.count(b) > 1)
         raise UsageError(f"{what} names the bit-width {twice} twice; name each once.")
