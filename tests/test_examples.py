@@ -26,15 +26,16 @@ def stated():
 
 
 def test_every_script_is_in_the_table():
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"cifar_resnet"}
-    assert set(stated()) == scripts and len(scripts) == 8
+    # All others are networks, for use as MODEL.
+    scripts = {p.stem for p in FOLDER.glob("*.py") if "The number:" in p.read_text("utf-8")}
+    assert set(stated()) == scripts and len(scripts) >= 8
 
 
 @pytest.mark.parametrize("name", sorted(stated()))
 def test_a_script_is_short(name):
     text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 100
-    assert "The number:" in text.split('"""')[1].replace("\n", " ")
+    assert "The number:" in text.split('"""')[1]
 
 
 @pytest.mark.parametrize(
