@@ -121,7 +121,7 @@ def test_folders_that_were_changed(kind: str, tmp_path: Path):
             from proxyq.export.compressed_tensors import load_compressed_tensors as read
 
             make, shape = SmallTransformer, (6, 16)
-        module, quantized, *_ = made_of(make, shape, correction="none")
+        module, quantized, *_ = made_of(make, shape, (4,), correction="none")
         export(quantized, tmp_path, module=module)
 
         def load() -> Any:
