@@ -18,7 +18,9 @@ from proxyq.export.torch_folder import CONFIG, WEIGHTS, read_config, restructure
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::DeprecationWarning"
+)
 examples_of = pytest.mark.parametrize(
     "examples", [30, pytest.param(1000, marks=pytest.mark.slow)], ids=["some", "many"]
 )
@@ -103,6 +105,9 @@ def test_folders_that_were_changed(kind: str, tmp_path: Path):
         def load() -> Any:
             return load_qwix(tmp_path, module, jnp.zeros((1, 6, 4)))
     else:
+        from proxyq.model.torch_import import import_torchvision
+
+        import_torchvision()  # transformers asks for it
         pytest.importorskip(kind.replace("-", "_"))
         from torch_networks import SmallTransformer, made_of, resnet
 
@@ -116,7 +121,7 @@ def test_folders_that_were_changed(kind: str, tmp_path: Path):
             from proxyq.export.compressed_tensors import load_compressed_tensors as read
 
             make, shape = SmallTransformer, (6, 16)
-        module, quantized, *_ = made_of(make, shape, correction="none")
+        module, quantized, *_ = made_of(make, shape, (4,), correction="none")
         export(quantized, tmp_path, module=module)
 
         def load() -> Any:
