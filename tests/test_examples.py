@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
-CHEAP = {"jax_and_flax", "evolve_formula"}
+CHEAP = {"evolve_formula"}
 # All others take 5 to 20 CPU seconds each where nothing is compiled yet: pytest -m slow.
 NEEDS = {"onnx_export": ("torch", "onnx", "onnxruntime", "onnxscript")}
 NUMBER = r"-?\d+(?:\.\d+)?"

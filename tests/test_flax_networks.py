@@ -150,7 +150,7 @@ def test_layers_have_the_names_that_users_know(name):
         assert all(length > 0 for length in graph.folded[:-1])  # batch norm behind each
 
 
-@pytest.mark.parametrize("name", those("nnx_resnet", "nnx_looped_vit"))
+@pytest.mark.parametrize("name", those("nnx_resnet"))
 def test_outputs_are_the_modules_own(name):
     model, x = loaded(name), images()
     wanted = native(model.source, x)
@@ -240,6 +240,7 @@ def test_a_loop_over_layers_is_the_network_written_out():
     assert all(np.array_equal(again[name], model.params[name]) for name in again)
 
 
+@pytest.mark.slow
 def test_one_step_of_a_loop_can_stay_float():
     model, x = loaded("linen_looped_vit"), images()
     kept = "blocks.1.MlpBlock_0.Dense_0"

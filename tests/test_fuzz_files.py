@@ -356,7 +356,7 @@ NAMES = (
 )
 JSON_NAMES = NAMES[:7]
 examples_of = pytest.mark.parametrize(
-    "examples", [30, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"]
+    "examples", [12, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"]
 )
 
 

@@ -119,6 +119,7 @@ def test_scores_kept_and_read_at_once(tmp_path: Path):
     assert whole(tmp_path) == ["key.safetensors"]
 
 
+@pytest.mark.slow
 def test_two_threads_score_the_same_and_something_else(tmp_path: Path):
     """One proxy twice at once, with checkpoints, and another option beside them."""
     asked = [("kl-delta", {"temperature": t}) for t in (1.0, 1.0, 2.0)]
