@@ -299,8 +299,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         f"{len(close)} of {len(rows)} networks give torch's outputs within 1e-4 of the largest, on "
         "two inputs, with random weights, at a batch size that they were not exported at. "
         "Parity is the largest difference of the outputs (the first that a network returns) "
-        "relative to the largest output; seconds are those of one CPU core, without compiling. "
-        "`python benchmarks/architectures.py` makes this page.",
+        "relative to the largest output. Seconds are wall clock, without compiling, on cores that "
+        "other work shared: upper bounds. `python benchmarks/architectures.py` makes this page.",
     ]
     for library in ("torchvision", "timm", "transformers"):
         lines += [

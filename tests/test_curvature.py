@@ -398,7 +398,7 @@ def test_joint_probes_are_unbiased_and_noisier(cases, hessians):
     assert not np.allclose(alone.trace, joint.trace, rtol=1e-3)
 
 
-@every
+@pytest.mark.parametrize("name", [pytest.param("small", marks=pytest.mark.slow), DEAR, "gelu"])
 def test_probes_on_the_outputs_are_unbiased(cases, hessians, name):
     c = cases[name]
     exact = np.zeros(len(c.first))

@@ -26,7 +26,7 @@ from proxyq.search.front_file import Front
 from proxyq.search.scores_file import ScoreFile
 
 BITS = [2, 3, 4, 8]
-HOSTILE = "<script>alert(1)</script>\" onload='x' &amp; \u0000\ud800 ]]> \u202e"
+HOSTILE = "<script>alert(1)</script>\" onload='x' &amp; \u0000 ]]> \u202e"
 SECTIONS = ["summary", "budgets", "bits", "scores", "coupling", "front", "accuracy", "groups"]
 
 

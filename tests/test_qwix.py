@@ -154,6 +154,22 @@ def test_rounded_inputs_are_qwixs_own(make, tmp_path):
     close(run(loaded, x), made.logits(x), 0.1)
 
 
+@pytest.mark.slow
+def test_convolutions_of_few_bits_on_both_sides_take_eight(tmp_path):
+    """XLA cannot convolve integers of 4 bits on the CPU; linear layers multiply them."""
+    module, model = convolutions()
+    x = images(model)
+    made = quantize_model(model, plan_of(model, 4, 4), x)
+    done = export_qwix(made, tmp_path / "out", module=module, inputs=x)
+    kinds = {
+        r.module_path: (r.weight_qtype, r.act_qtype) for r in load_qwix_rules(tmp_path / "out")
+    }
+    assert kinds.pop("head") == ("int4", "int4")
+    assert set(kinds.values()) == {("int8", "int8")}
+    assert {told for name, told in done.raised.items() if name != "head"} == {(4, 8)}
+    assert done.difference is not None and np.isfinite(done.difference)
+
+
 def test_budgets_and_strictness(tmp_path):
     module, model = attention()
     plan = plan_of(model, 3)

@@ -44,6 +44,7 @@ def test_evolution_on_ray(cluster):
     assert here == there
 
 
+@pytest.mark.slow
 def test_workers_are_on_both_nodes_and_replaced_when_they_are_lost(cluster):
     def places(work):
         return [tuple(place) for _, place in work([0] * 10)]

@@ -298,6 +298,8 @@ def _choose(
             if conv:
                 assert act is not None
                 act = max(act, form.bits)
+                if _container(act) < 8:
+                    act = 8  # XLA has no convolution of 4-bit integers on the CPU
                 form = form._replace(bits=act)
             forms[layer.name] = form
             rules[layer.name] = {
