@@ -48,7 +48,8 @@ _DEVELOPMENT = {"dev", "docs", "all"}
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A distribution: its version, `None` where it is missing; what is wrong with it, if it is.
+    """A distribution: its version, `None` where it is missing; what is wrong with it, if it is;
+    a `note` where something is that proxyq does without.
 
     - `needed`: whether proxyq cannot do without.
     - `install`: the line that brings it.
@@ -59,6 +60,7 @@ class Package:
     needed: bool
     install: str
     problem: str | None = None
+    note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record that `doctor --json` prints."""

@@ -176,6 +176,16 @@ def test_a_torchvision_that_is_broken_does_not_break_what_imports_it(monkeypatch
     found = diagnosis._optional()
     assert looked == list(OPTIONAL) == [one.name for one in found]
     assert helped == [looked.index("torchvision") + 1]
+    # proxyq has helped itself, so it is told and is no problem; where it cannot, it is one.
+    (torchvision,) = (one for one in found if one.name == "torchvision")
+    assert (torchvision.problem, torchvision.note) == (None, "broken")
+
+    def cannot():
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(diagnosis, "import_torchvision", cannot)
+    (torchvision,) = (one for one in diagnosis._optional() if one.name == "torchvision")
+    assert (torchvision.problem, torchvision.note) == ("broken", None)
 
 
 def test_a_wrong_search_is_a_problem(monkeypatch):

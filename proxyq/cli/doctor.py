@@ -39,6 +39,9 @@ def doctor(
         from proxyq.report.tables import doctor_blocks
 
         print_blocks(*doctor_blocks(record))
+    for package in record["packages"]:
+        if package["note"] is not None:
+            say(package["note"], quiet=quiet)
     _end(record["problems"])
 
 

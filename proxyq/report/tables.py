@@ -830,6 +830,8 @@ def doctor_blocks(record: Mapping[str, Any]) -> list[Table | str]:
     for one in record["packages"]:
         if one["problem"] is not None:
             state = "BROKEN"
+        elif one["note"] is not None:
+            state = "see below"
         else:
             state = "" if one["version"] is not None else f"missing: {one['install']}"
         table.add_row(one["name"], one["version"] or "-", state)
