@@ -75,7 +75,7 @@ def test_correction_rescues_three_bits(resnet20, images):
         correction: evaluate(
             resnet20, [plan], train, test, correction=correction, samples=samples
         ).plans[0]
-        for correction, samples in (("none", 1), ("weights", 1), ("statistics", 256))
+        for correction, samples in (("none", 1), ("weights", 1), ("statistics", 1024))
     }
     # Without correction the figure hangs on the last digits of the rounding's scales.
     assert found["none"].top1 == pytest.approx(55.7, abs=8)

@@ -245,6 +245,7 @@ def test_tables_go_to_workers_and_back():
     assert measure(nodes, [fold]) == [measure([node], [fold])[0] for node in nodes]
 
 
+@pytest.mark.slow
 def test_workers_stay_for_several_lots(folds):
     nodes = [with_bits(grow(random.Random(i), leaves=LEAVES)) for i in range(70)]
     wanted = measure(nodes, folds)

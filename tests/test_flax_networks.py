@@ -495,6 +495,7 @@ HALF = 2.0**-8
 """How far bfloat16 rounds: half a step of 8 bits."""
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters():
     """They are float32 numbers here, exactly; going back rounds each weight to bfloat16."""
     module, variables = initialised(LinenViT(depth=1, param_dtype=jnp.bfloat16))

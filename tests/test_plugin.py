@@ -49,6 +49,7 @@ def test_it_is_listed_beside_the_others(run):
     assert "orthogonality" in found
 
 
+@pytest.mark.slow
 def test_it_finds_a_plan(run):
     done = run("search", "--proxy", "kurtosis", "--budget", "size=3bit", "--json")
     assert done.code == 0, done.err

@@ -274,6 +274,7 @@ def test_missing_and_wrong(tmp_path, monkeypatch):
         export_qwix(made, tmp_path / "out", module=module)
 
 
+@pytest.mark.slow
 def test_parameters_lie_in_the_file_by_name(tmp_path):
     from safetensors.numpy import load_file
 

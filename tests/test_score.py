@@ -433,7 +433,7 @@ def test_an_overflow_of_the_mapping_names_layer_and_proxy(scored: ScoreFile, tmp
 @pytest.mark.parametrize(
     ("proxy", "options"),
     [
-        ("kl-delta", ()),
+        pytest.param("kl-delta", (), marks=pytest.mark.slow),
         pytest.param(
             "hessian-trace",
             ("--option", "least=40", "--option", "most=40"),
