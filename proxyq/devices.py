@@ -113,7 +113,7 @@ def current() -> Devices:
         return found
     import jax
 
-    if jax.config.jax_default_device is not None or jax.default_backend() == "cpu":
+    if jax.config.values["jax_default_device"] is not None or jax.default_backend() == "cpu":
         return _ONE
     local = jax.local_devices()
     return Devices(devices=tuple(local)) if len(local) > 1 else _ONE

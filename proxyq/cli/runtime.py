@@ -105,8 +105,9 @@ def _use_float32() -> None:
     """
     import jax
 
-    if jax.default_backend() != "cpu" and jax.config.jax_default_matmul_precision is None:
-        jax.config.update("jax_default_matmul_precision", "float32")
+    setting = "jax_default_matmul_precision"
+    if jax.default_backend() != "cpu" and jax.config.values[setting] is None:
+        jax.config.update(setting, "float32")
 
 
 def _no_device(device: str, reason: str) -> ProxyqError:

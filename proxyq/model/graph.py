@@ -217,13 +217,15 @@ def _whole(value: Any) -> Any:
 
 def pile(parts: Sequence[Any]) -> Any:
     """Equal arrays on top of each other, along a new first axis; a graph keeps them apart."""
-    return proxyq_pile(*parts)
+    return _traced_pile(*parts)
 
 
-@jax.jit
 def proxyq_pile(*parts: Any) -> Any:
     """`pile`, under a name by which a traced call is known."""
     return jnp.stack(parts)
+
+
+_traced_pile = jax.jit(proxyq_pile)
 
 
 def is_pile(eqn: Equation) -> bool:

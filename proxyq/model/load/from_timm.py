@@ -17,6 +17,7 @@ def load_timm(name: str, weights: Path | None, input_shape: tuple[int, ...] | No
     import_torchvision()  # timm imports it
     try:
         import timm
+        from timm.data.config import resolve_model_data_config
     except ModuleNotFoundError as error:
         if error.name != "timm":
             raise
@@ -53,7 +54,7 @@ def load_timm(name: str, weights: Path | None, input_shape: tuple[int, ...] | No
     if weights is not None:
         load_into(module, read_torch(weights), f"the file {str(weights)!r}")
 
-    config = timm.data.resolve_model_data_config(module)
+    config = resolve_model_data_config(module)
     channels, height, width = config["input_size"]
     preprocessing = Preprocessing(
         mean=tuple(float(x) for x in config["mean"]),
