@@ -67,16 +67,7 @@ def steps(program: Program, start: np.ndarray, *, mean: float = 0.0) -> Iterator
             inverse = newton_inverse(program, step)
         except np.linalg.LinAlgError:
             return
-        # Towards products of zero, and from where that would end towards ones all alike.
-        dz, dx, ds, dy = _newton(program, step, inverse, -z * x, -slack * y)
-        length = _longest((z, dz), (x, dx), (slack, ds), (y, dy))
-        after = (z + length * dz) @ (x + length * dx) + (slack + length * ds) @ (y + length * dy)
-        aim = max(now * (float(after) / count / now) ** 3, mean)
-        zx, sy = aim - z * x - dz * dx, aim - slack * y - ds * dy
-        dz, dx, ds, dy = _newton(program, step, inverse, zx, sy)
-        length = min(1.0, BOUNDARY * _longest((z, dz), (x, dx), (slack, ds), (y, dy)))
-        z, x = z + length * dz, x + length * dx
-        slack, y = slack + length * ds, y + length * dy
+        z, x, slack, y = _next(program, step, inverse, mean)
 
 
 def newton_inverse(program: Program, step: Step) -> np.ndarray:
@@ -86,7 +77,25 @@ def newton_inverse(program: Program, step: Step) -> np.ndarray:
     return np.linalg.inv(matrix)
 
 
-def _newton(program: Program, step: Step, inverse: np.ndarray, zx: np.ndarray, sy: np.ndarray):
+def _next(
+    program: Program, step: Step, inverse: np.ndarray, mean: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """z, x, slack and y after one step from `step`."""
+    z, x, slack, y, now = step.z, step.x, step.slack, step.y, step.mean
+    # Towards products of zero, and from where that would end towards ones all alike.
+    dz, dx, ds, dy = _newton(program, step, inverse, -z * x, -slack * y)
+    length = _longest((z, dz), (x, dx), (slack, ds), (y, dy))
+    after = (z + length * dz) @ (x + length * dx) + (slack + length * ds) @ (y + length * dy)
+    aim = max(now * (float(after) / (len(z) + len(y)) / now) ** 3, mean)
+    zx, sy = aim - z * x - dz * dx, aim - slack * y - ds * dy
+    dz, dx, ds, dy = _newton(program, step, inverse, zx, sy)
+    length = min(1.0, BOUNDARY * _longest((z, dz), (x, dx), (slack, ds), (y, dy)))
+    return z + length * dz, x + length * dx, slack + length * ds, y + length * dy
+
+
+def _newton(
+    program: Program, step: Step, inverse: np.ndarray, zx: np.ndarray, sy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The changes of z, x, slack and y that change the products z x and slack y like this."""
     z, x, slack, y, gradient, missed, _ = step
     right = zx / z - gradient - program.a.T @ (y + (sy + y * missed) / slack) + x
