@@ -69,3 +69,16 @@ def reason(error: BaseException) -> str:
     """What an error of another library says, as it stands within a sentence: short, one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= LONGEST else text[:LONGEST] + " …").rstrip(".")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, where the others tell of its inner life."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[0].split()) if lines else type(error).__name__
+    return (text if len(text) <= LONGEST else text[:LONGEST] + " …").rstrip(".:")
+
+
+def kind_and_line(error: BaseException) -> str:
+    """`KeyError: 'width'`: an error's kind too, where the first line may be a bare word."""
+    line, kind = first_line(error), type(error).__name__
+    return line if line == kind else f"{kind}: {line}"

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commandline import here
@@ -31,10 +32,13 @@ import proxyq
 from proxyq.checkpoint import Checkpoint
 from proxyq.data import load_data
 from proxyq.data.npz import load_npz
+from proxyq.data.prepared import load_prepared
 from proxyq.errors import ProxyqError
 from proxyq.files import MOST_BYTES, read_bytes, read_json
 from proxyq.model.digits import load_digits
+from proxyq.model.function_import import from_function
 from proxyq.model.load.weights import with_weights
+from proxyq.model.model import Model
 from proxyq.proxies import PROXIES, Cache
 from proxyq.proxies.formula import Formula
 from proxyq.ptq import unpack
@@ -471,6 +475,11 @@ def header_of(shape: tuple[int, ...], kind: str = "|u1") -> bytes:
     return file.getvalue()
 
 
+def sequences() -> Model:
+    """A network that reads no images, so that its archives go another way."""
+    return from_function(lambda params, x: x @ params["w"], {"w": jnp.eye(4)}, (8, 4))
+
+
 def test_archives_that_are_made_to_fill_memory(kinds: dict[str, Kind], tmp_path: Path):
     kind = kinds["npz"]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -487,6 +496,8 @@ def test_archives_that_are_made_to_fill_memory(kinds: dict[str, Kind], tmp_path:
         path = tmp_path / "bomb.npz"
         path.write_bytes(bomb.getvalue())
         load_npz(path, (), split="test", layout=None, name="bomb")
+    with pytest.raises(ProxyqError, match="unpacks to 167,772,288 bytes"):
+        load_prepared(str(path), sequences())
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < GROWTH
     # What is only large, and what is only even, are both images.
     plain = archive({"x": header_of((4, 512, 512, 1)) + bytes(1 << 20)})
@@ -502,6 +513,8 @@ def test_archives_of_objects_are_not_unpickled(keys: tuple[str, ...], tmp_path: 
     np.savez(tmp_path / "evil.npz", x=np.array([[[Evil()]]], object))
     with pytest.raises(ProxyqError, match=r"Python objects|the shape of"):
         load_npz(tmp_path / "evil.npz", keys, split="test", layout=None, name="evil")
+    with pytest.raises(ProxyqError, match="Python objects"):
+        load_prepared(str(tmp_path / "evil.npz"), sequences())
     assert not (tmp_path / "ran").exists()
 
 

@@ -137,8 +137,9 @@ def test_files_that_cannot_be_read(model, archive, tmp_path):
         load_prepared(str(path), model)
     with pytest.raises(ProxyqError, match=r"none\.npz"):
         load_prepared(str(tmp_path / "none.npz"), model)
-    np.savez(path, input_ids=np.array([object()] * 3))
-    with pytest.raises(ProxyqError, match="plain arrays"):
+    ids, objects = np.ones((3, 6), int), np.array([object()] * 3)
+    np.savez(path, input_ids=ids, attention_mask=objects)
+    with pytest.raises(ProxyqError, match="Python objects"):
         load_prepared(str(path), model)
     with pytest.raises(UsageError, match=r"must be FILE\.npz, text:FILE or random, got 'dir:x'"):
         load_prepared("dir:x", model)

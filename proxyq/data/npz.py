@@ -1,16 +1,14 @@
 """Images and labels in a NumPy archive."""
 
-import math
 import re
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
+from proxyq.data.archive import Header, read_arrays
 from proxyq.data.data import Data
-from proxyq.errors import ProxyqError, UsageError, near, reason
-from proxyq.files import read_bytes
+from proxyq.errors import UsageError, near
 
 # How the arrays of a split are usually called; the first that fits is taken.
 WORDS = {
@@ -18,11 +16,7 @@ WORDS = {
     "validation": ("val", "test", "eval"),
     "test": ("test", "eval", "val"),
 }
-MOST_RATIO, LEAST_BYTES = 250, 1 << 27
-"""An array that unpacks to more than so many times its bytes in the file, and to more than so many
-bytes in all, is no set of images but made to fill memory."""
 _LABELS = re.compile(r"y(_|$)|.*(label|target)", re.IGNORECASE)
-Header = tuple[tuple[int, ...], np.dtype]
 
 
 def load_npz(
@@ -37,78 +31,28 @@ def load_npz(
     **Raises** `ProxyqError` when the file is damaged, `UsageError` when the arrays cannot be
     told or do not fit.
     """
-    if not path.is_file():
-        read_bytes(path, "data file")  # the common sentence for what cannot be read
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {
-                entry.filename.removesuffix(".npy"): entry
-                for entry in archive.infolist()
-                if entry.filename.endswith(".npy")
-            }
-            headers, starts = {}, {}
-            for key, entry in entries.items():
-                headers[key], starts[key] = _header(archive.open(entry))
-        if not headers:
-            raise UsageError(f"the file {str(path)!r} holds no arrays.")
-        image_key, label_key = _chosen(headers, keys, split, str(path))
-        for key in filter(None, (image_key, label_key)):
-            _check_bytes(key, entries[key], headers[key], starts[key], path)
-        with np.load(path, allow_pickle=False) as arrays:
-            images = arrays[image_key]
-            labels = arrays[label_key] if label_key else None
-    except ProxyqError:
-        raise
-    except Exception as error:  # zipfile, zlib and numpy each raise their own kinds
-        raise ProxyqError(
-            f"the data file {str(path)!r} is not an intact .npz archive of plain arrays "
-            f"({type(error).__name__}: {reason(error)}): make it again with `numpy.savez`."
-        ) from error
-    label = f"{name}:{image_key}" + (f",{label_key}" if label_key else "")
-    return Data(name=label, images=channels_last(images, layout, label), labels=labels)
+    chosen: list[str] = []
 
+    def choose(headers: Mapping[str, Header]) -> list[str]:
+        chosen.extend(_chosen(headers, keys, split, str(path)))
+        return chosen
 
-def _header(file: IO[bytes]) -> tuple[Header, int]:
-    """Shape and type of an array from its first bytes, and how many bytes these are."""
-    with file:
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
-        return (shape, dtype), file.tell()
-
-
-def _check_bytes(key: str, entry: zipfile.ZipInfo, header: Header, start: int, path: Path) -> None:
-    """Refuse, before anything is unpacked, what is not there and what is there to fill memory."""
-    shape, dtype = header
-    if dtype.hasobject:
-        raise ValueError(f"the array {key!r} holds Python objects, which are not unpickled")
-    promised = start + math.prod(shape) * dtype.itemsize
-    if promised != entry.file_size or entry.compress_size > path.stat().st_size:
-        raise ProxyqError(
-            f"the array {key!r} of {str(path)!r} is damaged: its shape {shape} takes "
-            f"{promised:,} bytes, and there are {entry.file_size:,}; make the file again with "
-            "`numpy.savez`."
-        )
-    if promised > max(LEAST_BYTES, MOST_RATIO * entry.compress_size):
-        raise ProxyqError(
-            f"the array {key!r} of {str(path)!r} unpacks to {promised:,} bytes from "
-            f"{entry.compress_size:,}, which no images do: store them without compression, with "
-            "`numpy.savez`, where this is meant."
-        )
+    arrays = read_arrays(path, choose)
+    images, *labels = (arrays[key] for key in chosen)
+    label = f"{name}:{','.join(chosen)}"
+    images = channels_last(images, layout, label)
+    return Data(name=label, images=images, labels=labels[0] if labels else None)
 
 
 def _chosen(
-    headers: dict[str, Header], keys: tuple[str, ...], split: str, path: str
-) -> tuple[str, str | None]:
+    headers: Mapping[str, Header], keys: tuple[str, ...], split: str, path: str
+) -> list[str]:
+    """The images' name, and the labels' where there are any."""
     for key in keys:
         if key not in headers:
             raise UsageError(f"{path!r} holds no array {key!r}: {near(key, list(headers))}")
     if keys:
-        return keys[0], keys[1] if len(keys) > 1 else None
+        return list(keys[:2])
     listing = ", ".join(f"{key} {shape}" for key, (shape, _) in headers.items())
     remedy = f"name them, as in `{path}:IMAGES,LABELS` (there are {listing})."
 
@@ -136,7 +80,7 @@ def _chosen(
                 f"{path!r} has {count} images in {image!r} but {length} labels in {key!r}: store "
                 f"one label for each image, or name the images alone, as in `{path}:{image}`."
             )
-    return image, label
+    return [image] if label is None else [image, label]
 
 
 def _pick(names: list[str], split: str) -> str | None:

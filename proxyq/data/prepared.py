@@ -1,6 +1,5 @@
 """Inputs of networks that read no images: tokens, sequences, several arrays."""
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from proxyq.data.archive import Header, read_arrays
 from proxyq.errors import MissingExtra, ProxyqError, UsageError, near
 from proxyq.files import digest_arrays, read_bytes
 from proxyq.model.model import Model
@@ -120,33 +120,29 @@ def _as_kind(array: np.ndarray, wanted: Any, name: str) -> np.ndarray:
 
 
 def _archive(path: Path, spec: str, model: Model) -> Prepared:
-    read_bytes(path, "data file")  # one sentence where it cannot be read
-    try:
-        # numpy leaves a file open that it cannot read, so it is given an open one.
-        with path.open("rb") as source, np.load(source, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ProxyqError(
-            f"the data file {str(path)!r} is not an intact .npz archive of plain arrays "
-            f"({type(error).__name__}): make it again with `numpy.savez`."
-        ) from error
-    labels = next((arrays.pop(key) for key in LABELS if key in arrays), None)
+    structure = jax.tree.structure(model.inputs)
     if isinstance(model.inputs, Mapping):
         names = list(model.inputs)
     else:
-        names = [f"arr_{i}" for i in range(len(jax.tree.leaves(model.inputs)))]
-        if len(names) == len(arrays) == 1:
-            names = list(arrays)
-    for name in names:
-        if name not in arrays:
-            there = near(name, list(arrays))
-            raise UsageError(f"{str(path)!r} holds no {name!r} for {model.name!r}: {there}")
-    leaves = [arrays[name] for name in names]
-    if isinstance(model.inputs, Mapping):
-        values: Any = dict(zip(names, leaves, strict=True))
-    else:
-        values = jax.tree.unflatten(jax.tree.structure(model.inputs), leaves)
-    return prepared(values, labels, model, name=spec)
+        names = [f"arr_{i}" for i in range(structure.num_leaves)]
+
+    def choose(headers: Mapping[str, Header]) -> list[str]:
+        label = [key for key in LABELS if key in headers][:1]
+        others = [key for key in headers if key not in label]
+        # One array is the one input, whatever it is called.
+        if len(names) == len(others) == 1 and not isinstance(model.inputs, Mapping):
+            names[:] = others
+        for name in names:
+            if name not in others:
+                there = near(name, others)
+                raise UsageError(f"{str(path)!r} holds no {name!r} for {model.name!r}: {there}")
+        return [*names, *label]
+
+    arrays = read_arrays(path, choose)
+    values: Any = {name: arrays.pop(name) for name in names}
+    if not isinstance(model.inputs, Mapping):
+        values = jax.tree.unflatten(structure, list(values.values()))
+    return prepared(values, next(iter(arrays.values()), None), model, name=spec)
 
 
 def _text(path: Path, spec: str, model: Model) -> Prepared:

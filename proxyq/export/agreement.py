@@ -1,6 +1,6 @@
 """Whether what was written computes what the quantized network does: one rule for all formats."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from proxyq.errors import ProxyqError
-from proxyq.model.model import Model
+from proxyq.model.model import Model, call_arguments
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.model.torch_import import import_torch
 from proxyq.ptq.quantized import QuantizedModel
@@ -93,10 +93,12 @@ def with_float_inputs(
     quantized: QuantizedModel, layers: Collection[str] | None = None
 ) -> QuantizedModel:
     """The network with nothing rounded that all its layers, or those named, read."""
-    graph = network(quantized.model, LAYERS_AT)
-    sites = None if layers is None else {i for name in layers for i in graph.sites_of(name)}
+    sites = set(quantized.edits)
+    if layers is not None:
+        graph = network(quantized.model, LAYERS_AT)
+        sites = {i for name in layers for i in graph.sites_of(name)}
     edits = {
-        i: edit._replace(input_grid=None) if sites is None or i in sites else edit
+        i: edit._replace(input_grid=None) if i in sites else edit
         for i, edit in quantized.edits.items()
     }
     return replace(quantized, edits=edits)
@@ -109,12 +111,8 @@ def module_runner(module: Any) -> Callable[[Any], np.ndarray]:
     def run(inputs: Any) -> np.ndarray:
         leaves = jax.tree.map(lambda x: torch.from_numpy(np.array(x)), inputs)
         with torch.no_grad():
-            if isinstance(leaves, Mapping):
-                outputs = module(**leaves)
-            elif isinstance(leaves, list | tuple):
-                outputs = module(*leaves)
-            else:
-                outputs = module(leaves)
+            args, kwargs = call_arguments(leaves)
+            outputs = module(*args, **kwargs)
         leaves = torch.utils._pytree.tree_leaves(outputs)
         return next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)).numpy()
 

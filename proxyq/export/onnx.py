@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from proxyq.engine import Engine
-from proxyq.errors import MissingExtra, ProxyqError
+from proxyq.errors import MissingExtra, ProxyqError, first_line
 from proxyq.export.agreement import (
     check_agreement,
     differences,
@@ -37,11 +37,10 @@ from proxyq.export.agreement import (
 from proxyq.export.exported import Exported, check_strict, exceeded_budgets, raised_and_sizes
 from proxyq.export.torch_module import to_torch
 from proxyq.files import check_writable, write_atomic
-from proxyq.model.model import Model
+from proxyq.model.model import Model, call_arguments
 from proxyq.model.network import LAYERS_AT
 from proxyq.model.torch_import import import_torch
 from proxyq.model.torch_import.export import quiet_export
-from proxyq.model.torch_import.require import first_line
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers
 from proxyq.ptq.quantized import QuantizedModel
 from proxyq.search.allocate.plan import Plan
@@ -238,7 +237,7 @@ def _float_graph(module: Any, model: Model, opset: int) -> tuple[Any, str | None
 
     def run(batch: int, dynamic: bool) -> Any:
         leaves = jax.tree.map(lambda shape: example(shape, batch), model.inputs)
-        args, kwargs = _arguments(leaves)
+        args, kwargs = call_arguments(leaves)
         axes = torch.utils._pytree.tree_map(lambda leaf: {0: "batch"}, kwargs or args)
         with quiet_export(), contextlib.redirect_stdout(io.StringIO()):
             return torch.onnx.export(
@@ -260,15 +259,9 @@ def _float_graph(module: Any, model: Model, opset: int) -> tuple[Any, str | None
         return run(1, False), "the file takes one image at a time: torch cannot free its batch."
     except Exception as error:
         raise ProxyqError(
-            f"torch.onnx cannot export {model.name!r} ({first_line(error)[:300]}): rewrite the "
+            f"torch.onnx cannot export {model.name!r} ({first_line(error)}): rewrite the "
             "operator that it names, or choose another format (--to)."
         ) from error
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), {}
 
 
 def _put_weights(

@@ -41,7 +41,7 @@ from proxyq.export.exported import (
 from proxyq.export.parameters import to_params, unfolded_integers
 from proxyq.files import check_folder, read_bytes, read_json, write_together
 from proxyq.model.function_import import kind_of
-from proxyq.model.model import logits_of
+from proxyq.model.model import call_arguments, logits_of
 from proxyq.model.network import LAYERS_AT
 from proxyq.model.scanned import whole_params
 from proxyq.provenance import provenance
@@ -388,7 +388,6 @@ def _quantize(
     apply_kwargs: Mapping[str, Any] | None,
 ) -> Any:
     """The module with these parameters, quantized by qwix."""
-    from proxyq.model.flax_import import call_arguments
 
     qwix = import_qwix()
     provider = qwix.PtqProvider(_rules(qwix, rules))
@@ -499,7 +498,6 @@ def _quantized_array(found: Any, stored: Stored) -> Any:
 
 def _difference(quantized: QuantizedModel, made: Any, inputs: Any, keywords: Any) -> float:
     """Largest difference of the outputs in qwix from ours, relative to the largest output."""
-    from proxyq.model.flax_import import call_arguments
 
     inputs = examples_of(quantized.model, inputs)
     args, named = call_arguments(jax.tree.map(jnp.asarray, inputs))

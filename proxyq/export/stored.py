@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proxyq.export.exported import Exported, exceeded_budgets
+from proxyq.export.torch_folder import CONFIG, WEIGHTS
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.ptq.quantized import QuantizedModel
 from proxyq.search.allocate.plan import FLOAT_BITS, Plan
@@ -44,7 +45,7 @@ def exported(
     told = [f"{name}: {one}." for name, one in raised.items()]
     return Exported(
         format=format,
-        paths=tuple(sorted(folder.iterdir())),
+        paths=(folder / CONFIG, folder / WEIGHTS),
         raised=widths(raised),
         size_bits=sum(weights[name] * bits for name, bits in stored.items()),
         planned_bits=sum(weights[name] * bits for name, bits in quantized.bits.items()),

@@ -12,18 +12,17 @@ import numpy as np
 from flax import errors, linen, nnx
 from flax.core import meta
 
-from proxyq.errors import ProxyqError, UsageError, near
+from proxyq.errors import ProxyqError, UsageError, first_line, near
 from proxyq.model.function_import import (
     Layout,
     finish_model,
-    first_line,
     flatten_names,
     kind_of,
     path_name,
     qualified_name,
     split_arrays,
 )
-from proxyq.model.model import Apply, Model, Preprocessing
+from proxyq.model.model import Apply, Model, Preprocessing, call_arguments
 
 
 def from_nnx(
@@ -443,13 +442,6 @@ def _normalise_by_batch(
 def _call(module: Callable[..., Any], inputs: Any, kwargs: Mapping[str, Any]) -> Any:
     args, keywords = call_arguments(inputs)
     return module(*args, **keywords, **kwargs)
-
-
-def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A pytree of inputs as the arguments of a module's call."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
 
 
 def _checked_kwargs(apply_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from proxyq.errors import ProxyqError, UsageError, near
+from proxyq.errors import ProxyqError, UsageError, first_line, near
 from proxyq.model.model import Apply, Model, Preprocessing
 from proxyq.model.scanned import taken_apart
 
@@ -316,13 +316,6 @@ def _matching(patterns: Iterable[str], names: list[str]) -> set[str]:
             raise UsageError(f"`frozen` names no array {pattern!r}: {near(pattern, names)}")
         found.update(matches)
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type, without a full stop."""
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else type(error).__name__
-    return (line if len(line) <= 200 else line[:197] + "...").rstrip(".:")
 
 
 def kind_of(value: Any) -> str:

@@ -114,6 +114,13 @@ class Model:
         return replace(self, **changes)
 
 
+def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A model's inputs as the positional and keyword arguments of its module's call."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
 def logits_of(outputs: Any) -> Any:
     """The first array of a model's outputs: the logits of a classifier."""
     return jax.tree.leaves(outputs)[0]

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from proxyq.errors import MissingExtra, ProxyqError, UsageError, near
-from proxyq.model.load.shared import check_shape, choose_shape, reason, seeded
+from proxyq.errors import MissingExtra, ProxyqError, UsageError, kind_and_line, near
+from proxyq.model.load.shared import check_shape, choose_shape, seeded
 from proxyq.model.load.weights import load_into, read_torch, with_weights
 from proxyq.model.model import Model
 
@@ -87,7 +87,9 @@ def _import_file(path: Path, *, again: bool = True) -> ModuleType:
 
             import_torchvision()
             return _import_file(path, again=False)
-        raise ProxyqError(f"{str(path)!r} could not be imported ({reason(error)}).") from error
+        raise ProxyqError(
+            f"{str(path)!r} could not be imported ({kind_and_line(error)})."
+        ) from error
     return code
 
 
@@ -127,7 +129,7 @@ def _call(factory: Any, name: str, path: str, *, again: bool = True) -> Any:
 
             import_torchvision()
             return _call(factory, name, path, again=False)
-        raise ProxyqError(f"{name!r} in {path!r} failed ({reason(error)}).") from error
+        raise ProxyqError(f"{name!r} in {path!r} failed ({kind_and_line(error)}).") from error
 
 
 def _from_made(

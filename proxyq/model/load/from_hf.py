@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from proxyq.errors import MissingExtra, ProxyqError, UsageError
-from proxyq.model.load.shared import fit_preprocessing, reason, seeded
+from proxyq.errors import MissingExtra, ProxyqError, UsageError, kind_and_line
+from proxyq.model.load.shared import fit_preprocessing, seeded
 from proxyq.model.load.weights import load_into, read_torch
 from proxyq.model.model import Model, Preprocessing
 from proxyq.model.torch_import import from_torch, import_torchvision
@@ -48,8 +48,8 @@ def load_hf(name: str, weights: Path | None, input_shape: tuple[int, ...] | None
                 module = seeded(lambda: kind._from_config(config))
     except Exception as error:  # transformers and the hub's client raise what they like
         raise ProxyqError(
-            f"the network {source!r} could not be loaded by transformers ({reason(error)}): name a "
-            "folder with config.json and model.safetensors, as in 'hf:FOLDER', or write "
+            f"the network {source!r} could not be loaded by transformers ({kind_and_line(error)}): "
+            "name a folder with config.json and model.safetensors, as in 'hf:FOLDER', or write "
             f"'hf:{source}@none' for random weights."
         ) from error
     if getattr(config, "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
@@ -99,9 +99,14 @@ def _import_transformers() -> Any:
 
 
 def _class_of(transformers: Any, config: Any) -> Any:
-    """The class that a configuration names, or the bare network of its kind."""
-    named = (getattr(config, "architectures", None) or [""])[0]
-    return getattr(transformers, str(named), None) or transformers.AutoModel
+    """The class that a configuration names, or the bare network of its kind.
+
+    The name stands in a file, so it chooses among networks and nothing else.
+    """
+    named = getattr(transformers, str((getattr(config, "architectures", None) or [""])[0]), None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return named
+    return transformers.AutoModel
 
 
 def _tokens(accepts: Any, config: Any, input_shape: tuple[int, ...] | None) -> dict[str, Any]:

@@ -5,8 +5,8 @@ import math
 import sys
 from pathlib import Path
 
-from proxyq.errors import MissingExtra, ProxyqError, UsageError, near
-from proxyq.model.load.shared import choose_shape, fit_preprocessing, reason, seeded
+from proxyq.errors import MissingExtra, ProxyqError, UsageError, kind_and_line, near
+from proxyq.model.load.shared import choose_shape, fit_preprocessing, seeded
 from proxyq.model.load.weights import load_into, read_torch
 from proxyq.model.model import Model, Preprocessing
 from proxyq.model.torch_import import from_torch, import_torchvision
@@ -46,9 +46,9 @@ def load_timm(name: str, weights: Path | None, input_shape: tuple[int, ...] | No
             module = seeded(lambda: timm.create_model(full, pretrained=pretrained))
     except Exception as error:  # whatever the hub's client raises when it is offline
         if not pretrained:
-            raise ProxyqError(f"timm cannot build {full} ({reason(error)}).") from error
+            raise ProxyqError(f"timm cannot build {full} ({kind_and_line(error)}).") from error
         raise ProxyqError(
-            f"the weights of {full} could not be downloaded ({reason(error)}): write "
+            f"the weights of {full} could not be downloaded ({kind_and_line(error)}): write "
             f"'timm:{base}@none' for random weights, or give a file with `--weights`."
         ) from error
     if weights is not None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from proxyq.errors import ProxyqError, UsageError, near
-from proxyq.model.load.shared import choose_shape, fit_preprocessing, reason, seeded
+from proxyq.errors import ProxyqError, UsageError, kind_and_line, near
+from proxyq.model.load.shared import choose_shape, fit_preprocessing, seeded
 from proxyq.model.load.weights import load_into, read_torch
 from proxyq.model.model import Model, Preprocessing
 from proxyq.model.torch_import import from_torch, import_torch, import_torchvision
@@ -122,6 +122,6 @@ def _download(url: str, name: str) -> Mapping[str, Any]:
                 "the file and try again."
             ) from error
         raise ProxyqError(
-            f"the weights of {name} could not be downloaded ({reason(error)}): write "
+            f"the weights of {name} could not be downloaded ({kind_and_line(error)}): write "
             f"'torchvision:{name}@none' for random weights, or give a file with `--weights`."
         ) from error

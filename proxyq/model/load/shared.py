@@ -1,9 +1,9 @@
-"""What the sources of models share: the input shape, preprocessing, seeds, reasons."""
+"""What the sources of models share: the input shape, preprocessing, seeds."""
 
 from collections.abc import Callable
 from typing import Any
 
-from proxyq.errors import LONGEST, UsageError
+from proxyq.errors import UsageError
 from proxyq.model.model import Model, Preprocessing
 
 
@@ -51,10 +51,3 @@ def seeded(build: Callable[[], Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return build()
-
-
-def reason(error: BaseException) -> str:
-    """An error's kind and first line, for use inside a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return " ".join(text.split())[:LONGEST].rstrip(".:")

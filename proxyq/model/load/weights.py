@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from proxyq.errors import ProxyqError, UsageError
-from proxyq.model.load.shared import reason
+from proxyq.errors import ProxyqError, UsageError, kind_and_line
 from proxyq.model.model import Model
 from proxyq.model.scanned import apart_params
 
@@ -44,7 +43,7 @@ def read_torch(path: Path) -> Mapping[str, Any]:
                 "`module.state_dict()` alone."
             ) from error
         raise ProxyqError(
-            f"the weights {str(path)!r} cannot be read ({reason(error)}): the file may be "
+            f"the weights {str(path)!r} cannot be read ({kind_and_line(error)}): the file may be "
             "damaged or cut short."
         ) from error
     for wrapper in ("state_dict", "model_state_dict", "model"):
@@ -78,7 +77,7 @@ def load_into(module: Any, tensors: Mapping[str, Any], source: str) -> None:
         missing, unexpected = module.load_state_dict(tensors, strict=False)
     except Exception as error:  # tensors of kinds that cannot be copied: sparse, of a device
         raise ProxyqError(
-            f"{source} does not fit {type(module).__name__} ({reason(error)})."
+            f"{source} does not fit {type(module).__name__} ({kind_and_line(error)})."
         ) from error
     loaded = {own[key].data_ptr() for key in own if key not in missing and own[key].numel()}
     missing = [
@@ -112,8 +111,8 @@ def with_weights(model: Model, weights: Path | None) -> Model:
             arrays: dict[str, np.ndarray] = load_file(weights)
         except Exception as error:
             raise ProxyqError(
-                f"the weights {str(weights)!r} cannot be read ({reason(error)}): the file may "
-                "be damaged or cut short."
+                f"the weights {str(weights)!r} cannot be read ({kind_and_line(error)}): the file "
+                "may be damaged or cut short."
             ) from error
     else:
         from proxyq.model.torch_import.export import to_numpy

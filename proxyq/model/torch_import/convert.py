@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.errors import ProxyqError, UsageError
-from proxyq.model.model import Model, Preprocessing
+from proxyq.model.model import Model, Preprocessing, call_arguments
 from proxyq.model.torch_import.export import (
     any_batch_program,
     evaluation_mode,
@@ -154,14 +154,7 @@ def _example_inputs(example: Any) -> tuple[tuple[tuple, dict[str, Any]], Any]:
         return tensor.float() if tensor.is_floating_point() else tensor
 
     example = jax.tree.map(tensor_of, example)
-    return _arguments(example), example
-
-
-def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    """Positional and keyword arguments of the forward."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), {}
+    return call_arguments(example), example
 
 
 def _apply(program: Program, inputs: Any, single: bool, *, batch_statistics: bool) -> Any:
@@ -230,7 +223,7 @@ def _check_independence(model: Model, module: Any, example: Any) -> None:
         return repeated + torch.randn(repeated.shape, generator=generator)
 
     inputs = jax.tree.map(batch_of, example)
-    args, kwargs = _arguments(inputs)
+    args, kwargs = call_arguments(inputs)
     try:
         with torch.no_grad():
             outputs = module(*args, **kwargs)

@@ -12,9 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from proxyq.errors import ProxyqError
+from proxyq.errors import ProxyqError, first_line
 from proxyq.model.torch_import.program import Different, Node, Program, Ref, merge
-from proxyq.model.torch_import.require import first_line, import_torch
+from proxyq.model.torch_import.require import import_torch
 
 # Operators without a value that only check or only mark something.
 _IGNORED = {

@@ -5,7 +5,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from proxyq.errors import MissingExtra, ProxyqError
+from proxyq.errors import MissingExtra, ProxyqError, first_line
 
 # torchvision's operators whose schemas it needs at import; without its compiled part
 # (another build of torch beside it) nobody has declared them.
@@ -61,9 +61,3 @@ def import_torchvision() -> ModuleType:
             f"torchvision does not fit the installed torch ({first_line(error)}): install "
             "a matching pair."
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message, without its final stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
