@@ -25,6 +25,7 @@ from proxyq.api.quantize import check_plan_fits, quantize_model, rounding_of
 from proxyq.data import Data
 from proxyq.engine import Engine
 from proxyq.engine.divergence import kl_divergence
+from proxyq.engine.rounded import sized_layers
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network
@@ -387,7 +388,7 @@ def uniform_plan(model: Model, plan: Plan, latency: Latencies | None = None) -> 
     `None` where nothing fits, or a budget cannot be counted (latency without its table).
     """
     found = network(model, LAYERS_AT)
-    layers, steps = found.layers, schedule(found)
+    layers, steps = sized_layers(found, rounding_of(plan)), schedule(found)
     pins = [
         f"{glob.escape(name)}={layer.weight_bits}"
         for name, layer in plan.layers.items()

@@ -62,6 +62,11 @@ class Method:
         return self.proxy is None or self.proxy.activations
 
 
+def as_rounding(extra_code: str | None, group_size: int | None) -> Rounding:
+    """How weights are rounded, where what is not given is as usual."""
+    return Rounding(extra_code=extra_code or "negative", group_size=group_size)  # type: ignore[arg-type]
+
+
 def method_of(
     proxy: str | Proxy | None = None,
     recipe: str | Recipe | None = None,
@@ -71,6 +76,7 @@ def method_of(
     bits: Sequence[int] | None = None,
     activation_bits: int | str | Sequence[int] | None = None,
     extra_code: str | None = None,
+    group_size: int | None = None,
     correction: str | None = None,
     samples: int | None = None,
     solver: str | None = None,
@@ -94,7 +100,7 @@ def method_of(
     if solver not in (None, "auto"):
         SOLVERS.get(solver)
     activations = _activation_bits(activation_bits)
-    rounding = Rounding() if extra_code is None else Rounding(extra_code=extra_code)  # type: ignore[arg-type]
+    rounding = as_rounding(extra_code, group_size)
     if bits is not None and not bits:
         raise UsageError("`bits` must name at least one bit-width, got none.")
     for width in bits or ():
@@ -135,7 +141,12 @@ def method_of(
         solving.pop("chances", None)  # they are of the recipe's own bits
     start = None
     if found.start is not None and same_solver:
-        start = method_of(recipe=found.start, bits=bits or found.bits, extra_code=extra_code)
+        start = method_of(
+            recipe=found.start,
+            bits=bits or found.bits,
+            extra_code=extra_code,
+            group_size=group_size,
+        )
     return Method(
         proxy=chosen,
         options=chosen.check_options({**found.options, **(options or {})}),

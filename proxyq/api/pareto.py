@@ -11,6 +11,7 @@ from proxyq.api.evaluate import measure
 from proxyq.api.inputs import as_data, as_eval_data, as_model, inputs_of
 from proxyq.api.method import Method, method_of
 from proxyq.api.score import score
+from proxyq.engine.rounded import sized_layers
 from proxyq.errors import UsageError
 from proxyq.model.features import layers_by_feature
 from proxyq.model.model import Model
@@ -40,6 +41,7 @@ def pareto(
     bits: Sequence[int] | None = None,
     activation_bits: int | str | Sequence[int] | None = None,
     extra_code: str | None = None,
+    group_size: int | None = None,
     pins: Sequence[str] = (),
     ties: Sequence[str] = (),
     unties: Sequence[str] = (),
@@ -100,6 +102,7 @@ def pareto(
             options=options,
             bits=bits,
             extra_code=extra_code,
+            group_size=group_size,
             samples=samples,
             evaluate=evaluate or None,
             eval_data=eval_data,
@@ -114,6 +117,7 @@ def pareto(
             bits=bits,
             activation_bits=activation_bits,
             extra_code=extra_code,
+            group_size=group_size,
             correction=correction,
             samples=samples,
             solver=solver,
@@ -142,6 +146,7 @@ def pareto(
             bits=bits,
             activation_bits=activation_bits,
             extra_code=extra_code,
+            group_size=group_size,
             samples=samples,
             seed=seed,
             memory=memory,
@@ -205,7 +210,7 @@ def _unscored(model: Model, method: Method) -> ScoreFile:
     """A file of scores of a model in which all are zero."""
     found = network(model, LAYERS_AT)
     beside = method.activation_bits if isinstance(method.activation_bits, tuple) else ()
-    layers, measures = found.layers, method.measures_activations
+    layers, measures = sized_layers(found, method.rounding), method.measures_activations
     zeros = Scores(
         proxy=method.name,
         layers=layers,

@@ -267,7 +267,7 @@ def pack(
         model=made,
         file=folder / "packed.safetensors",
         size=size,
-        plan_bytes=-(-sum(own.weights * (own.weight_bits or 0) for own in quantized) // 8),
+        plan_bytes=-(-sum(own.size_bits for own in quantized) // 8),
         accuracy=None if measured_on is None else _accuracy(made, measured_on, memory),
     )
 

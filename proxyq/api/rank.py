@@ -140,7 +140,8 @@ def rank(
         if files[""].rounding != asdict(found.rounding):
             raise UsageError(
                 f"the scores are of the rounding {files[''].rounding}, the table of "
-                f"{asdict(found.rounding)}: score again with the table's (--extra-code)."
+                f"{asdict(found.rounding)}: score again with the table's (--extra-code, "
+                "--group-size)."
             )
     else:
         model = as_model(source)
@@ -232,7 +233,12 @@ def _scored(
     bits = sorted({int(b) for b in table.bits.ravel()})
     if len(bits) == 1:
         bits = sorted({*bits, 8})  # scores tell bit-widths apart
-    given = {"bits": bits, "extra_code": table.rounding.extra_code, **options}
+    given = {
+        "bits": bits,
+        "extra_code": table.rounding.extra_code,
+        "group_size": table.rounding.group_size,
+        **options,
+    }
     files = {"": score(model, data, proxies=proxies, **given)}
     correction = table.method.get("correction", "none")
     looped = [

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from proxyq.api.model_spec import ModelSpec, check_text
 from proxyq.devices import several
 from proxyq.engine import Engine, TapOptions, pair_rows
 from proxyq.engine.pairs import RowWork
+from proxyq.engine.rounded import sized_layers
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.executor import Executor, executor
 from proxyq.model.features import layers_by_feature
@@ -42,6 +43,7 @@ def score(
     bits: Sequence[int] | None = None,
     activation_bits: int | str | Sequence[int] | None = None,
     extra_code: str | None = None,
+    group_size: int | None = None,
     samples: int | None = None,
     seed: int | None = None,
     memory: int | None = None,
@@ -53,7 +55,7 @@ def score(
 
     **Arguments:**
 
-    - `model`, `data`, `samples`, `seed`, `memory`, `extra_code`: as for `search`.
+    - `model`, `data`, `samples`, `seed`, `memory`, `extra_code`, `group_size`: as for `search`.
     - `proxies`: names, `Proxy` records, or pairs of either with options; `"all"` is every
       proxy that neither trains nor runs pairs of layers, and those that cannot score this model
       are left out.
@@ -73,6 +75,7 @@ def score(
         bits=bits,
         activation_bits=activation_bits,
         extra_code=extra_code,
+        group_size=group_size,
         samples=samples,
     )
     runner, named = executor(how), model
@@ -134,8 +137,9 @@ def score(
         raise left_out[0]
     reads = {proxy.name: proxy.needs_images for proxy, _ in requests}
     mapped = any(one.shape == "layers" for one in scores)
+    layers = sized_layers(found, method.rounding)
     return score_file(
-        scores,
+        [replace(one, layers=layers) for one in scores],
         images=[reads[one.proxy] for one in scores],
         model={"name": model.name, "digest": model.digest(), **model.identity},
         same_feature=layers_by_feature(found),

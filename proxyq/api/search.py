@@ -15,6 +15,7 @@ from proxyq.api.program import program
 from proxyq.auto import HELD_BACK, Judge, check_effort, choose, halves, improve
 from proxyq.data import Data
 from proxyq.devices import several
+from proxyq.engine.rounded import sized_layers
 from proxyq.errors import UsageError
 from proxyq.model.features import layers_by_feature
 from proxyq.model.model import Model
@@ -45,6 +46,7 @@ def search(
     bits: Sequence[int] | None = None,
     activation_bits: int | str | Sequence[int] | None = None,
     extra_code: str | None = None,
+    group_size: int | None = None,
     correction: str | None = None,
     samples: int | None = None,
     pins: Sequence[str] = (),
@@ -92,6 +94,8 @@ def search(
       is the recipe's, else float.
     - `extra_code`: on which side of zero a weight grid has its odd code: `negative` (two's
       complement, the default) or `either`, whichever rounds a channel better.
+    - `group_size`: so many weights of an output channel share a grid (32, 64, 128), in layers that
+      multiply by a matrix; budgets on size count the scales. `None` is one grid a channel.
     - `correction`: `auto`, `none`, `weights` or `statistics`, when the plan is run.
     - `samples`: how many calibration images; `seed`: draw them at random from this seed
       instead of taking the first, and seed what is random in the proxy.
@@ -111,6 +115,7 @@ def search(
         bits=bits,
         activation_bits=activation_bits,
         extra_code=extra_code,
+        group_size=group_size,
         correction=correction,
         samples=samples,
         solver=solver,
@@ -142,7 +147,7 @@ def search(
         )
     # What cannot be solved (or not by this solver) and images that do not fit are told before
     # minutes of measuring.
-    layers = found.layers
+    layers = sized_layers(found, method.rounding)
     joined = together(layers, method.ties, method.unties, layers_by_feature(found))
     binding = {
         "counted_once": joined.counted_once,

@@ -19,11 +19,12 @@ from proxyq.api.inputs import (
     inputs_of,
     labelled_batches,
 )
-from proxyq.api.method import DEFAULT_SAMPLES
+from proxyq.api.method import DEFAULT_SAMPLES, as_rounding
 from proxyq.api.model_spec import ModelSpec, check_text
 from proxyq.devices import several
 from proxyq.engine import Edits, Engine
 from proxyq.engine.divergence import cross_entropy_of, kl_divergence, rescaled_divergence
+from proxyq.engine.rounded import sized_layers
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.executor import Executor, executor
 from proxyq.model.model import Model, logits_of
@@ -65,6 +66,7 @@ def table(
     activation_bits: int | None = None,
     correction: str = "statistics",
     extra_code: str = "negative",
+    group_size: int | None = None,
     samples: int = DEFAULT_SAMPLES,
     eval_samples: int | None = None,
     seed: int = 0,
@@ -83,6 +85,7 @@ def table(
       seed. `activation_bits`: of every layer's input, `None` for float.
     - `correction`: `none`, `weights` or `statistics`, the default: without it random plans at
       two to four bits are nearly all wrecked, and their ranking tells nothing of methods.
+    - `extra_code`, `group_size`: of the weights' rounding, as for `search`.
     - `samples`: calibration images; `eval_samples`: the first so many images to measure on.
     - `how`: an executor, `serial`, `process:N` or `ray:N`. Other processes load model and data
       by themselves: these must be text then, or a `ModelSpec`.
@@ -103,7 +106,7 @@ def table(
         activation_bits = _whole(activation_bits, "activation_bits")
     for width in (*bits, *([] if activation_bits is None else [activation_bits])):
         check_bits(width, "bits")
-    rounding = Rounding(extra_code=extra_code)  # type: ignore[arg-type]
+    rounding = as_rounding(extra_code, group_size)
     if runner.remote:
         check_text(model, data, eval_data)
     setting: dict[str, Any] = {
@@ -115,7 +118,7 @@ def table(
         "memory": memory,
     }
     bench = Bench(as_model(model), data, eval_data, **setting)
-    layers = network(bench.model, LAYERS_AT).layers
+    layers = sized_layers(network(bench.model, LAYERS_AT), rounding)
     if not isinstance(plans, Sequence) and np.ndim(plans) == 0:
         plans = _whole(plans, "plans")
     if isinstance(plans, int):
@@ -367,7 +370,9 @@ def _plan(
     return TablePlan(
         bits=list(plan),
         **measured,  # type: ignore[arg-type]
-        size_bits=sum(int(one.weights) * b for one, b in zip(layers, plan, strict=True)),
+        size_bits=sum(
+            one.weights * b + one.scale_bits for one, b in zip(layers, plan, strict=True)
+        ),
         bops=sum(int(one.macs) * b * beside for one, b in zip(layers, plan, strict=True)),
     )
 

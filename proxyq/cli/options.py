@@ -242,6 +242,16 @@ ExtraCode = Annotated[
         "complement), or either, whichever rounds a channel better. Default: negative.",
     ),
 ]
+GroupSize = Annotated[
+    int | None,
+    _option(
+        "--group-size",
+        metavar="64",
+        panel=LAYERS,
+        help="So many weights of an output channel share a grid, in layers that multiply by a "
+        "matrix; budgets on size count the scales, 16 bits each. Default: one grid a channel.",
+    ),
+]
 Pins = Annotated[
     list[str] | None,
     _option(

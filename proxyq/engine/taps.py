@@ -29,6 +29,7 @@ from proxyq.engine.memory import CHANGES_MEMORY, amount
 from proxyq.engine.objectives import LABELS, Targets, objective, objective_for, targets
 from proxyq.engine.pairs import Loss, PairLosses, RowWork, pair_row, pair_sweep, pairs_by_row
 from proxyq.engine.ranges import input_errors
+from proxyq.engine.rounded import rounded_columns
 from proxyq.engine.sweep import Measure, single_layer_sweep
 from proxyq.engine.walk import FORWARD_NEEDS, record_forward
 from proxyq.errors import ProxyqError, UsageError
@@ -36,7 +37,7 @@ from proxyq.model.features import features
 from proxyq.model.graph import Var
 from proxyq.model.layers import Layer
 from proxyq.progress import Progress, silent
-from proxyq.quantize import Rounding, quantize_columns
+from proxyq.quantize import Rounding
 
 SWEEP_NEEDS = {
     "kl": "KL to the float network when this layer alone is rounded, [bits], in nats",
@@ -179,8 +180,8 @@ class LayerTap:
         raise AttributeError(name)
 
     def quantized(self, bits: int) -> Any:
-        """`columns` rounded to `bits`: symmetric, one grid an output channel."""
-        return quantize_columns(self.columns, bits, self.rounding)
+        """`columns` rounded to `bits`, on symmetric grids."""
+        return rounded_columns(self.engine, self.site, bits, self.rounding)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

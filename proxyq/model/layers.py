@@ -29,7 +29,8 @@ class Site:
       batch norm, transposes): what hardware would store.
     - `channel_axes`: axes of the weight that count output channels; `output_axes`: where
       the same axes lie in the output, in the same order (there they always ascend);
-      `channel_shape`: their sizes.
+      `channel_shape`: their sizes. `summed_axis`: the axis of a matrix that is summed over;
+      `None` for convolutions, and where there are several.
     - `examples`: where the examples of the batch lie in the output; `apart` tells whether
       that is known. If not, the network must run one example at a time.
     """
@@ -41,6 +42,7 @@ class Site:
     channel_axes: tuple[int, ...]
     output_axes: tuple[int, ...]
     channel_shape: tuple[int, ...]
+    summed_axis: int | None
     output_ndim: int
     examples: Examples
     apart: bool
@@ -98,7 +100,9 @@ class Layer:
 
     `weights` counts elements, `macs` multiply-accumulates for ONE example, and
     `output_shape` leaves the batch axis out. Layers with the same `group` feed the same
-    residual sum; `shares_input` names those that read the same tensor.
+    residual sum; `shares_input` names those that read the same tensor. `scale_bits` is what the
+    scales of groups of weights take, where weights are rounded in groups; the one scale of an
+    output channel is not counted.
     """
 
     name: str
@@ -110,6 +114,7 @@ class Layer:
     output_shape: tuple[int, ...]
     group: str | None = None
     shares_input: str | None = None
+    scale_bits: int = 0
 
 
 def find_sites(
@@ -187,6 +192,7 @@ def _axes(eqn: Equation, operand: int) -> dict[str, Any]:
     if eqn.primitive.name == "conv_general_dilated":
         numbers = eqn.params["dimension_numbers"]
         channel_axes, output_axes = (numbers.rhs_spec[0],), (numbers.out_spec[1],)
+        summed = None
     else:
         contract, batch = eqn.params["dimension_numbers"]
         bound = {*contract[operand], *batch[operand]}
@@ -197,10 +203,12 @@ def _axes(eqn: Equation, operand: int) -> dict[str, Any]:
         start = batches + (data_free if operand == 1 else 0)
         channel_axes = (*batch[operand], *free)
         output_axes = (*range(batches), *range(start, start + len(free)))
+        summed = contract[operand][0] if len(contract[operand]) == 1 else None
     return {
         "channel_axes": channel_axes,
         "output_axes": output_axes,
         "channel_shape": tuple(weight.shape[axis] for axis in channel_axes),
+        "summed_axis": summed,
         "output_ndim": eqn.outvars[0].aval.ndim,
     }
 

@@ -24,16 +24,17 @@ from proxyq.model.origin import parameter_indices, trailing_bias
 from proxyq.provenance import provenance
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers
 from proxyq.ptq.quantized import QuantizedModel, with_weights
-from proxyq.ptq.unpack import SCHEMA, pack, read, unpack
+from proxyq.ptq.unpack import SCHEMA, grid_of, pack, read, unpack
 from proxyq.quantize import Grid
-from proxyq.quantize.integers import Integers
+from proxyq.quantize.integers import Integers, groups_of, runs
 from proxyq.search.allocate.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSize:
-    """Bytes of a packed file: `codes` of the weights, `scales` with their zero points and biases,
-    what stays `unquantized`, and the `header` with names, plan and provenance."""
+    """Bytes of a packed file: `codes` of the weights with the scales of their groups, which is
+    what a plan counts; `scales` of output channels, zero points and biases; what stays
+    `unquantized`; and the `header` with names, plan and provenance."""
 
     codes: int
     scales: int
@@ -80,8 +81,6 @@ def packed_bytes(
     for layer in layers:
         weight = layer.name if layer.computed else layer.parameter
         add(weight, pack(layer.weight.codes, layer.bits), "codes")
-        add(f"{weight}.scale", layer.weight.scale, "scales")
-        add(f"{weight}.zero", layer.weight.zero, "scales")
         record: dict[str, Any] = {
             "weight": weight,
             "bits": layer.bits,
@@ -89,6 +88,14 @@ def packed_bytes(
             "kind": layer.kind,
             "absorbed": list(layer.absorbed),
         }
+        grouped = groups_of(layer.weight)
+        if grouped is None:
+            add(f"{weight}.scale", layer.weight.scale, "scales")
+        else:
+            record["groups"] = {"axis": grouped.axis, "size": grouped.size}
+            add(f"{weight}.scale", grouped.values.astype(jnp.bfloat16), "codes")
+        zero = runs(layer.weight.zero) if grouped is not None else None
+        add(f"{weight}.zero", layer.weight.zero if zero is None else zero.values, "scales")
         if layer.computed:
             record["computed"] = True
         if layer.bias is not None:
@@ -165,7 +172,7 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
                     raise _other(path, layer.name)
                 parts = [np.broadcast_to(p, whole.codes.shape).ravel()[where] for p in whole[:3]]
             codes, scale, zero = (np.asarray(site.columns(jnp.asarray(p))) for p in parts)
-            integers[index] = Integers(codes, scale[:1], zero[:1], whole.bits)
+            integers[index] = Integers(codes, _once(scale), _once(zero), whole.bits)
             edit = Edit()
             if "bias" in record:
                 added, _ = trailing_bias(network, site, engine.frontier)
@@ -217,7 +224,12 @@ def _slice(bias: np.ndarray, where: Any, site: Any) -> np.ndarray:
 def _integers(record: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Integers:
     name = record["weight"]
     codes = unpack(tensors[name], record["bits"], record["shape"])
-    return Integers(codes, tensors[f"{name}.scale"], tensors[f"{name}.zero"], record["bits"])
+    return Integers(codes, *grid_of(record, tensors), record["bits"])
+
+
+def _once(columns: np.ndarray) -> np.ndarray:
+    """`[1, channels]` where all rows are alike, else all of them."""
+    return columns[:1] if (columns == columns[:1]).all() else columns
 
 
 def _other(path: str | os.PathLike[str], layer: str) -> ProxyqError:

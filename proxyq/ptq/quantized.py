@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.engine import Edit, Edits, Engine
+from proxyq.engine.rounded import site_rounding
 from proxyq.errors import UsageError, near
 from proxyq.model.model import Model
 from proxyq.quantize import Grid, Rounding, check_bits
@@ -50,7 +51,7 @@ class QuantizedModel:
 def integer_weights(
     engine: Engine, bits: Mapping[str, int], rounding: Rounding | None = None
 ) -> dict[int, Integers]:
-    """Each named layer's weights rounded to nearest, one grid an output channel, by site.
+    """Each named layer's weights rounded to nearest, by site.
 
     **Raises** `UsageError` for an unknown layer or an impossible bit-width.
     """
@@ -60,7 +61,7 @@ def integer_weights(
             raise UsageError(f"the model has no layer {name!r}: {near(name, list(names))}")
         check_bits(width, f"bits of layer {name}")
     return {
-        index: to_integers(engine.columns(index), bits[site.layer], rounding)
+        index: to_integers(engine.columns(index), bits[site.layer], site_rounding(site, rounding))
         for index, site in enumerate(engine.network.sites)
         if site.layer in bits
     }

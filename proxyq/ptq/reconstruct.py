@@ -396,8 +396,8 @@ def _learn(
     for i, offset in zip(new, parameters[1], strict=True):
         own = parameters[0][first.index(owner[i])]
         codes = np.asarray(_hard(own["v"], fixed[owner[i]]), np.uint16)
-        scale = start[i].scale * np.exp(np.asarray(own["gain"], np.float32))
-        result[i] = Rounded(start[i]._replace(codes=codes, scale=scale), np.asarray(offset))
+        integers = start[i]._replace(codes=codes).times(np.exp(np.asarray(own["gain"], np.float32)))
+        result[i] = Rounded(integers, np.asarray(offset))
     return result
 
 

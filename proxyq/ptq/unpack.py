@@ -10,6 +10,10 @@ parameter's shape. Beside it lie `NAME.scale` and `NAME.zero`, which broadcast a
 
     weight = (code - zero) * scale        in float32
 
+Where groups of weights have scales of their own, `groups` in the layer's record says along which
+`axis` of the parameter so many (`size`) in a row share one: scales and zero points, where they are
+fewer than the weights there, stand for `size` weights each.
+
 All other tensors are as they are. The metadata's entry `proxyq` is JSON: `layers` tells of each
 layer which tensor is its `weight` and its `bias`, the `shape`, the `bits`, and which parameters of
 the original network are `absorbed` in the two; `inputs`, where it is there, is the grid of what
@@ -40,7 +44,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     for layer in header["layers"].values():
         name = layer["weight"]
         codes = unpack(tensors[name], layer["bits"], layer["shape"])
-        scale, zero = arrays.pop(f"{name}.scale"), arrays.pop(f"{name}.zero")
+        scale, zero = grid_of(layer, tensors)
+        del arrays[f"{name}.scale"], arrays[f"{name}.zero"]
         arrays[name] = (codes.astype(np.float32) - zero) * scale
     return arrays
 
@@ -78,10 +83,22 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.nda
     return header, tensors
 
 
+def grid_of(layer: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of a layer's record, such that they broadcast against its codes."""
+    parts = [tensors[f"{layer['weight']}.{part}"] for part in ("scale", "zero")]
+    if (groups := layer.get("groups")) is not None:
+        axis, size = groups["axis"], groups["size"]
+        parts = [p if p.shape[axis] == 1 else np.repeat(p, size, axis) for p in parts]
+    return parts[0], parts[1]
+
+
 def _tensor(data: memoryview, entry: dict[str, Any]) -> np.ndarray:
     start, stop = entry["data_offsets"]
     if not 0 <= start <= stop <= len(data):
         raise ValueError("a tensor lies outside of the file")
+    if entry["dtype"] == "BF16":  # the upper half of a float32
+        halves = np.frombuffer(data[start:stop], "<u2").astype(np.uint32) << 16
+        return halves.view(np.float32).reshape(entry["shape"])
     return np.frombuffer(data[start:stop], _TYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
@@ -97,11 +114,20 @@ def _check(name: str, layer: dict[str, Any], tensors: dict[str, np.ndarray]) -> 
         count *= size
     if tensors[weight].dtype != np.uint8 or tensors[weight].size != -(-count * bits // 8):
         raise ValueError(f"the layer {name!r} has not the codes of its shape")
+    groups = layer.get("groups")
+    if groups is not None:
+        axis, size = groups["axis"], groups["size"]
+        if type(axis) is not int or type(size) is not int or not 0 <= axis < len(shape):
+            raise ValueError(f"the groups of the layer {name!r} have no axis and size")
+        if not 1 < size <= shape[axis] or shape[axis] % size:
+            raise ValueError(f"the layer {name!r} has no groups of {str(size)[:80]}")
     for part in ("scale", "zero"):
         values = tensors[f"{weight}.{part}"]
-        own = values.shape
+        own = list(values.shape)
+        if groups is not None and len(own) == len(shape) and own[axis] != 1:
+            own[axis] *= size
         if len(own) != len(shape) or any(a not in (1, b) for a, b in zip(own, shape, strict=True)):
-            raise ValueError(f"the {part} of the layer {name!r} has the shape {own}")
+            raise ValueError(f"the {part} of the layer {name!r} has the shape {values.shape}")
         if values.dtype.kind != "f" or not np.isfinite(values).all():
             raise ValueError(f"the {part} of the layer {name!r} must be finite floats")
     # Values beyond float32 would be infinite weights.

@@ -1,6 +1,7 @@
 """Uniform quantization as pure array functions."""
 
 from proxyq.quantize.grid import BITS as BITS
+from proxyq.quantize.grid import SCALE_BITS as SCALE_BITS
 from proxyq.quantize.grid import Grid as Grid
 from proxyq.quantize.grid import Range as Range
 from proxyq.quantize.grid import Rounding as Rounding

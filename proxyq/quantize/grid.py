@@ -19,6 +19,9 @@ from proxyq.errors import UsageError
 Range = Literal["absmax", "percentile", "mse"]
 ExtraCode = Literal["negative", "either"]
 BITS = (*range(1, 9), 16)
+LEAST_GROUP = 8
+SCALE_BITS = 16
+"""What the scale of a group takes: a bfloat16 number."""
 
 
 class Grid(NamedTuple):
@@ -185,13 +188,18 @@ def _grid(low: Any, high: Any, bits: Any, symmetric: bool) -> Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """How weights are rounded: symmetric grids, one an output channel.
+    """How weights are rounded: symmetric grids, one an output channel or several.
 
-    `method` finds the range, `extra_code` places the odd code; see `fit_grid`.
+    - `method` finds the range, `extra_code` places the odd code; see `fit_grid`.
+    - `group_size`: so many weights of an output channel, side by side along the axis that is
+      summed over, share a grid; `None` is one for all of them. It holds for layers that multiply
+      by a matrix with a whole number of groups to a channel; all others have one grid a channel.
+      Each group's scale is a bfloat16 number, and budgets on size count it.
     """
 
     method: Range = "mse"
     extra_code: ExtraCode = "negative"
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("method", get_args(Range)), ("extra_code", get_args(ExtraCode))):
@@ -199,15 +207,52 @@ class Rounding:
             if value not in allowed:
                 known = ", ".join(allowed)
                 raise UsageError(f"`{name}` of the rounding must be one of {known}, got {value!r}.")
+        size = self.group_size
+        if size is not None and (type(size) is not int or size < LEAST_GROUP):
+            raise UsageError(
+                f"`group_size` must be a whole number of at least {LEAST_GROUP}, such as 32, 64 "
+                f"or 128, or None, got {size!r}."
+            )
+
+    def groups(self, fan_in: int) -> int:
+        """How many grids a channel of so many weights has."""
+        if self.group_size is None or fan_in % self.group_size:
+            return 1
+        return fan_in // self.group_size
 
 
 @partial(jax.jit, static_argnames="rounding")
 def quantize_columns(columns: Any, bits: Any, rounding: Rounding | None = None) -> Any:
-    """Fake-quantized weights, one grid an output channel.
+    """Fake-quantized weights, a grid for each output channel or group.
 
     `columns` is `[fan_in, channels]`, as `Site.columns` gives it; `bits` may be traced.
     """
+    # Grids of 8 bits are too fine for bfloat16.
+    return fake_quantize(columns.astype(jnp.float32), fit_columns(columns, bits, rounding))
+
+
+@partial(jax.jit, static_argnames="rounding")
+def fit_columns(columns: Any, bits: Any, rounding: Rounding | None = None) -> Grid:
+    """The grids of weights `[fan_in, channels]`, one for each output channel or group.
+
+    Scales and zero points are `[1, channels]`, or `[fan_in, channels]` where there are groups.
+    """
     how = rounding or Rounding()
-    columns = columns.astype(jnp.float32)  # grids of 8 bits are too fine for bfloat16
-    grid = fit_grid(columns, bits, axes=(0,), method=how.method, extra_code=how.extra_code)
-    return fake_quantize(columns, grid)
+    columns = columns.astype(jnp.float32)
+    groups = how.groups(len(columns))
+    apart = columns.reshape(groups, -1, columns.shape[1])
+    grid = fit_grid(apart, bits, axes=(1,), method=how.method, extra_code=how.extra_code)
+    if groups > 1:
+        grid = grid._replace(scale=wider_bfloat16(grid.scale))
+    each = columns.shape[0] // groups if groups > 1 else 1
+    shape = (groups, each, columns.shape[1])
+    fields = (jnp.broadcast_to(jnp.asarray(f, jnp.float32), shape) for f in grid)
+    return Grid(*(field.reshape(-1, columns.shape[1]) for field in fields))
+
+
+def wider_bfloat16(scale: Any) -> Any:
+    """The least bfloat16 number that is no smaller, as float32: no code falls off the grid."""
+    raw = lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
+    # bfloat16 is the upper half of float32: what the lower half holds becomes a unit above.
+    raw = (raw + 0xFFFF) & jnp.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(raw, jnp.float32)

@@ -1,22 +1,22 @@
 """Rounded weights as what hardware stores: whole numbers, scales and zero points."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proxyq.quantize.grid import Grid, Rounding, fit_grid, quantize
+from proxyq.quantize.grid import Grid, Rounding, fit_columns, quantize
 
 
 class Integers(NamedTuple):
     """Unsigned codes and the grid that gives them values: `value = (code - zero) * scale`.
 
     - `codes`: whole numbers from 0 to `2^bits - 1`, uint16, any shape;
-    - `scale`, `zero`: float32, broadcast against `codes`. A symmetric grid in two's complement
-      has the zero point `2^(bits - 1)`; one with the odd code on the positive side, one less.
-      One bit has 0.5. Zero points are whole otherwise, unless a mean was restored.
+    - `scale`, `zero`: float32, broadcast against `codes`: one for each output channel or, where
+      groups of weights have grids of their own, as many as codes. A symmetric grid in two's
+      complement has the zero point `2^(bits - 1)`; one with the odd code on the positive side,
+      one less. One bit has 0.5. Zero points are whole otherwise, unless a mean was restored.
     """
 
     codes: np.ndarray
@@ -28,41 +28,43 @@ class Integers(NamedTuple):
         """The weights, float32. Exact in any implementation of IEEE 754: two operations."""
         return (self.codes.astype(np.float32) - self.zero) * self.scale
 
+    def times(self, factors: np.ndarray) -> "Integers":
+        """The same codes, the values of each channel times one of `factors`, `[channels]`.
+
+        Scales of groups stay bfloat16 numbers.
+        """
+        scale = (factors * self.scale).astype(np.float32)
+        if len(scale) > 1:
+            scale = scale.astype(jnp.bfloat16).astype(np.float32)
+        return self._replace(scale=scale)
+
     def taking(self, values: np.ndarray) -> "Integers":
         """The same codes on the grid that comes nearest to `values`, `[fan_in, channels]`.
 
         For values that are an affine function of the old ones in each channel, as those that a
         correction of statistics leaves: found by least squares over the fan-in, in float64.
         """
-        codes, wanted = self.codes.astype(np.float64), np.asarray(values, np.float64)
-        centre, mean = codes.mean(axis=0), wanted.mean(axis=0)
-        spread = ((codes - centre) ** 2).sum(axis=0)
-        slope = ((codes - centre) * (wanted - mean)).sum(axis=0)
-        # v = s (c - z):  s = cov(c, v) / var(c),  z = mean c - mean v / s
-        scale = np.where(spread > 0, slope / np.where(spread > 0, spread, 1.0), self.scale[0])
-        scale = np.where(np.abs(scale) > 0, scale, self.scale[0]).astype(np.float32)
-        zero = centre - mean / scale.astype(np.float64)
+        have, wanted = self.values().astype(np.float64), np.asarray(values, np.float64)
+        centre, mean = have.mean(axis=0), wanted.mean(axis=0)
+        spread = ((have - centre) ** 2).sum(axis=0)
+        slope = ((have - centre) * (wanted - mean)).sum(axis=0)
+        # v = a w + b, w = s (c - z):  a = cov(w, v) / var(w), and v = a s (c - (z - b / (a s)))
+        ratio = np.where(spread > 0, slope / np.where(spread > 0, spread, 1.0), 1.0)
+        ratio = np.where(np.abs(ratio) > 0, ratio, 1.0)
+        moved = self.times(ratio)
+        shift = (mean - ratio * centre) / moved.scale.astype(np.float64)
         # Zero points that have not moved stay whole numbers.
-        zero = np.where(np.abs(zero - self.zero[0]) < 1e-3, self.zero[0], zero)
-        return self._replace(scale=scale[None], zero=zero.astype(np.float32)[None])
+        zero = np.where(np.abs(shift) < 1e-3, self.zero, self.zero - shift)
+        return moved._replace(zero=zero.astype(np.float32))
 
 
 def to_integers(columns: Any, bits: int, rounding: Rounding | None = None) -> Integers:
-    """Weights `[fan_in, channels]` rounded to the nearest code, one grid an output channel."""
+    """Weights `[fan_in, channels]` rounded to the nearest code of the grids of `fit_columns`."""
     return from_grid(columns, fit_columns(columns, bits, rounding), bits)
 
 
-@partial(jax.jit, static_argnames="rounding")
-def fit_columns(columns: Any, bits: Any, rounding: Rounding | None = None) -> Grid:
-    """The grid of each output channel of `[fan_in, channels]`; fields are `[1, channels]`."""
-    how = rounding or Rounding()
-    columns = columns.astype(jnp.float32)
-    grid = fit_grid(columns, bits, axes=(0,), method=how.method, extra_code=how.extra_code)
-    return Grid(*(jnp.broadcast_to(field, grid.scale.shape) for field in grid))
-
-
 def from_grid(columns: Any, grid: Grid, bits: int) -> Integers:
-    """The nearest codes on a grid with fields `[1, channels]`."""
+    """The nearest codes on a grid whose fields broadcast against the columns."""
     return from_codes(_nearest(columns, grid), grid, bits)
 
 
@@ -81,3 +83,41 @@ def from_codes(codes: Any, grid: Grid, bits: int) -> Integers:
         np.broadcast_to(np.asarray(grid.zero, np.float32) - lower, shape).copy(),
         bits,
     )
+
+
+class Runs(NamedTuple):
+    """An array that repeats itself along an axis: one value for each `size` in a row."""
+
+    values: np.ndarray
+    axis: int
+    size: int
+
+    def whole(self) -> np.ndarray:
+        """The array."""
+        return np.repeat(self.values, self.size, axis=self.axis)
+
+
+def groups_of(weight: Integers) -> Runs | None:
+    """The scales of a weight's groups, where it has groups."""
+    found = runs(weight.scale)
+    # Output channels may be alike too, but their scales are any float32 numbers.
+    if found is None or (found.values != found.values.astype(jnp.bfloat16)).any():
+        return None
+    return found
+
+
+def runs(array: np.ndarray) -> Runs | None:
+    """The longest runs of equal values along one axis, if there are any longer than one.
+
+    Where scales belong to groups of weights, these are the groups.
+    """
+    for axis, length in enumerate(array.shape):
+        if length < 2:
+            continue
+        ahead, behind = (array.take(range(*ends), axis) for ends in ((1, length), (length - 1,)))
+        others = tuple(i for i in range(array.ndim) if i != axis)
+        changes = np.flatnonzero((ahead != behind).any(axis=others)) + 1
+        size = int(np.gcd.reduce([length, *changes]))
+        if size > 1:
+            return Runs(array.take(range(0, length, size), axis), axis, size)
+    return None

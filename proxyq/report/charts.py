@@ -50,11 +50,6 @@ def width_text(bits: int | None) -> str:
     return "float" if bits is None else str(bits)
 
 
-def layer_size(layer: PlannedLayer) -> int:
-    """Bits that the weights of a layer take."""
-    return layer.weights * (FLOAT_BITS if layer.weight_bits is None else layer.weight_bits)
-
-
 def bits_class(bits: int | None) -> str:
     """The class that colours a bit-width."""
     return f"b{FLOAT_BITS if bits is None else bits}"

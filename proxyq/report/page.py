@@ -16,7 +16,7 @@ import numpy as np
 
 from proxyq.errors import ProxyqError
 from proxyq.report import charts
-from proxyq.report.charts import LayerScores, Placed, Shown, bits_class, layer_size, width_text
+from proxyq.report.charts import LayerScores, Placed, Shown, bits_class, width_text
 from proxyq.report.markup import Markup, escaped, joined, percent, tag
 from proxyq.report.svg import SHAPES, mark, number
 from proxyq.report.tables import counted
@@ -611,7 +611,7 @@ def _amount(front: Front, plan: Plan) -> float | None:
         free = [layer for key, layer in plan.layers.items() if key not in pinned]
         counts = (free or list(plan.layers.values())) if unit == "bit" else plan.layers.values()
         weights = sum(layer.weights for layer in counts)
-        bits = sum(layer_size(layer) for layer in counts)
+        bits = sum(layer.size_bits for layer in counts)
         return bits / _SIZES.get(unit, weights or 1)
     for budget in plan.budgets:
         ends = (budget.low, budget.high) == (front.budget.low, front.budget.high)
@@ -871,8 +871,8 @@ def _layers(shown: Sequence[Shown], scores: ScoreFile | None) -> Markup:
             pinned = tag("span", " pinned", class_="soft") if own.pinned else None
             row.append(tag("span", _chip(own.weight_bits), pinned, class_="whole"))
             row += [(width_text(own.activation_bits),)] if act else []
-            row.append((f"{layer_size(own) / 8192:,.1f}",))
-            row.append((f"{100 * layer_size(own) / (one.plan.size_bits or 1):.1f} %",))
+            row.append((f"{own.size_bits / 8192:,.1f}",))
+            row.append((f"{100 * own.size_bits / (one.plan.size_bits or 1):.1f} %",))
         rows.append(row)
     foot: list[Cell] = [f"{len(layers)} layers", *([""] if scores is not None else [])]
     foot += [(f"{sum(one.weights for one in layers.values()):,}",)]

@@ -186,7 +186,7 @@ def _bits(ax: "Axes", plan: Plan, *, row: float) -> None:
 def _sizes(ax: "Axes", plan: Plan) -> None:
     """Size of every layer with the plan's bits."""
     layers = list(plan.layers.values())
-    sizes = [layer.weights * (layer.weight_bits or FLOAT_BITS) / 8192 for layer in layers]
+    sizes = [layer.size_bits / 8192 for layer in layers]
     unit, divisor = ("MiB", 1024.0) if max(sizes) >= 1024 else ("KiB", 1.0)
     _prepare(ax, plan, f"size, {unit}")
     rows = range(len(layers))

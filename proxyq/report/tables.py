@@ -114,7 +114,9 @@ def plan_table(plan: Plan, kinds: Mapping[str, str] | None = None) -> Table:
     weights = sum(layer.weights for layer in layers)
     columns += [
         Column(head="weights", cells=[f"{one.weights:,}" for one in layers], foot=f"{weights:,}"),
-        Column(head="KiB", cells=[_kib(_size(one)) for one in layers], foot=_kib(plan.size_bits)),
+        Column(
+            head="KiB", cells=[_kib(one.size_bits) for one in layers], foot=_kib(plan.size_bits)
+        ),
     ]
     if scores:
         cells = [f"{scores[name]:.3g}" if name in scores else "" for name in plan.layers]
@@ -150,10 +152,6 @@ def layer_scores(plan: Plan) -> tuple[dict[str, float], str]:
         elif value is not None:
             numbers[name] = float(value)
     return numbers, head
-
-
-def _size(layer: PlannedLayer) -> int:
-    return layer.weights * (FLOAT_BITS if layer.weight_bits is None else layer.weight_bits)
 
 
 def _width(bits: int | None) -> str:

@@ -28,6 +28,7 @@ from proxyq.search.allocate.plan import (
     PlannedLayer,
     SolverRecord,
     number,
+    without_scales,
 )
 from proxyq.search.record_file import record_from
 
@@ -45,6 +46,7 @@ class FrontLayer(_Record):
     macs: Count
     group: str | None = None
     pinned: bool = False
+    scale_bits: Count = 0
 
 
 class BudgetRange(_Record):
@@ -206,6 +208,7 @@ class Front(_Record):
         for optional in ("measured", "predicted"):
             if data[optional] is None:
                 del data[optional]
+        without_scales(data["layers"])
         for end in ("low", "high"):
             if data["budget"][end] is None:
                 del data["budget"][end]
@@ -292,7 +295,13 @@ def front_of(
             for point, other in zip(found, beaten, strict=True)
         ],
         layers={
-            name: FrontLayer(weights=one.weights, macs=one.macs, group=one.group, pinned=one.pinned)
+            name: FrontLayer(
+                weights=one.weights,
+                macs=one.macs,
+                group=one.group,
+                pinned=one.pinned,
+                scale_bits=one.scale_bits,
+            )
             for name, one in first.layers.items()
         },
         predicted=first.predicted,

@@ -25,7 +25,7 @@ from proxyq.proxies import COSTS, Scores
 from proxyq.proxies.cost import WeightErrors
 from proxyq.proxies.proxy import MOST
 from proxyq.quantize import Rounding
-from proxyq.search.allocate.plan import Count, Json, first_problem
+from proxyq.search.allocate.plan import Count, Json, first_problem, without_scales
 from proxyq.search.allocate.problem import check_bits
 from proxyq.search.record_file import record_from
 
@@ -58,7 +58,7 @@ def _rounding(value: dict[str, Any]) -> dict[str, Any]:
     try:
         return asdict(Rounding(**value))
     except TypeError:
-        raise ValueError(f"must hold 'method' and 'extra_code', got {shown(value)}") from None
+        raise ValueError(f"must hold the fields of a rounding, got {shown(value)}") from None
 
 
 def _is_number(value: Any, *, least: float = -MOST) -> bool:
@@ -82,6 +82,7 @@ class ScoredLayer(_Record):
     output_shape: list[Count]
     group: str | None = None
     shares_input: str | None = None
+    scale_bits: Count = 0
 
 
 class LiveTensor(_Record):
@@ -294,6 +295,7 @@ class ScoreFile(_Record):
         data = self.model_dump(mode="json", by_alias=True)
         if self.schedule is None:
             del data["schedule"]
+        without_scales(data["layers"])
         return _text(data, "") + "\n"
 
     @classmethod
@@ -381,6 +383,7 @@ def score_file(
                 output_shape=[int(side) for side in layer.output_shape],
                 group=layer.group,
                 shares_input=layer.shares_input,
+                scale_bits=int(layer.scale_bits),
             )
             for layer in layers
         },

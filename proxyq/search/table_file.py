@@ -118,7 +118,7 @@ class MeasuredTable(_Record):
             return Rounding(**given)
         except (TypeError, ProxyqError):
             raise ValueError(
-                f"'method.rounding' must hold 'method' and 'extra_code', got {shown(given)}"
+                f"'method.rounding' must hold the fields of a rounding, got {shown(given)}"
             ) from None
 
     @property

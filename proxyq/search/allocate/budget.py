@@ -27,7 +27,8 @@ UNITS: dict[str, dict[str, int | None]] = {
     "activation-memory": {**{unit: 8 * count for unit, count in BYTES.items()}, SHARE: None},
 }
 MEANING = {
-    "size": "bits of the quantizable weights (scales and biases not counted)",
+    "size": "bits of the quantizable weights and of the scales of groups (those of channels, and "
+    "biases, not counted)",
     "bops": "MACs × weight bits × activation bits (float activations count as 32)",
     "macs-bits": "MACs × weight bits",
     "latency": "seconds of all layers, from the latency table",

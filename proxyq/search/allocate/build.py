@@ -36,7 +36,10 @@ Pair = tuple[int, int | None]
 
 
 class LayerLike(Protocol):
-    """What is needed of a layer; `weights` are elements, `macs` are for one example."""
+    """What is needed of a layer; `weights` are elements, `macs` are for one example.
+
+    An attribute `scale_bits`, where there is one, counts with the size of its weights.
+    """
 
     @property
     def name(self) -> str: ...
@@ -152,6 +155,7 @@ def build_problem(
         macs=[exact_integer(layer.macs, f"macs of {layer.name!r}") for layer in layers],
         fixed=activations.fixed,
         searched=[i not in pinned for i in range(len(names))],
+        scale_bits=[int(getattr(layer, "scale_bits", 0)) for layer in layers],
         latency=latency,
         schedule=schedule,
     )

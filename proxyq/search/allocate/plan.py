@@ -62,7 +62,10 @@ class _Record(BaseModel):
 
 
 class PlannedLayer(_Record):
-    """One layer; `None` bits mean that it stays float."""
+    """One layer; `None` bits mean that it stays float.
+
+    `scale_bits` is what the scales of its groups of weights take, where it has such.
+    """
 
     weight_bits: Bits
     activation_bits: Bits = None
@@ -70,6 +73,14 @@ class PlannedLayer(_Record):
     macs: Count
     group: str | None = None
     pinned: bool = False
+    scale_bits: Count = 0
+
+    @property
+    def size_bits(self) -> int:
+        """Bits of the weights with the scales of groups; float ones take 32 each."""
+        if self.weight_bits is None:
+            return self.weights * FLOAT_BITS
+        return self.weights * self.weight_bits + self.scale_bits
 
 
 class PlannedBudget(_Record):
@@ -138,11 +149,11 @@ class Plan(_Record):
 
     @property
     def size_bits(self) -> int:
-        """Bits of all layers' weights, float layers at 32; scales and biases not counted."""
-        return sum(
-            layer.weights * (FLOAT_BITS if layer.weight_bits is None else layer.weight_bits)
-            for layer in self.layers.values()
-        )
+        """Bits of all layers' weights with the scales of groups, float layers at 32.
+
+        Scales of output channels and biases are not counted.
+        """
+        return sum(layer.size_bits for layer in self.layers.values())
 
     @property
     def average_bits(self) -> float:
@@ -153,11 +164,7 @@ class Plan(_Record):
         free = [layer for layer in self.layers.values() if not layer.pinned and layer.weights]
         counted = free or list(self.layers.values())
         weights = sum(layer.weights for layer in counted)
-        bits = sum(
-            layer.weights * (FLOAT_BITS if layer.weight_bits is None else layer.weight_bits)
-            for layer in counted
-        )
-        return bits / weights if weights else 0.0
+        return sum(layer.size_bits for layer in counted) / weights if weights else 0.0
 
     def to_json(self) -> str:
         """The text of the file: stable, a line per layer."""
@@ -171,6 +178,7 @@ class Plan(_Record):
             for end in ("low", "high"):
                 if budget[end] is None:
                     del budget[end]
+        without_scales(data["layers"])
         parts = []
         for key, value in data.items():
             if key == "layers":
@@ -230,8 +238,7 @@ class Plan(_Record):
         total = self.size_bits or 1
         lines.append(f"{'layer':<42} weight  act.     weights        size   share")
         for name, layer in self.layers.items():
-            bits = FLOAT_BITS if layer.weight_bits is None else layer.weight_bits
-            size = layer.weights * bits
+            size = layer.size_bits
             star = "*" if layer.pinned else " "
             lines.append(
                 f"{elided(name, 42):<42} {_shown(layer.weight_bits):>5}{star} "
@@ -241,6 +248,13 @@ class Plan(_Record):
         if any(layer.pinned for layer in self.layers.values()):
             lines.append("* pinned")
         return "\n".join(lines)
+
+
+def without_scales(layers: dict[str, dict[str, Any]]) -> None:
+    """Leave `scale_bits` out of records of layers that have none."""
+    for layer in layers.values():
+        if not layer["scale_bits"]:
+            del layer["scale_bits"]
 
 
 def _line(value: Any) -> str:
@@ -321,6 +335,7 @@ def plan_from(
                 macs=int(layer.macs),
                 group=layer.group,
                 pinned=i in pinned,
+                scale_bits=int(getattr(layer, "scale_bits", 0)),
             )
             for i, layer in enumerate(layers)
         }

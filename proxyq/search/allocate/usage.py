@@ -1,6 +1,7 @@
 """What every choice takes of a budget, in whole bits, operations or picoseconds.
 
-    size = sum_l weights_l b      bops = sum_l macs_l b a      macs-bits = sum_l macs_l b
+    size = sum_l (weights_l b + scale_bits_l)
+    bops = sum_l macs_l b a      macs-bits = sum_l macs_l b
     latency = other + sum_l time_l(b, a)
     activation-memory = max_s sum_(t live at s) elements_t max_(l reads t) a
 
@@ -40,13 +41,15 @@ class Counted:
     """What is counted of the layers of a problem, `[layers]` each.
 
     `fixed` holds activation bits (`None`: float) where the problem's columns do not;
-    `searched` is false for pinned layers.
+    `searched` is false for pinned layers. `scale_bits` are those of the scales of groups of
+    weights, the same at every width.
     """
 
     weights: Sequence[int]
     macs: Sequence[int]
     fixed: Sequence[int | None]
     searched: Sequence[bool]
+    scale_bits: Sequence[int] = ()
     latency: Latencies | None = None
     schedule: Sequence[Step] | None = None
 
@@ -102,15 +105,21 @@ def _single(budget: Budget, problem: Problem, counted: Counted) -> Limit:
         usage, other = _latency(budget, problem, counted)
         return _limit(budget, usage, fixed=other)
     if budget.is_average:
-        amounts = [w if s else 0 for w, s in zip(counted.weights, counted.searched, strict=True)]
-        per_unit = budget.per_unit(sum(amounts))
+        per_unit = budget.per_unit(
+            sum(w for w, s in zip(counted.weights, counted.searched, strict=True) if s)
+        )
         if not per_unit:
             raise UsageError(
                 f"the budget {budget.text!r} is an average over the searched layers, but every "
                 "layer with weights is pinned; lift a pin or give the size in MiB."
             )
-        usage = [[amount * b for b in problem.bits] for amount in amounts]
+        usage = [
+            [bits if searched else 0 for bits in row]
+            for row, searched in zip(_sizes(problem, counted), counted.searched, strict=True)
+        ]
         return _limit(budget, usage, per_unit=per_unit)
+    if budget.kind == "size":
+        return _limit(budget, _sizes(problem, counted))
     if budget.kind == "bops":
         usage = [
             [
@@ -120,8 +129,16 @@ def _single(budget: Budget, problem: Problem, counted: Counted) -> Limit:
             for i, macs in enumerate(counted.macs)
         ]
         return _limit(budget, usage)
-    amounts = counted.weights if budget.kind == "size" else counted.macs
-    return _limit(budget, [[amount * b for b in problem.bits] for amount in amounts])
+    return _limit(budget, [[macs * b for b in problem.bits] for macs in counted.macs])
+
+
+def _sizes(problem: Problem, counted: Counted) -> list[list[int]]:
+    """Bits of the weights and of their groups' scales, `[layers, columns]`."""
+    scales = counted.scale_bits or [0] * len(counted.weights)
+    return [
+        [count * b + own for b in problem.bits]
+        for count, own in zip(counted.weights, scales, strict=True)
+    ]
 
 
 def _memory(budget: Budget, problem: Problem, counted: Counted) -> tuple[Row, ...]:
