@@ -44,7 +44,7 @@ from proxyq.model.network import LAYERS_AT, network
 from proxyq.model.torch_import import import_torch, import_torchvision
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers
 from proxyq.ptq.quantized import QuantizedModel
-from proxyq.quantize.integers import Integers
+from proxyq.quantize.integers import Integers, groups_of
 from proxyq.search.allocate.plan import FLOAT_BITS, Plan
 from proxyq.search.allocate.together import fused
 
@@ -263,8 +263,13 @@ class _Scheme:
         return cls(integers, symmetric, bits, layer.inputs)
 
     @property
-    def key(self) -> tuple[int, bool, int | None]:
-        return self.integers.bits, self.symmetric, self.activation_bits
+    def group_size(self) -> int | None:
+        groups = groups_of(self.integers)
+        return None if groups is None else groups.size
+
+    @property
+    def key(self) -> tuple[int, bool, int | None, int | None]:
+        return self.integers.bits, self.symmetric, self.activation_bits, self.group_size
 
     @property
     def format(self) -> str:
@@ -285,7 +290,9 @@ def _refused(
             return "MultiheadAttention reads its weights itself", None
         if not isinstance(holder, torch.nn.Linear):
             return f"the format holds Linear layers and no {kind}", None
-    if own.scale.shape[1] != 1 or own.zero.shape[1] != 1:
+    groups = groups_of(own)
+    by_groups = groups is not None and groups.axis == 1
+    if not by_groups and (own.scale.shape[1] != 1 or own.zero.shape[1] != 1):
         return "its grids are not one for each output channel", None
     why = ""
     if own.bits == 1 and np.all(own.zero == 0.5):
@@ -308,13 +315,19 @@ def _configuration(torch: Any, ct: Any, made: Any, schemes: Mapping[str, _Scheme
     for name, scheme in schemes.items():
         groups.setdefault((scheme.key, scheme.format), []).append(name)
     found = {}
-    for index, (((bits, symmetric, beside), form), names) in enumerate(groups.items()):
+    for index, (((bits, symmetric, beside, size), form), names) in enumerate(groups.items()):
         rounded = None
         if beside is not None:
             rounded = ct.Args(num_bits=beside, type="int", symmetric=False, strategy="tensor")
         found[f"group_{index}"] = ct.Scheme(
             targets=names,
-            weights=ct.Args(num_bits=bits, type="int", symmetric=symmetric, strategy="channel"),
+            weights=ct.Args(
+                num_bits=bits,
+                type="int",
+                symmetric=symmetric,
+                strategy="channel" if size is None else "group",
+                group_size=size,
+            ),
             input_activations=rounded,
             format=form,
         )
@@ -338,9 +351,12 @@ def _compress(torch: Any, ct: Any, made: Any, config: Any, schemes: Mapping[str,
         one, own = made.get_submodule(name), scheme.integers
         if not hasattr(one, "quantization_scheme"):
             raise ProxyqError(f"compressed-tensors did not take the layer {name!r}.")
-        half, shape = np.float32(2 ** (own.bits - 1)), (own.codes.shape[0], 1)
-        scale = np.broadcast_to(own.scale, shape).astype(np.float32)
-        zero = np.broadcast_to(own.zero - half, shape).astype(np.int8)
+        half, fan_in = np.float32(2 ** (own.bits - 1)), own.codes.shape[1]
+        starts = slice(0, fan_in, scheme.group_size or fan_in)
+        scale, zero = (
+            np.broadcast_to(part, own.codes.shape)[:, starts] for part in (own.scale, own.zero)
+        )
+        scale, zero = scale.astype(np.float32), (zero - half).astype(np.int8)
         with torch.no_grad():
             one.weight_scale.copy_(torch.from_numpy(scale))
             one.weight_zero_point.copy_(torch.from_numpy(zero))

@@ -43,6 +43,7 @@ from proxyq.model.torch_import import import_torch
 from proxyq.model.torch_import.export import quiet_export
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers
 from proxyq.ptq.quantized import QuantizedModel
+from proxyq.quantize.integers import groups_of
 from proxyq.search.allocate.plan import Plan
 from proxyq.version import __version__
 
@@ -61,7 +62,8 @@ class Stored(NamedTuple):
     """A weight as ONNX holds it: `value = (codes - zero) * scale` along `axis`.
 
     `codes` and `zero` are whole numbers, int32, to be stored with `bits` each, `signed` or not.
-    `scale` and `zero` are `[channels]`, or scalars where `axis` is `None`.
+    `scale` and `zero` are `[channels]`, or scalars where `axis` is `None`. With a `block` they
+    have the axes of the codes, and along `axis` one value for so many codes in a row.
     """
 
     codes: np.ndarray
@@ -70,11 +72,15 @@ class Stored(NamedTuple):
     axis: int | None
     bits: int
     signed: bool
+    block: int | None = None
 
     def transposed(self, order: Sequence[int]) -> "Stored":
         """The same with its axes in another order."""
         axis = None if self.axis is None else list(order).index(self.axis)
-        return self._replace(codes=self.codes.transpose(order), axis=axis)
+        own = self._replace(codes=self.codes.transpose(order), axis=axis)
+        if self.block is None:
+            return own
+        return own._replace(scale=self.scale.transpose(order), zero=self.zero.transpose(order))
 
 
 def export_onnx(
@@ -153,26 +159,36 @@ def stored(layer: DeployedLayer, *, two_bits: bool) -> Stored:
 
     **Raises** `ProxyqError` for zero points that are not whole, and grids along several axes.
     """
-    weight = layer.weight
+    weight, groups = layer.weight, groups_of(layer.weight)
     bits = next(b for b in ((2,) if two_bits else ()) + (4, 8, 16) if b >= weight.bits)
     grids = [np.ndim(a) for a in (weight.scale, weight.zero) if np.size(a) > 1]
     shape = np.broadcast_shapes(np.shape(weight.scale), np.shape(weight.zero))
     axes = [axis for axis, size in enumerate(shape) if size > 1]
-    if len(axes) > 1:
+    if len(axes) > 1 and groups is None:
         raise ProxyqError(
             f"the scales of {layer.name!r} differ along {len(axes)} axes of its weight, and ONNX "
             "has one: leave the layer float (--pin 'PATTERN=float')."
         )
-    axis = axes[0] if grids else None
-    scale, zero = (
-        np.broadcast_to(part, shape).reshape(-1 if axis is not None else ())
-        for part in (weight.scale, weight.zero)
-    )
+    if groups is not None:
+        # One value for each block along one axis, and for each code along all others.
+        axis, block = groups.axis, groups.size
+        scale, zero = (
+            np.broadcast_to(part, weight.codes.shape).take(
+                range(0, weight.codes.shape[axis], block), axis
+            )
+            for part in (weight.scale, weight.zero)
+        )
+    else:
+        axis, block = (axes[0] if grids else None), None
+        scale, zero = (
+            np.broadcast_to(part, shape).reshape(-1 if axis is not None else ())
+            for part in (weight.scale, weight.zero)
+        )
     codes = weight.codes.astype(np.int32)
     if weight.bits == 1:
         # (c - 1/2) s = (2 c - 1) (s / 2)
         codes, scale, zero = 2 * codes - 1, scale / np.float32(2), np.zeros(zero.shape)
-        return Stored(codes, scale, zero.astype(np.int32), axis, bits, True)
+        return Stored(codes, scale, zero.astype(np.int32), axis, bits, True, block)
     if not np.array_equal(zero, np.round(zero)):
         raise ProxyqError(
             f"the zero points of {layer.name!r} are no whole numbers, which ONNX needs, after a "
@@ -181,17 +197,18 @@ def stored(layer: DeployedLayer, *, two_bits: bool) -> Stored:
         )
     zero = zero.astype(np.int32)
     if weight.bits == 8 and layer.inputs is not None:
-        return Stored(codes, scale, zero, axis, bits, False)
+        return Stored(codes, scale, zero, axis, bits, False, block)
     half = 2 ** (bits - 1)
     # Codes c - z fit from -half to half - 1, or the zero point has to be stored.
     fits = (zero <= half) & (2**weight.bits - 1 - zero <= half - 1)
     shift = np.where(fits, zero, half).astype(np.int32)
-    along = (
-        shift
-        if axis is None
-        else shift.reshape([-1 if a == axis else 1 for a in range(codes.ndim)])
-    )
-    return Stored(codes - along, scale, zero - shift, axis, bits, True)
+    if axis is None:
+        along = shift
+    elif block is not None:
+        along = np.repeat(shift, block, axis)
+    else:
+        along = shift.reshape([-1 if a == axis else 1 for a in range(codes.ndim)])
+    return Stored(codes - along, scale, zero - shift, axis, bits, True, block)
 
 
 def _runs_int2() -> bool:
@@ -424,6 +441,8 @@ def _dequantized(graph: Any, layer: DeployedLayer, own: Stored) -> Any:
         _initializer(graph, f"{layer.parameter}.zero_point", own.zero, kind),
     ]
     attributes = {} if own.axis is None else {"axis": own.axis}
+    if own.block is not None:
+        attributes["block_size"] = own.block
     output = _node(graph, "DequantizeLinear", inputs, f"{layer.parameter}", attributes)
     output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(own.codes.shape)
     return output

@@ -47,7 +47,7 @@ from proxyq.model.scanned import whole_params
 from proxyq.provenance import provenance
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers, narrowed
 from proxyq.ptq.quantized import QuantizedModel
-from proxyq.quantize.integers import Integers
+from proxyq.quantize.integers import Integers, Runs, groups_of
 from proxyq.search.allocate.plan import FLOAT_BITS, Plan
 
 SCHEMA = "proxyq/qwix/1"
@@ -57,13 +57,15 @@ RULES, PARAMETERS = "rules.json", "parameters.safetensors"
 class Stored(NamedTuple):
     """A weight as qwix holds it: codes around zero, in the shape of its parameter.
 
-    `scale` and `zero` broadcast against the codes; no `zero` where it is 0 everywhere.
+    `scale` and `zero` broadcast against the codes; no `zero` where it is 0 everywhere. Groups of
+    weights that share a scale are qwix's `tiles`.
     """
 
     codes: np.ndarray
     scale: np.ndarray
     zero: np.ndarray | None
     bits: int
+    tiles: Runs | None = None
 
 
 def export_qwix(
@@ -139,9 +141,10 @@ def export_qwix(
             continue
         form = forms[layer.name]
         records[layer.name] = {"parameter": layer.parameter, "bits": form.bits}
-        tensors[f"{layer.parameter}.scale"] = form.scale
+        tensors[f"{layer.parameter}.scale"] = _once_a_tile(form.scale, form)
         if form.zero is not None:
-            tensors[f"{layer.parameter}.zero_point"] = form.zero.astype(np.int8)
+            zero = _once_a_tile(form.zero, form).astype(np.int8)
+            tensors[f"{layer.parameter}.zero_point"] = zero
     weights = {layer.parameter: forms[layer.name] for layer in layers if layer.name in forms}
     made = _quantize(module, params, own, example, apply_kwargs)
     if forms:
@@ -212,12 +215,14 @@ def load_qwix(
         for layer in record["layers"].values():
             name = layer["parameter"]
             scale, zero = tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point", None)
+            scale, tiles = _whole(scale, tensors[name].shape)
+            zero = None if zero is None else _whole(zero, tensors[name].shape)[0]
             # Exact: codes of at most 8 bits are far from half a step off.
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 codes = np.round(tensors[name] / scale) + (0 if zero is None else zero)
             if not (np.abs(codes) <= 128).all():
                 raise ValueError(f"{shown(name)} has no codes of 8 bits")
-            weights[name] = Stored(codes.astype(np.int8), scale, zero, int(layer["bits"]))
+            weights[name] = Stored(codes.astype(np.int8), scale, zero, int(layer["bits"]), tiles)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         lacks = "it lacks " if isinstance(error, KeyError) else ""
         raise ProxyqError(
@@ -287,6 +292,9 @@ def _choose(
         conv = layer.kind != "linear"
         width = layer.activation_bits if layer.inputs is not None else None
         form = _stored(integers[layer.name], centred=conv)
+        tiles = None
+        if form is not None and (tiles := groups_of(integers[layer.name])) is not None:
+            form = form._replace(tiles=tiles)
         if layer.parameter in stacked:
             why = "one rule of qwix takes all steps of a loop over layers"
         elif form is None:
@@ -307,6 +315,8 @@ def _choose(
                 "weight_qtype": f"int{form.bits}",
                 "act_qtype": None if act is None else f"int{act}",
             }
+            if tiles is not None:
+                rules[layer.name]["tile_size"] = tiles.size
             continue
         reasons.setdefault(why, []).append(layer.name)
     # A rule chooses a module, with all the weights in it.
@@ -340,6 +350,23 @@ def _stored(own: Integers, *, centred: bool) -> Stored | None:
     return Stored(codes - half - zero, own.scale, None, own.bits + 1) if own.bits < 8 else None
 
 
+def _once_a_tile(part: np.ndarray, form: Stored) -> np.ndarray:
+    """A scale or zero point with one number for each tile, where there are tiles."""
+    if form.tiles is None:
+        return part
+    whole = np.broadcast_to(part, form.codes.shape)
+    return whole.take(range(0, whole.shape[form.tiles.axis], form.tiles.size), form.tiles.axis)
+
+
+def _whole(part: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, Runs | None]:
+    """A scale or zero point as it broadcasts against a weight of this shape, and its tiles."""
+    for axis, (own, size) in enumerate(zip(part.shape, shape, strict=True)):
+        if 1 < own < size and size % own == 0:
+            tiles = Runs(part, axis, size // own)
+            return tiles.whole(), tiles
+    return part, None
+
+
 def _container(bits: int) -> int:
     """Bits of the integers in which qwix holds codes of so many."""
     return 4 if bits <= 4 else 8
@@ -361,7 +388,7 @@ def _record(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not (
         isinstance(rules, list)
         and all(isinstance(rule, dict) for rule in rules)
-        and all(isinstance(one, str | None) for rule in rules for one in rule.values())
+        and all(isinstance(one, str | int | None) for rule in rules for one in rule.values())
         and isinstance(layers, dict)
     ):
         raise ProxyqError(
@@ -472,11 +499,14 @@ class _Linen:
 
 def _fits(found: Any, stored: Stored) -> bool:
     """Whether qwix has quantized the parameter here, in this shape or one reshaped for its use."""
-    return (
-        hasattr(found, "how")
-        and int(np.prod(found.array.qvalue.shape)) == stored.codes.size
-        and stored.scale.ndim == stored.codes.ndim
-    )
+    if not hasattr(found, "how"):
+        return False
+    codes, scale = (tuple(part.shape) for part in (found.array.qvalue, found.array.scale))
+    if stored.tiles is not None:
+        tiled = list(stored.codes.shape)
+        tiled[stored.tiles.axis] //= stored.tiles.size
+        return codes == stored.codes.shape and scale == tuple(tiled)
+    return int(np.prod(codes)) == stored.codes.size and stored.scale.ndim == stored.codes.ndim
 
 
 def _quantized_array(found: Any, stored: Stored) -> Any:
@@ -486,6 +516,8 @@ def _quantized_array(found: Any, stored: Stored) -> Any:
     dtype = jnp.int4 if stored.bits <= 4 else jnp.int8
 
     def grid(part: np.ndarray, dtype: Any) -> Any:
+        if stored.tiles is not None:
+            return jnp.asarray(_once_a_tile(part, stored), dtype)
         whole = np.broadcast_to(part, stored.codes.shape).reshape(shape)
         return jnp.asarray(narrowed(whole), dtype)
 

@@ -4,10 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxyq.export.exported import Exported, exceeded_budgets
+from proxyq.export.exported import (
+    STORED_SCALE_BITS,
+    Exported,
+    exceeded_budgets,
+    group_scales,
+)
 from proxyq.export.torch_folder import CONFIG, WEIGHTS
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.ptq.quantized import QuantizedModel
+from proxyq.quantize import SCALE_BITS
 from proxyq.search.allocate.plan import FLOAT_BITS, Plan
 
 
@@ -41,14 +47,21 @@ def exported(
 ) -> Exported:
     """The record of an export to `folder`, with the plan's size budgets counted again."""
     weights = {one.name: one.weights for one in network(quantized.model, LAYERS_AT).layers}
+    scales = group_scales(quantized)
     stored = {**quantized.bits, **{name: one.stored for name, one in raised.items()}}
     told = [f"{name}: {one}." for name, one in raised.items()]
     return Exported(
         format=format,
         paths=(folder / CONFIG, folder / WEIGHTS),
         raised=widths(raised),
-        size_bits=sum(weights[name] * bits for name, bits in stored.items()),
-        planned_bits=sum(weights[name] * bits for name, bits in quantized.bits.items()),
+        size_bits=sum(
+            weights[name] * bits + (0 if bits == FLOAT_BITS else STORED_SCALE_BITS * scales[name])
+            for name, bits in stored.items()
+        ),
+        planned_bits=sum(
+            weights[name] * bits + SCALE_BITS * scales[name]
+            for name, bits in quantized.bits.items()
+        ),
         difference=difference,
         notes=(*told, *exceeded_budgets(plan, stored, format=format), *notes),
     )

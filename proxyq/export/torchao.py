@@ -44,6 +44,7 @@ from proxyq.export.torch_module import (
 from proxyq.model.torch_import import import_torch
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers
 from proxyq.ptq.quantized import QuantizedModel
+from proxyq.quantize.integers import groups_of
 from proxyq.search.allocate.plan import FLOAT_BITS, Plan
 
 SCHEMA = "proxyq/torchao/1"
@@ -99,7 +100,9 @@ def export_torchao(
     made = applied.module
     tensors, metadata = _flattened(ao, made)
     layers = {
-        name: ao.IntxWeightOnlyConfig(weight_dtype=weight.target_dtype, granularity=ao.PerAxis(0))
+        name: ao.IntxWeightOnlyConfig(
+            weight_dtype=weight.target_dtype, granularity=_granularity(ao, weight)
+        )
         for name, weight in applied.weights.items()
     }
     kept = {name: None for name in applied.kept}
@@ -237,29 +240,40 @@ def _refused(torch: Any, holders: list[Any], attribute: str, layer: DeployedLaye
             return "MultiheadAttention reads its weights itself, and torchao's tensors cannot"
         if not isinstance(holder, (torch.nn.Linear, torch.nn.Conv2d)):
             return f"torchao has no integer weights for {kind}"
+    groups = groups_of(layer.weight)
+    if groups is not None and groups.axis == 1 and layer.weight.codes.ndim == 2:
+        return None
     if any(size != 1 for size in layer.weight.scale.shape[1:] + layer.weight.zero.shape[1:]):
         return "its grids are not one for each output channel"
     return None
 
 
 def _tensor(torch: Any, ao: Any, layer: DeployedLayer) -> Any:
-    """A layer's integers as torchao's tensor: signed codes, one block an output channel."""
-    own = layer.weight
+    """A layer's integers as torchao's tensor: signed codes, a block a channel or group."""
+    own, groups = layer.weight, groups_of(layer.weight)
     half = 1 << (own.bits - 1)
-    blocks = (own.codes.shape[0], *[1] * (own.codes.ndim - 1))
-    scale = np.broadcast_to(own.scale, blocks).astype(np.float32)
+    block = (1, *own.codes.shape[1:]) if groups is None else (1, groups.size)
+    starts = np.ix_(*(range(0, n, b) for n, b in zip(own.codes.shape, block, strict=True)))
+    scale, zero = (np.broadcast_to(part, own.codes.shape)[starts] for part in (own.scale, own.zero))
     # (code - half) - (zero - half) = code - zero
-    zero = np.broadcast_to(own.zero - np.float32(half), blocks).astype(np.float32)
+    zero = (zero - np.float32(half)).astype(np.float32)
     whole = np.array_equal(zero, np.round(zero)) and zero.min() >= -128 and zero.max() <= 127
     return ao.Intx(
         torch.from_numpy((own.codes.astype(np.int16) - half).astype(np.int8)),
         torch.from_numpy(scale),
         torch.from_numpy(zero.astype(np.int8) if whole else zero),
         getattr(torch, f"int{own.bits}"),
-        (1, *own.codes.shape[1:]),
+        block,
         torch.float32,
         None,
     )
+
+
+def _granularity(ao: Any, weight: Any) -> Any:
+    """How torchao calls the blocks of one of its tensors."""
+    if weight.ndim == 2 and weight.block_size[1] < weight.shape[1]:
+        return ao.PerGroup(weight.block_size[1])
+    return ao.PerAxis(0)
 
 
 def _flattened(ao: Any, made: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -292,7 +306,7 @@ def _torchao() -> Any:
                 IntxWeightOnlyConfig,
                 quantize_,
             )
-            from torchao.quantization.granularity import PerAxis
+            from torchao.quantization.granularity import PerAxis, PerGroup
             from torchao.quantization.transform_module import register_quantize_module_handler
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "torchao":
@@ -316,6 +330,7 @@ def _torchao() -> Any:
         Intx=IntxUnpackedToInt8Tensor,
         IntxWeightOnlyConfig=IntxWeightOnlyConfig,
         PerAxis=PerAxis,
+        PerGroup=PerGroup,
         config_to_dict=config_to_dict,
         flatten=flatten_tensor_state_dict,
         unflatten=unflatten_tensor_state_dict,

@@ -23,6 +23,7 @@ the layer reads, in the same formula, with codes from 0 to `2^bits - 1`.
 import json
 import os
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.nda
     return header, tensors
 
 
-def grid_of(layer: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def grid_of(
+    layer: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point of a layer's record, such that they broadcast against its codes."""
     parts = [tensors[f"{layer['weight']}.{part}"] for part in ("scale", "zero")]
     if (groups := layer.get("groups")) is not None:
