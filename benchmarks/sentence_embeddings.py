@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--budget", default="size=4bit")
     parser.add_argument("--bits", default="2,3,4,5,6,8")
     parser.add_argument("--ways", default="sqnr,output-error,auto")
+    parser.add_argument("--group-size", type=int, help="so many weights share a grid")
     args = parser.parse_args()
     os.environ["PROXYQ_ENCODER"] = args.encoder
     import_torchvision()  # transformers asks for it
@@ -107,6 +108,7 @@ def main() -> None:
             row = {
                 "plan": name,
                 "correction": correction,
+                "group_size": args.group_size,
                 "bits": round(plan.size_bits / sum(x.weights for x in plan.layers.values()), 3),
                 "cosine": round(float(cosine.mean()), 4),
                 "cosine_5": round(float(np.percentile(cosine, 5)), 4),
@@ -126,6 +128,7 @@ def main() -> None:
             budget=args.budget,
             bits=bits,
             proxy=None if way == "auto" else way,
+            group_size=args.group_size,
         )
         plan.save(into / f"{way}.json")
         if number == 0:

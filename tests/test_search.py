@@ -175,7 +175,11 @@ def test_the_rounding_of_the_search_is_the_rounding_that_runs():
         proxyq.search(model, data, proxy="sqnr", budget="size=3bit", extra_code=code)
         for code in ("negative", "either")
     ]
-    assert plans[1].method["rounding"] == {"method": "mse", "extra_code": "either"}
+    assert plans[1].method["rounding"] == {
+        "method": "mse",
+        "extra_code": "either",
+        "group_size": None,
+    }
     plain, either = (plan.solver.objective for plan in plans)
     assert either < plain  # a grid that may be mirrored rounds no channel worse
     run = quantize_model(model, plans[1], correction="none")

@@ -77,9 +77,9 @@ def proxyq(
 def _stop(number: int, frame: object) -> None:
     """End at once on Ctrl-C: an exception could get lost in a callback of XLA."""
     del number, frame
-    files = sys.modules.get("proxyq.files")
-    if files is not None:  # else nothing has been written
-        files.remove_unfinished()
+    remove = getattr(sys.modules.get("proxyq.files"), "remove_unfinished", None)
+    if remove is not None:  # else it is not imported, or half so, and nothing has been written
+        remove()
     with contextlib.suppress(OSError):
         os.write(2, b"\nproxyq: interrupted.\n")
     os._exit(INTERRUPTED)

@@ -26,7 +26,7 @@ from proxyq.ptq.deploy import DeployedLayer, deployed_layers
 from proxyq.ptq.quantized import QuantizedModel, with_weights
 from proxyq.ptq.unpack import SCHEMA, grid_of, pack, read, unpack
 from proxyq.quantize import Grid
-from proxyq.quantize.integers import Integers, groups_of, runs
+from proxyq.quantize.integers import Integers, groups_of
 from proxyq.search.allocate.plan import Plan
 
 
@@ -94,8 +94,8 @@ def packed_bytes(
         else:
             record["groups"] = {"axis": grouped.axis, "size": grouped.size}
             add(f"{weight}.scale", grouped.values.astype(jnp.bfloat16), "codes")
-        zero = runs(layer.weight.zero) if grouped is not None else None
-        add(f"{weight}.zero", layer.weight.zero if zero is None else zero.values, "scales")
+        zero = layer.weight.zero
+        add(f"{weight}.zero", zero if grouped is None else grouped.once(zero), "scales")
         if layer.computed:
             record["computed"] = True
         if layer.bias is not None:

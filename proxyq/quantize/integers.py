@@ -96,28 +96,30 @@ class Runs(NamedTuple):
         """The array."""
         return np.repeat(self.values, self.size, axis=self.axis)
 
+    def once(self, array: np.ndarray) -> np.ndarray:
+        """One value of each run of another array with the same runs, or fewer changes."""
+        length = self.values.shape[self.axis] * self.size
+        if array.shape[self.axis] == 1:
+            return array
+        return array.take(range(0, length, self.size), self.axis)
+
 
 def groups_of(weight: Integers) -> Runs | None:
-    """The scales of a weight's groups, where it has groups."""
-    found = runs(weight.scale)
-    # Output channels may be alike too, but their scales are any float32 numbers.
-    if found is None or (found.values != found.values.astype(jnp.bfloat16)).any():
-        return None
-    return found
-
-
-def runs(array: np.ndarray) -> Runs | None:
-    """The longest runs of equal values along one axis, if there are any longer than one.
-
-    Where scales belong to groups of weights, these are the groups.
-    """
-    for axis, length in enumerate(array.shape):
-        if length < 2:
-            continue
-        ahead, behind = (array.take(range(*ends), axis) for ends in ((1, length), (length - 1,)))
-        others = tuple(i for i in range(array.ndim) if i != axis)
-        changes = np.flatnonzero((ahead != behind).any(axis=others)) + 1
-        size = int(np.gcd.reduce([length, *changes]))
+    """The scales of a weight's groups, where it has groups; zero points change where they do."""
+    for axis, length in enumerate(weight.scale.shape):
+        parts = [weight.scale, np.broadcast_to(weight.zero, weight.scale.shape)]
+        # Where one value is followed by another, for any of the rest of the weight.
+        changes = [np.flatnonzero(_changes(part, axis)) + 1 for part in parts]
+        size = int(np.gcd.reduce([length, *np.concatenate(changes)]))
         if size > 1:
-            return Runs(array.take(range(0, length, size), axis), axis, size)
+            found = Runs(weight.scale.take(range(0, length, size), axis), axis, size)
+            # Output channels may be alike too, but their scales are any float32 numbers.
+            exact = found.values == found.values.astype(jnp.bfloat16)
+            return found if exact.all() else None
     return None
+
+
+def _changes(array: np.ndarray, axis: int) -> np.ndarray:
+    """Whether anything changes from each place along an axis to the next."""
+    others = tuple(i for i in range(array.ndim) if i != axis)
+    return (np.diff(array, axis=axis) != 0).any(axis=others)
