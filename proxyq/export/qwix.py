@@ -287,7 +287,9 @@ def _choose(
         conv = layer.kind != "linear"
         width = layer.activation_bits if layer.inputs is not None else None
         form = _stored(integers[layer.name], centred=conv)
-        if layer.parameter in stacked:
+        if layer.looked_up:
+            why = "qwix has no rule for tables that are looked up"
+        elif layer.parameter in stacked:
             why = "one rule of qwix takes all steps of a loop over layers"
         elif form is None:
             why = "qwix has at most 8 bits and whole zero points"

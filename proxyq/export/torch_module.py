@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from proxyq.errors import ProxyqError, UsageError
+from proxyq.model.layers import TIED_EMBEDDING
 from proxyq.model.torch_import import import_torch
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers
 from proxyq.ptq.quantized import QuantizedModel
@@ -52,7 +53,7 @@ def to_torch(quantized: QuantizedModel, module: Any, *, round_inputs: bool = Tru
         setattr(made.get_submodule(owner), attribute, torch.nn.Identity())
     if round_inputs:
         _round_inputs(torch, made, layers)
-    _untie_embeddings(torch, made, module)
+    _untie_embeddings(torch, made, module, layers)
     return made
 
 
@@ -87,22 +88,32 @@ def owner_of(module: Any, layer: DeployedLayer) -> tuple[Any, str]:
     return next(((m, name) for _, m, name in holders_of(module, found)), (holder, attribute))
 
 
-def holders_of(module: Any, parameter: Any) -> list[tuple[str, Any, str]]:
-    """Names and modules that multiply by a parameter, and the attribute that it is in each."""
+def holders_of(module: Any, parameter: Any, *, lookups: bool = False) -> list[tuple[str, Any, str]]:
+    """Names and modules that multiply by a parameter, and the attribute that it is in each.
+
+    With `lookups` also those that look up its rows.
+    """
     torch = import_torch()
     return [
         (name, one, attribute)
         for name, one in module.named_modules()
-        if not isinstance(one, torch.nn.Embedding)
+        if lookups or not isinstance(one, torch.nn.Embedding)
         for attribute, own in one.named_parameters(recurse=False, remove_duplicate=False)
         if own is parameter
     ]
 
 
-def _untie_embeddings(torch: Any, made: Any, module: Any) -> None:
-    """Give embeddings that share the weight of a layer their own again, which stays float."""
+def _untie_embeddings(torch: Any, made: Any, module: Any, layers: Sequence[DeployedLayer]) -> None:
+    """Give embeddings that share the weight of a layer their own again, which stays float.
+
+    Where the plan rounds what is looked up as well, they share it still.
+    """
+    tied = (owner_of(module, layer) for layer in layers if layer.kind == TIED_EMBEDDING)
+    kept = {id(getattr(holder, attribute)) for holder, attribute in tied}
     for name, one in module.named_modules():
-        if isinstance(one, torch.nn.Embedding) and holders_of(module, one.weight):
+        if isinstance(one, torch.nn.Embedding) and id(one.weight) not in kept:
+            if not holders_of(module, one.weight):
+                continue
             weight = one.weight.detach().clone().float()
             made.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from proxyq.engine import Edit, Edits, Engine
+from proxyq.model.layers import EMBEDDING, TIED_EMBEDDING
 from proxyq.model.network import LAYERS_AT, Network
 from proxyq.model.origin import parameter_indices, trailing_bias
 from proxyq.ptq.quantized import QuantizedModel
@@ -49,6 +50,11 @@ class DeployedLayer:
     def bits(self) -> int:
         """Bit-width of the weight."""
         return self.weight.bits
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether its rows are looked up: an embedding, alone or tied to a layer."""
+        return self.kind in (EMBEDDING, TIED_EMBEDDING)
 
 
 def deployed_layers(quantized: QuantizedModel) -> tuple[DeployedLayer, ...]:
