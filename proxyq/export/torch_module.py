@@ -41,8 +41,9 @@ def to_torch(quantized: QuantizedModel, module: Any, *, round_inputs: bool = Tru
     layers = deployed_layers(quantized)
     norms: dict[str, str] = {}
     for layer in layers:
+        biases = _biases(made, layer)
         _put_back(torch, made, layer)
-        for norm in _norms(torch, made, layer):
+        for norm in _norms(torch, made, layer, biases):
             if norms.setdefault(norm, layer.name) != layer.name:
                 raise ProxyqError(
                     f"the batch norm {norm!r} follows two layers, {norms[norm]!r} and "
@@ -145,10 +146,22 @@ def _put_back(torch: Any, module: Any, layer: DeployedLayer) -> None:
         setattr(holder, name, bias)
 
 
-def _norms(torch: Any, module: Any, layer: DeployedLayer) -> list[str]:
-    """The batch norms that went into a layer, wholly."""
+def _biases(module: Any, layer: DeployedLayer) -> frozenset[str]:
+    """All names of the bias of the module that multiplies by a layer's weight.
+
+    A head that shares an embedding's weight may have a bias of a name that tells nothing of it.
+    """
+    bias = getattr(owner_of(module, layer)[0], "bias", None)
+    named = module.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, own in named if own is bias)
+
+
+def _norms(torch: Any, module: Any, layer: DeployedLayer, biases: frozenset[str]) -> list[str]:
+    """The batch norms that went into a layer, wholly; its own `biases` are none."""
     found: dict[str, set[str]] = {}
     for name in layer.absorbed:
+        if name in biases:
+            continue
         owner, _, attribute = name.rpartition(".")
         found.setdefault(owner, set()).add(attribute)
     for owner, attributes in found.items():
