@@ -33,7 +33,8 @@ from proxyq.search.allocate.plan import Plan, PlannedLayer
 
 WORDS, TOKENS, WIDTH = 13, 5, 6
 IDS = np.random.default_rng(0).integers(0, WORDS, (24, TOKENS)).astype(np.int32)
-LABELS = np.random.default_rng(1).integers(0, WORDS, 24)
+# None is 0: the row of that word is zero, and its logit has no logarithm where the head is tied.
+LABELS = np.random.default_rng(1).integers(1, WORDS, 24)
 
 # A file that names a model on the command line, of torch alone.
 FACTORY = f"""
@@ -451,6 +452,9 @@ def test_onnx_looks_up_what_it_dequantizes(models, tied, tmp_path):
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_formats_without_tables_leave_them_float_and_say_so(models, tied, tmp_path):
+    from proxyq.model.torch_import import import_torchvision
+
+    import_torchvision()  # transformers asks for it
     pytest.importorskip("compressed_tensors")
     model = models[tied]
     plan = proxyq.search(with_tables(model), proxy="sqnr", budget="size=4bit", bits=(4,))
@@ -481,6 +485,20 @@ def test_torchao_looks_up_its_integers(models, tied, tmp_path):
     assert "IntxUnpackedToInt8Tensor" in type(back.table.weight).__name__
     with torch.no_grad():
         theirs = back(torch.from_numpy(IDS)).numpy()
+    np.testing.assert_allclose(theirs, made.logits(IDS), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnx_of_a_tied_head_alone(models, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from proxyq.export.onnx import run_onnx
+
+    model = models[True]
+    plan = proxyq.search(model, proxy="sqnr", budget="size=4bit", bits=(4,))
+    made = quantize_model(model, plan, correction="none")
+    out = tmp_path / "net.onnx"
+    export_model(model, plan, prepared(IDS, None, model), to="onnx", out=out, correction="none")
+    theirs = run_onnx(out.read_bytes(), IDS, optimized=False)
     np.testing.assert_allclose(theirs, made.logits(IDS), atol=1e-5)
 
 
