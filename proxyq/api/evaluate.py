@@ -21,13 +21,13 @@ from proxyq.api.inputs import (
     labelled_batches,
 )
 from proxyq.api.method import DEFAULT_SAMPLES, check_correction
-from proxyq.api.quantize import fitting_model, quantize_model, rounding_of
+from proxyq.api.quantize import check_plan_fits, fitting_model, quantize_model, rounding_of
 from proxyq.data import Data
 from proxyq.engine import Engine
 from proxyq.engine.divergence import kl_divergence
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model, logits_of
-from proxyq.model.network import LAYERS_AT, network
+from proxyq.model.network import LAYERS_AT, network, with_embeddings
 from proxyq.model.schedule import schedule
 from proxyq.progress import Progress, silent
 from proxyq.ptq.measure import class_top1, right
@@ -283,7 +283,13 @@ def measure(
 ) -> Evaluation:
     """`evaluate`, from prepared calibration inputs and checked, labelled data."""
     whole = [_plan_of(one) for one in plans]
-    models = [fitting_model(model, plan) for plan in whole]
+    models = []
+    for one, plan in zip(plans, whole, strict=True):
+        if isinstance(one, QuantizedModel):
+            models.append(with_embeddings(model, one.model.embeddings))
+            check_plan_fits(models[-1], plan)
+        else:
+            models.append(fitting_model(model, plan))
     given = list(names) if names else [f"plan {i + 1}" for i in range(len(plans))]
     uniform = uniform_plan(models[0], whole[0], latency)
     # A plan is run once, however often it is asked for; the uniform one may be among them.
