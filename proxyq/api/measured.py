@@ -10,6 +10,7 @@ from proxyq.api.inputs import as_model
 from proxyq.api.model_spec import ModelSpec
 from proxyq.errors import UsageError
 from proxyq.model.model import Model
+from proxyq.model.network import with_embeddings
 from proxyq.search.table_file import MeasuredTable
 from proxyq.shelf import shelf
 
@@ -73,7 +74,8 @@ def networks_of(
                 f"weights have the digest {str(digest)[:12]}, those loaded "
                 f"{model.digest()[:12]}; give its own (--weights)."
             )
-        found.append(model)
+        # Its layers are the table's, whatever was typed.
+        found.append(with_embeddings(model, bool(table.model.get("embeddings"))))
     return found
 
 

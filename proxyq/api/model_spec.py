@@ -15,17 +15,24 @@ class ModelSpec:
     """What `load_model` takes, and what of the preprocessing is different.
 
     - `name`: `None` or `digits`, `torchvision:…`, `timm:…`, `file.py:factory`.
+    - `embeddings`: whether tables that are looked up are layers too.
     - `preprocessing`: fields of `Preprocessing` by name.
     """
 
     name: str | None = None
     weights: str | None = None
     input_shape: tuple[int, ...] | None = None
+    embeddings: bool = False
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> Model:
         """The model; raises what `load_model` raises, and `UsageError` for wrong channels."""
-        model = load_model(self.name, weights=self.weights, input_shape=self.input_shape)
+        model = load_model(
+            self.name,
+            weights=self.weights,
+            input_shape=self.input_shape,
+            embeddings=self.embeddings,
+        )
         if not self.preprocessing:
             return model
         channels = image_shape(model)[2]

@@ -21,7 +21,7 @@ from proxyq.engine.statistics import correct_statistics, float_moments
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.files import check_folder, write_together
 from proxyq.model.model import Model, logits_of
-from proxyq.model.network import LAYERS_AT, network
+from proxyq.model.network import LAYERS_AT, network, with_embeddings
 from proxyq.progress import Progress, silent
 from proxyq.proxies import Cache
 from proxyq.ptq.correct import correct
@@ -85,7 +85,7 @@ def quantize_model(
         for name, layer in plan.layers.items()
         if layer.activation_bits is not None
     }
-    check_plan_fits(model, plan)
+    model = fitting_model(model, plan)
     wanted = correction or str(plan.method.get("correction", "none"))
     if reconstruction != "none":
         if inputs is None:
@@ -105,7 +105,7 @@ def quantize_model(
         if inputs is None:
             raise UsageError("activation ranges need calibration images: give `data` (--data).")
         grids = input_grids(engine, activations, inputs, method=activation_range)
-    offsets: dict[int, np.ndarray] = {}
+    offsets: dict[int, np.ndarray | None] = {}
     level = RECONSTRUCTIONS[reconstruction]
     if level is not None:
         learning = learning or Learning()
@@ -298,6 +298,25 @@ def rounding_of(plan: Plan) -> Rounding:
         return Rounding(**record)
     except UsageError as error:
         raise ProxyqError(f"the plan has a bad field 'method.rounding': {error}") from None
+
+
+def fitting_model(model: Model, plan: Plan) -> Model:
+    """The model as the plan knows it: with embeddings among its layers, or without.
+
+    The plan's record of its model tells; a plan without one is told by its layers' names.
+
+    **Raises** `ProxyqError` for a plan of another model.
+    """
+    embeddings = bool(plan.model.get("embeddings"))
+    if "digest" not in plan.model and not embeddings:
+        embeddings = model.embeddings
+        names = set(plan.layers)
+        if names != set(network(model, LAYERS_AT).names):
+            other = with_embeddings(model, not embeddings)
+            embeddings ^= names == set(network(other, LAYERS_AT).names)
+    model = with_embeddings(model, embeddings)
+    check_plan_fits(model, plan)
+    return model
 
 
 def check_plan_fits(model: Model, plan: Plan) -> None:

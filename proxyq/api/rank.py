@@ -14,6 +14,7 @@ from proxyq.api.pareto import is_scores
 from proxyq.api.score import ALL, Asked, score
 from proxyq.devices import several
 from proxyq.errors import ProxyqError, UsageError
+from proxyq.model.network import with_embeddings
 from proxyq.progress import Progress, silent
 from proxyq.provenance import provenance
 from proxyq.proxies import PROXIES, Cache, Proxy, Scores
@@ -144,7 +145,8 @@ def rank(
                 "--group-size)."
             )
     else:
-        model = as_model(source)
+        # Its layers are the table's, whatever was typed.
+        model = with_embeddings(as_model(source), bool(found.model.get("embeddings")))
         _check_same(found, model.name, model.digest())
         files = _scored(
             model,

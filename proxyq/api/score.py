@@ -141,7 +141,7 @@ def score(
     return score_file(
         [replace(one, layers=layers) for one in scores],
         images=[reads[one.proxy] for one in scores],
-        model={"name": model.name, "digest": model.digest(), **model.identity},
+        model=model.record(),
         same_feature=layers_by_feature(found),
         schedule=schedule(found),
         activation_bits=method.activation_bits,

@@ -261,7 +261,7 @@ def search(
     plan = plan_from(
         answer,
         layers,
-        model={"name": model.name, "digest": model.digest(), **model.identity},
+        model=model.record(),
         method={
             "proxy": scores.proxy if method.proxy is not None else AUTO,
             "recipe": method.recipe,

@@ -165,7 +165,7 @@ def table(
             kept.save("table", {"values": values})
     return MeasuredTable(
         schema="proxyq/table/1",
-        model={"name": bench.model.name, "digest": bench.model.digest(), **bench.model.identity},
+        model=bench.model.record(),
         images=_images(bench.model),
         method={
             "bits": sorted(set(bits))

@@ -13,6 +13,7 @@ def inspect(
     model: o.ModelName = None,
     weights: o.Weights = None,
     input_shape: o.InputShape = None,
+    embeddings: o.Embeddings = False,
     explain: o.Explain = False,
     seed: o.UnusedNumber = None,
     json: o.AsJson = False,
@@ -28,7 +29,8 @@ def inspect(
         ):
             from proxyq import api
 
-            network = api.inspect(load(model, weights=weights, input_shape=input_shape))
+            loaded = load(model, weights=weights, input_shape=input_shape, embeddings=embeddings)
+            network = api.inspect(loaded)
     except MissingOperators as error:
         if explain:
             _print_missing(error.operators, as_json=json)

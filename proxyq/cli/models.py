@@ -19,6 +19,7 @@ def named(
     *,
     weights: str | None = None,
     input_shape: str | None = None,
+    embeddings: bool | None = None,
     mean: str | None = None,
     std: str | None = None,
     size: str | None = None,
@@ -41,7 +42,13 @@ def named(
         changes["resize"] = max(sides)
     if resize is not None:
         changes["resize"] = resize
-    return ModelSpec(name=spec, weights=weights, input_shape=shape, preprocessing=changes)
+    return ModelSpec(
+        name=spec,
+        weights=weights,
+        input_shape=shape,
+        embeddings=bool(embeddings),
+        preprocessing=changes,
+    )
 
 
 def models(

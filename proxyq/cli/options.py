@@ -84,6 +84,15 @@ InputShape = Annotated[
         help="Shape of one example, where neither model nor weights tell.",
     ),
 ]
+Embeddings = Annotated[
+    bool,
+    _option(
+        "--embeddings",
+        panel=MODEL,
+        help="Take tables whose rows the data look up (embeddings) as layers too, with bits of "
+        "their own. A plan knows whether it was made so.",
+    ),
+]
 
 # -- what is measured -----------------------------------------------------------------
 ProxyName = Annotated[

@@ -40,6 +40,7 @@ def pareto(
     resize: o.Resize = None,
     weights: o.Weights = None,
     input_shape: o.InputShape = None,
+    embeddings: o.Embeddings = False,
     correction: o.Correction = None,
     evaluate: o.EvaluateAll = False,
     out: o.OutFront = None,
@@ -72,6 +73,7 @@ def pareto(
     loading = {
         "weights": weights,
         "input_shape": input_shape,
+        "embeddings": embeddings or None,
         "mean": mean,
         "std": std,
         "size": size,

@@ -27,6 +27,7 @@ def rank(
     resize: o.Resize = None,
     weights: o.Weights = None,
     input_shape: o.InputShape = None,
+    embeddings: o.Embeddings = False,
     out: o.OutRank = None,
     plot: o.PlotRank = None,
     seed: o.Seed = None,
@@ -54,6 +55,7 @@ def rank(
     loading = {
         "weights": weights,
         "input_shape": input_shape,
+        "embeddings": embeddings or None,
         "mean": mean,
         "std": std,
         "size": size,

@@ -51,7 +51,8 @@ def choices(
     samples = input_samples(engine, inputs, network.names) if activation_bits else {}
     for name in network.names:
         for width in activation_bits:
-            grids = {i: fit_input_grid(samples[i], width) for i in network.sites_of(name)}
+            # Of what looks up rows nothing is changed.
+            grids = {i: fit_input_grid(samples[i], width) for i in network.products_of(name)}
             found[name].append({i: Edit(input_grid=grid) for i, grid in grids.items()})
     if correction == "weights":
         return {name: [correct_weights(engine, one) for one in own] for name, own in found.items()}

@@ -1,7 +1,8 @@
 """Derivatives, segment by segment: one tape of a batch, walked backwards and differentiated again.
 
-A segment is a site `y = f(x, W)`, bilinear in data and weight, and the rest that follows it
-up to the next site. So derivatives come from small programs, which equal segments share:
+A segment is a site `y = f(x, W)`, bilinear in data and weight (a lookup is linear in its table),
+and the rest that follows it up to the next site. So derivatives come from small programs, which
+equal segments share:
 
 - backwards: `delta = dL/dy` through the rest, `dL/dx` and `dL/dW` by transposing the site;
 - Hessian products, forward over reverse: the tangents of all of these along a direction.
@@ -203,6 +204,10 @@ class Tape:
         where = self.engine.network.sites[site]
         return self.engine.network.graph.main[where.position].invars[1 - where.operand]
 
+    def _looks_up(self, site: int) -> bool:
+        """Whether the data of a site are indices, which have no derivative."""
+        return self.engine.network.sites[site].lookup
+
     @cached_property
     def _rests(self) -> tuple[Rest, ...]:
         return rests(self.engine)
@@ -243,7 +248,7 @@ class Tape:
             self.deltas[site] = delta
             for var, value in zip(rest.reads, reads, strict=True):
                 _add(cotangent, var, value)
-            if site:
+            if site and not self._looks_up(site):
                 _add(cotangent, self._data(site), self.pull_input(site, delta))
 
     # -- a site is bilinear: y = f(x, W) -----------------------------------------------
@@ -367,6 +372,8 @@ class Tangents:
 
     def _on_input(self, site: int, delta: Any) -> Any:
         # d(dL/dx) = f'(., W) d delta + f'(., dW) delta
+        if self.tape._looks_up(site):
+            return None
         moved = None if self.of == "inputs" else self.along.get(site)
         product = None if delta is None else self.tape.pull_input(site, delta)
         if moved is None:

@@ -58,7 +58,7 @@ def hutchinson(
 
     **Arguments:**
 
-    - `of`: `weights`, or `inputs` (what each layer reads; per image).
+    - `of`: `weights`, or `inputs` (what each layer reads; per image). That of indices is 0.
     - `curvature`: `gauss-newton`, `G = J' (d2L/dz2) J`, never negative, and in one layer's
       weight the whole Hessian where the network is piecewise linear (ReLU, max pooling); or
       `hessian`, with the network's own second derivatives.
@@ -151,7 +151,7 @@ def _unfinished(
     most: int,
 ) -> np.ndarray:
     mean, error = _mean_and_error(sums, squares, counts)
-    floor = 0.01 * np.max(np.abs(mean / sizes), initial=0.0) * sizes
+    floor = 0.01 * np.max(np.abs(mean / np.maximum(sizes, 1)), initial=0.0) * sizes
     close = error <= tolerance * np.maximum(np.abs(mean), floor)
     return (counts < most) & ~((counts >= least) & close)
 
@@ -160,9 +160,14 @@ def _sizes(engine: Engine, all_blocks: Sequence[Block], of: str) -> np.ndarray:
     """Entries of each layer's weight, or of what it reads for one image."""
     sizes = np.zeros(len(engine.network.names))
     for block in all_blocks:
-        for site in block.sites if of == "inputs" else block.sites[:1]:
+        for site in _reading(engine, block) if of == "inputs" else block.sites[:1]:
             sizes[block.layer] += _shape(engine, site, of)[0]
     return sizes
+
+
+def _reading(engine: Engine, block: Block) -> tuple[int, ...]:
+    """The sites that read numbers: indices have no derivatives."""
+    return tuple(site for site in block.sites if not engine.network.sites[site].lookup)
 
 
 def _shape(engine: Engine, site: int, of: str) -> tuple[int, tuple[int, ...]]:
@@ -200,14 +205,15 @@ def _forms(
         directions: list[tuple[Block, dict[int, Any]]] = []
         for block in wanted:
             draws = {}
-            for site in block.sites:
+            for site in _reading(engine, block) if inputs_too else block.sites:
                 if not inputs_too and draws:  # one weight, one change, at all its sites
                     draws[site] = draws[block.sites[0]]
                     continue
                 shape = _shape(engine, site, of)[1]
                 draws[site] = _rademacher(jax.random.fold_in(own, site), shape)
-            directions.append((block, draws))
-        if joint:
+            if draws:
+                directions.append((block, draws))
+        if joint and directions:
             whole = {site: v for _, draws in directions for site, v in draws.items()}
             products = tape.tangents(whole, of).hessian()
             for block, draws in directions:
@@ -235,7 +241,8 @@ def _output_forms(
         tape.backward()
         for block in wanted:
             if of == "inputs":
-                pulled = (tape.pull_input(site, tape.deltas[site]) for site in block.sites)
+                reading = _reading(engine, block)
+                pulled = (tape.pull_input(site, tape.deltas[site]) for site in reading)
                 forms[block.layer] += sum(_dot(p[None], p[None]) for p in pulled)
             else:
                 norms = per_image(tape, block, squared_norms)

@@ -23,6 +23,7 @@ from proxyq.engine.divergence import log_softmax, two_classes
 from proxyq.engine.engine import Edits, Engine
 from proxyq.engine.gram import Gram
 from proxyq.engine.objectives import Targets, cross_entropy
+from proxyq.engine.segments import NO_EDIT
 from proxyq.progress import Progress, silent
 
 
@@ -82,7 +83,8 @@ def _tangents(tape: Tape, alternatives: Sequence[Edits]) -> np.ndarray:
     along = {
         site: jnp.stack(
             [
-                tape.engine.site_output(tape.states[site], site, edits[site]) - tape.outs[site]
+                tape.engine.site_output(tape.states[site], site, edits.get(site, NO_EDIT))
+                - tape.outs[site]
                 for edits in alternatives
             ]
         )

@@ -20,6 +20,7 @@ from proxyq.engine.engine import Engine
 from proxyq.engine.objectives import Objective, Targets
 from proxyq.engine.rounded import weight_changes
 from proxyq.engine.segments import remember, text_key
+from proxyq.errors import ProxyqError
 from proxyq.model.examples import locate, split_examples
 from proxyq.progress import Progress, silent
 from proxyq.quantize import Rounding
@@ -53,7 +54,16 @@ def record_gradients(
     shapes is differentiated in the shape of its first use; `first-order` adds all uses.
     `input-gradients` keeps the first 64 images and at most 16,384 values of each, at a fixed
     stride.
+
+    **Raises** `ProxyqError` for `input-gradients` of a layer that reads indices.
     """
+    for site in engine.network.sites:
+        if site.lookup and "input-gradients" in needs:
+            raise ProxyqError(
+                f"the layer {site.layer!r} looks up rows by indices, which have no derivatives "
+                "('input-gradients'): leave embeddings out (--embeddings), or record something "
+                "else."
+            )
     checkpoint = checkpoint or Checkpoint()
     network = engine.network
     owners = first_blocks(engine)

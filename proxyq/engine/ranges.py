@@ -24,7 +24,7 @@ _NEW = 0.1  # weight of a new batch in it
 
 
 def input_samples(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict[int, np.ndarray]:
-    """Values that the named layers' sites read in the float network, by site.
+    """Values that the named layers' sites read in the float network, by site; of no lookup.
 
     At most 65,536 values a batch, at a fixed stride that meets all channels, and then the
     least and the greatest of all, which stay whatever the stride. Padding does not count.
@@ -37,7 +37,7 @@ def input_samples(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict[in
         state = engine.start(batch)
         for index, site in enumerate(network.sites):
             data = network.graph.main[site.position].invars[1 - site.operand]
-            if site.layer in layers:
+            if site.layer in layers and not site.lookup:
                 x = np.asarray(state[data] if data in state else engine.frontier[data])
                 if data in places:  # else it is no image's own
                     x = split_examples(x, places[data], engine.batch_size)[:count]
@@ -55,8 +55,8 @@ def input_grids(
 ) -> dict[int, Grid]:
     """A grid for each named layer's input: asymmetric, one for the tensor, by site.
 
-    **Raises** `UsageError` for an unknown method, and `ProxyqError` for a layer that reads nothing
-    but zeros: any range of it would be made up.
+    A lookup has none. **Raises** `UsageError` for an unknown method, and `ProxyqError` for a layer
+    that reads nothing but zeros: any range of it would be made up.
     """
     if method not in get_args(ActivationRange):
         known = ", ".join(get_args(ActivationRange))
@@ -92,7 +92,7 @@ def _moving_averages(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict
         state = engine.start(batch)
         for index, site in enumerate(network.sites):
             data = network.graph.main[site.position].invars[1 - site.operand]
-            if site.layer in layers:
+            if site.layer in layers and not site.lookup:
                 x = np.asarray(state[data] if data in state else engine.frontier[data])
                 split = x[None]
                 if data in places:
@@ -131,9 +131,13 @@ def input_errors(
     """What rounding does to each layer's input, from samples: mean squares, per value.
 
     For each layer `error [bits]`, the mean squared rounding error; `variance` of the values.
-    Several sites of a layer count alike.
+    Several sites of a layer count alike. An embedding reads indices, which nobody rounds: zeros.
     """
-    found: dict[str, list[tuple[np.ndarray, float]]] = {}
+    found: dict[str, list[tuple[np.ndarray, float]]] = {
+        layer.name: [(np.zeros(len(bits)), 0.0)]
+        for layer in engine.network.layers
+        if not layer.reads_numbers
+    }
     for index, x in input_samples(engine, inputs, engine.network.names).items():
         values = x[:-2]  # the extremes are for the grid; here they stand among the others
         grids = [fit_input_grid(x, b) for b in bits]

@@ -12,6 +12,10 @@ at run time.
   the deviation matched too). A ratio is shrunk towards 1 by its standard error and clamped.
 - `corrected_alternatives` does the same for single layers that stand in for another choice of
   bits, in a network that is otherwise float, or follows a plan.
+
+The output of a lookup has no axis for the rows of its table, so statistics do nothing to it; where
+the same table multiplies as well (a tied head), only means are restored there, for both must keep
+one grid. `correct_weights` restores each row of a table.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,7 +70,7 @@ def _sums(
 
 
 def _moments(parts: list[Any], counts: list[int], site: Any, batch: int) -> Moments:
-    sums = [_sums(part, site.output_axes, site.examples, batch) for part in parts]
+    sums = [_sums(part, site.feature_axes, site.examples, batch) for part in parts]
     pairs = list(zip(sums, counts, strict=True))
     size = parts[0].size // (batch * sums[0][0].shape[1])
     first = [np.asarray(one, np.float64)[:count] for (one, _), count in pairs]
@@ -208,7 +212,11 @@ class _Walk:
         means_alone: bool = False,
     ) -> Edit:
         """The edit, with the statistics that the site has in the float network."""
-        site = self.engine.network.sites[index]
+        network = self.engine.network
+        site = network.sites[index]
+        if site.lookup:
+            return edit
+        means_alone = means_alone or network.looked_up(site.layer)
         raw = [self.engine.site_output(state, index, edit) for state in self.states]
         rounded = _moments(raw, self.counts, site, self.engine.batch_size)
         ratio, shift = match(reference, rounded, shrink=shrink)

@@ -115,7 +115,13 @@ def record_forward(
             recorded[name]["output-error"] = np.mean([error for error, _ in found], axis=0)
             recorded[name]["output-variance"] = np.mean([var for _, var in found], axis=0)
             if "restored-error" in needs:
-                restored = [_restored(channel_sums[i]) for i in engine.network.sites_of(name)]
+                # Nothing is restored after a lookup, and means alone where the same table
+                # multiplies.
+                tied = engine.network.looked_up(name)
+                restored = [
+                    error if engine.network.sites[i].lookup else _restored(channel_sums[i], tied)
+                    for i, (error, _) in zip(engine.network.sites_of(name), found, strict=True)
+                ]
                 recorded[name]["restored-error"] = np.mean(restored, axis=0)
 
 
@@ -256,14 +262,15 @@ def _errors_and_variances(sums: np.ndarray, bits: int) -> tuple[np.ndarray, np.n
     return error, np.maximum(np.append(variance, after), 0.0)
 
 
-def _restored(sums: np.ndarray) -> np.ndarray:
+def _restored(sums: np.ndarray, means_alone: bool = False) -> np.ndarray:
     """Relative errors `[bits]` from `[channels, 3 + 3 bits]`: see `_channel_sums`.
 
     With y a channel's output, d its change, a = std y / std (y + d), all of them centred:
 
         E (a (y + d) - y)^2 = (a - 1)^2 E yy + 2 a (a - 1) E yd + a^2 E dd
 
-    A channel that rounding leaves constant keeps its mean alone, which costs its variance.
+    A channel that rounding leaves constant keeps its mean alone, which costs its variance. With
+    `means_alone` a is 1.
     """
     count, y, yy = (sums[:, i, None] for i in range(3))
     d, dd, yd = np.split(sums[:, 3:], 3, axis=1)
@@ -275,6 +282,8 @@ def _restored(sums: np.ndarray) -> np.ndarray:
         less = -(2 * with_change + of_change) / (np.sqrt(after) * (np.sqrt(var) + np.sqrt(after)))
         error = less**2 * var + 2 * (1 + less) * less * with_change + (1 + less) ** 2 * of_change
     error = np.where(after > 1e-12 * var, np.maximum(error, 0.0), np.maximum(var, 0.0))
+    if means_alone:
+        error = np.maximum(of_change, 0.0)
     total = yy.sum() / count.sum() - (y.sum() / count.sum()) ** 2
     return error.mean(axis=0) / max(float(total), np.finfo(float).tiny)
 

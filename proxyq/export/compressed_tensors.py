@@ -282,6 +282,8 @@ def _refused(
 ) -> tuple[str, Integers | None]:
     """The integers to store and why they have more bits; `None` where the layer stays float."""
     own = layer.weight
+    if layer.looked_up:
+        return "the format holds Linear layers and no tables that are looked up", None
     if own.bits > 8:
         return "the format holds 2 to 8 bits", None
     for holder in holders:

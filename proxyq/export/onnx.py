@@ -320,6 +320,11 @@ def _weight_values(graph: Any, module: Any, layer: DeployedLayer) -> list[Any]:
     torch = import_torch()
     named = dict(module.named_parameters(remove_duplicate=False))
     own = named[layer.parameter]
+    rounded = torch.from_numpy(layer.weight.values())
+    if not torch.equal(own, rounded):
+        # The name is that of an embedding that stays float; the head has the weight.
+        same = (one for one in named.values() if torch.equal(one, rounded))
+        own = next(same, own)
     names = [name for name, tensor in named.items() if tensor is own]
     found = [graph.initializers[name] for name in names if name in graph.initializers]
     if found:

@@ -295,7 +295,9 @@ def _choose(
         tiles = None
         if form is not None and (tiles := groups_of(integers[layer.name])) is not None:
             form = form._replace(tiles=tiles)
-        if layer.parameter in stacked:
+        if layer.looked_up:
+            why = "qwix has no rule for tables that are looked up"
+        elif layer.parameter in stacked:
             why = "one rule of qwix takes all steps of a loop over layers"
         elif form is None:
             why = "qwix has at most 8 bits and whole zero points"

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from proxyq.errors import ProxyqError, UsageError
+from proxyq.model.layers import TIED_EMBEDDING
 from proxyq.model.torch_import import import_torch
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers
 from proxyq.ptq.quantized import QuantizedModel
@@ -40,8 +41,9 @@ def to_torch(quantized: QuantizedModel, module: Any, *, round_inputs: bool = Tru
     layers = deployed_layers(quantized)
     norms: dict[str, str] = {}
     for layer in layers:
+        biases = _biases(made, layer)
         _put_back(torch, made, layer)
-        for norm in _norms(torch, made, layer):
+        for norm in _norms(torch, made, layer, biases):
             if norms.setdefault(norm, layer.name) != layer.name:
                 raise ProxyqError(
                     f"the batch norm {norm!r} follows two layers, {norms[norm]!r} and "
@@ -52,7 +54,7 @@ def to_torch(quantized: QuantizedModel, module: Any, *, round_inputs: bool = Tru
         setattr(made.get_submodule(owner), attribute, torch.nn.Identity())
     if round_inputs:
         _round_inputs(torch, made, layers)
-    _untie_embeddings(torch, made, module)
+    _untie_embeddings(torch, made, module, layers)
     return made
 
 
@@ -87,22 +89,32 @@ def owner_of(module: Any, layer: DeployedLayer) -> tuple[Any, str]:
     return next(((m, name) for _, m, name in holders_of(module, found)), (holder, attribute))
 
 
-def holders_of(module: Any, parameter: Any) -> list[tuple[str, Any, str]]:
-    """Names and modules that multiply by a parameter, and the attribute that it is in each."""
+def holders_of(module: Any, parameter: Any, *, lookups: bool = False) -> list[tuple[str, Any, str]]:
+    """Names and modules that multiply by a parameter, and the attribute that it is in each.
+
+    With `lookups` also those that look up its rows.
+    """
     torch = import_torch()
     return [
         (name, one, attribute)
         for name, one in module.named_modules()
-        if not isinstance(one, torch.nn.Embedding)
+        if lookups or not isinstance(one, torch.nn.Embedding)
         for attribute, own in one.named_parameters(recurse=False, remove_duplicate=False)
         if own is parameter
     ]
 
 
-def _untie_embeddings(torch: Any, made: Any, module: Any) -> None:
-    """Give embeddings that share the weight of a layer their own again, which stays float."""
+def _untie_embeddings(torch: Any, made: Any, module: Any, layers: Sequence[DeployedLayer]) -> None:
+    """Give embeddings that share the weight of a layer their own again, which stays float.
+
+    Where the plan rounds what is looked up as well, they share it still.
+    """
+    tied = (owner_of(module, layer) for layer in layers if layer.kind == TIED_EMBEDDING)
+    kept = {id(getattr(holder, attribute)) for holder, attribute in tied}
     for name, one in module.named_modules():
-        if isinstance(one, torch.nn.Embedding) and holders_of(module, one.weight):
+        if isinstance(one, torch.nn.Embedding) and id(one.weight) not in kept:
+            if not holders_of(module, one.weight):
+                continue
             weight = one.weight.detach().clone().float()
             made.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
 
@@ -134,10 +146,22 @@ def _put_back(torch: Any, module: Any, layer: DeployedLayer) -> None:
         setattr(holder, name, bias)
 
 
-def _norms(torch: Any, module: Any, layer: DeployedLayer) -> list[str]:
-    """The batch norms that went into a layer, wholly."""
+def _biases(module: Any, layer: DeployedLayer) -> frozenset[str]:
+    """All names of the bias of the module that multiplies by a layer's weight.
+
+    A head that shares an embedding's weight may have a bias of a name that tells nothing of it.
+    """
+    bias = getattr(owner_of(module, layer)[0], "bias", None)
+    named = module.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, own in named if own is bias)
+
+
+def _norms(torch: Any, module: Any, layer: DeployedLayer, biases: frozenset[str]) -> list[str]:
+    """The batch norms that went into a layer, wholly; its own `biases` are none."""
     found: dict[str, set[str]] = {}
     for name in layer.absorbed:
+        if name in biases:
+            continue
         owner, _, attribute = name.rpartition(".")
         found.setdefault(owner, set()).add(attribute)
     for owner, attributes in found.items():

@@ -53,8 +53,8 @@ SCHEMA = "proxyq/torchao/1"
 def to_torchao(quantized: QuantizedModel, module: Any) -> Any:
     """A copy of `module`, on the CPU, that runs a quantized network with torchao's integers.
 
-    `Linear` and `Conv2d` get an `IntxUnpackedToInt8Tensor`; all other layers keep their rounded
-    values as float, and inputs are rounded by torch's fake quantization, in hooks.
+    `Linear`, `Conv2d` and `Embedding` get an `IntxUnpackedToInt8Tensor`; all other layers keep
+    their rounded values as float, and inputs are rounded by torch's fake quantization, in hooks.
 
     **Arguments:**
 
@@ -191,7 +191,8 @@ def _applied(quantized: QuantizedModel, module: Any) -> _Applied:
     moved: list[str] = []
     for layer in deployed_layers(quantized):
         holder, attribute = owner_of(module, layer)
-        names = [name for name, *_ in holders_of(module, getattr(holder, attribute))]
+        parameter, lookups = getattr(holder, attribute), layer.looked_up
+        names = [name for name, *_ in holders_of(module, parameter, lookups=lookups)]
         if layer.inputs is not None:
             first = next(n for n, one in module.named_modules() if one is holder)
             inputs[first] = input_facts(layer)
@@ -238,7 +239,8 @@ def _refused(torch: Any, holders: list[Any], attribute: str, layer: DeployedLaye
         # torchao's tensor does in inference mode alone.
         if attribute != "weight" or kind == "NonDynamicallyQuantizableLinear":
             return "MultiheadAttention reads its weights itself, and torchao's tensors cannot"
-        if not isinstance(holder, (torch.nn.Linear, torch.nn.Conv2d)):
+        # It looks up rows of what it has dequantized.
+        if not isinstance(holder, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)):
             return f"torchao has no integer weights for {kind}"
     groups = groups_of(layer.weight)
     if groups is not None and groups.axis == 1 and layer.weight.codes.ndim == 2:

@@ -12,6 +12,9 @@ from proxyq.model.network import Network
 
 _SUMS = frozenset({"add", "add_any", "sub", "concatenate"})
 _SCALES = frozenset({"mul", "div", "integer_pow", "rsqrt", "sqrt"})
+_PICKS = frozenset({"gather", "slice", "dynamic_slice"})
+LOOKED_UP = "rows looked up by tokens"
+ADDED, FIXED_ROWS = "added to data", "rows at fixed places, added to data"
 _MOVES = frozenset(
     "broadcast_in_dim convert_element_type copy reshape slice squeeze transpose".split()
 )
@@ -29,8 +32,10 @@ class Kept:
 def kept_float(network: Network) -> tuple[Kept, ...]:
     """The parameters that are no layer's weight, in the model's order.
 
-    `why` is one of: folded into a layer; a bias or position added to data; a scale of data; rows
-    looked up by tokens (an embedding); the weight of an operation that is no product; not used.
+    `why` is one of: folded into a layer; a bias or position added to data; rows of a table at fixed
+    places, added to data (positions by number, which no data choose); a scale of data; rows looked
+    up by tokens (an embedding, where these are no layers); the weight of an operation that is no
+    product; not used.
     """
     graph, weights = network.graph, {layer.parameter for layer in network.layers}
     folded: dict[str, str] = {}
@@ -65,14 +70,15 @@ def _roles(network: Network) -> dict[str, str]:
     """What main does with each parameter that it reads, by its first use."""
     graph, at = network.graph, {site.position for site in network.sites}
     roles: dict[str, str] = {}
+    picked = _picked(network)
     for index, eqn in enumerate(graph.main):
         name, inside = eqn.primitive.name, _primitives(eqn)
         if index in at:
             continue
         if "gather" in inside:
-            role = "rows looked up by tokens"
+            role = LOOKED_UP
         elif name in _SUMS:
-            role = "added to data"
+            role = ADDED
         elif name in _SCALES:
             role = "a scale of data"
         elif name in _MOVES:
@@ -82,8 +88,26 @@ def _roles(network: Network) -> dict[str, str]:
         for atom in eqn.invars:
             if not is_literal(atom):
                 for leaf in graph.leaves.get(atom, ()):
-                    roles.setdefault(leaf, role)
+                    fixed = role == ADDED and leaf in picked
+                    roles.setdefault(leaf, FIXED_ROWS if fixed else role)
     return roles
+
+
+def _picked(network: Network) -> set[str]:
+    """The tables of which rows are taken that parameters and constants alone choose."""
+    graph, picked = network.graph, set()
+    tables = {var for var in graph.params.values() if len(var.aval.shape) > 1}
+    for eqn in graph.prelude:
+        table = eqn.invars[0]
+        if not is_literal(table) and table in tables and _primitives(eqn) & _PICKS:
+            picked |= graph.leaves[table] - network.model.frozen
+    return picked
+
+
+def looked_up_float(network: Network) -> tuple[str, ...]:
+    """The parameters whose rows data look up in floating point, layers' weights among them."""
+    roles = _roles(network)
+    return tuple(name for name in network.model.params if roles.get(name) == LOOKED_UP)
 
 
 def _primitives(eqn: Any) -> set[str]:

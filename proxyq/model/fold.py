@@ -18,8 +18,12 @@ _CONVERT = "convert_element_type"
 
 
 def foldable(graph: Graph, sites: tuple[Site, ...]) -> tuple[int, ...]:
-    """For each site, how many equations after it fold into its weight."""
-    return tuple(len(_chain(graph, site)) for site in sites)
+    """For each site, how many equations after it fold into its weight.
+
+    Nothing folds into a table that is looked up as well: its grid is one for all uses.
+    """
+    tables = {site.layer for site in sites if site.lookup}
+    return tuple(0 if site.layer in tables else len(_chain(graph, site)) for site in sites)
 
 
 def fold(graph: Graph, sites: tuple[Site, ...], lengths: tuple[int, ...]) -> Graph:
@@ -61,7 +65,9 @@ def fold(graph: Graph, sites: tuple[Site, ...], lengths: tuple[int, ...]) -> Gra
 
     params = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in graph.params.values()]
     inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in graph.inputs]
-    return trace_function(run, list(graph.params), params, inputs, graph.batch_size)
+    return trace_function(
+        run, list(graph.params), params, inputs, graph.batch_size, lookups=graph.lookups
+    )
 
 
 def _chain(graph: Graph, site: Site) -> list[int]:
@@ -74,8 +80,11 @@ def _chain(graph: Graph, site: Site) -> list[int]:
 def per_channel_equations(graph: Graph, site: Site) -> list[int]:
     """Indices of the equations right after a site that scale or shift each channel.
 
-    Between them may stand conversions from one floating type to another.
+    Between them may stand conversions from one floating type to another. After a lookup there
+    are none, for its output has no axis for the rows of the table.
     """
+    if site.lookup:
+        return []
     var = graph.main[site.position].outvars[0]
     chain: list[int] = []
     while var not in graph.outputs and len(graph.consumers.get(var, ())) == 1:

@@ -9,6 +9,7 @@ per set of parameters; *main* depends on the inputs and runs per batch. This fil
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -43,6 +44,8 @@ Rule = Callable[[Equation, list[Any]], Sequence[Any] | None]
 
 # The primitives that can hold a layer's weight.
 LAYER_PRIMITIVES = frozenset({"conv_general_dilated", "dot_general"})
+LOOKUP = "gather"
+"""The primitive that looks up rows of a table."""
 
 # Calls by primitive name, and under which parameter their body lies. JAX has renamed some
 # of them between releases (`pjit` became `jit`), so both names stand here.
@@ -58,6 +61,8 @@ _CALLS = {
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
+# Those without derivatives of their own: a lookup inside comes out of them.
+_PLAIN_CALLS = frozenset(_CALLS) - {name for name in _CALLS if name.startswith("custom")}
 _DECIDED_BY_DATA = {
     "while": "whose number of steps its data decide: give the loop a fixed length (`nn.scan`, "
     "`jax.lax.scan`)",
@@ -82,6 +87,7 @@ class Graph:
     - `frontier`: the prelude's values (and parameters, constants) that main reads.
     - `leaves`: for each variable known before any input, the names of the parameters it
       depends on.
+    - `lookups`: whether lookups are layers too, and so stand in main by themselves.
     - `producer`, `consumers`: the main equation that makes a variable; the indices of
       those that read it.
     """
@@ -98,6 +104,7 @@ class Graph:
     consumers: Mapping[Var, tuple[int, ...]]
     out_tree: Any
     batch_size: int
+    lookups: bool = False
 
     def is_data(self, atom: Any) -> bool:
         """Whether an operand depends on the network's inputs."""
@@ -236,13 +243,15 @@ def is_pile(eqn: Equation) -> bool:
     return eqn.outvars[0].aval.shape == (len(eqn.invars), *eqn.invars[0].aval.shape)
 
 
-def _inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def _inline(
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], lookups: bool = False
+) -> list[Any]:
     env: Env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    evaluate(jaxpr.eqns, env, _splice)
+    evaluate(jaxpr.eqns, env, partial(_splice, lookups=lookups))
     return [read(env, atom) for atom in jaxpr.outvars]
 
 
-def _splice(eqn: Equation, values: list[Any]) -> Sequence[Any] | None:
+def _splice(eqn: Equation, values: list[Any], *, lookups: bool) -> Sequence[Any] | None:
     """What takes the place of an equation; `None` where it stays as it is."""
     name = eqn.primitive.name
     if is_pile(eqn):
@@ -250,12 +259,17 @@ def _splice(eqn: Equation, values: list[Any]) -> Sequence[Any] | None:
     # Splicing a call without a layer would lose custom derivatives (relu at 0) for nothing.
     if has_layers(eqn):
         if name == "scan" and eqn.params["length"]:
-            return _unrolled(eqn, values)
+            return _unrolled(eqn, values, lookups)
         if name in _DECIDED_BY_DATA:
             raise ProxyqError(f"the model runs layers inside a `{name}`, {_DECIDED_BY_DATA[name]}.")
         body = call_body(eqn)
         if body is not None:
-            return _inline(*body, values)
+            return _inline(*body, values, lookups)
+    # A loop that only looks up is left whole: its table stays float.
+    elif lookups and name in _PLAIN_CALLS and LOOKUP in primitives(eqn):
+        body = call_body(eqn)
+        assert body is not None
+        return _inline(*body, [_whole(value) for value in values], lookups)
     if not any(isinstance(value, _Pile) for value in values):
         return None
     if name == "transpose":
@@ -265,7 +279,7 @@ def _splice(eqn: Equation, values: list[Any]) -> Sequence[Any] | None:
     return bind(eqn, [_whole(value) for value in values])
 
 
-def _unrolled(eqn: Equation, values: list[Any]) -> list[Any]:
+def _unrolled(eqn: Equation, values: list[Any], lookups: bool) -> list[Any]:
     """A loop of fixed length, one step after the other."""
     params = eqn.params
     body, length = params["jaxpr"], params["length"]
@@ -280,7 +294,7 @@ def _unrolled(eqn: Equation, values: list[Any]) -> list[Any]:
     made: dict[int, list[Any]] = {}
     for step in reversed(range(length)) if params["reverse"] else range(length):
         own = [_step_of(value, step) for value in scanned]
-        out = _inline(body.jaxpr, body.consts, [*constants, *carry, *own])
+        out = _inline(body.jaxpr, body.consts, [*constants, *carry, *own], lookups)
         carry, made[step] = out[:state], out[state:]
     count = len(eqn.outvars) - state
     return [*carry, *(_Pile(tuple(made[i][k] for i in range(length))) for k in range(count))]
@@ -304,7 +318,7 @@ def trace(model: Model, batch_size: int, *, apply: Apply | None = None) -> Graph
     shapes = [jax.typeof(model.params[name]) for name in names]
     params = [jax.ShapeDtypeStruct(s.shape, s.dtype) for s in shapes]
     inputs = jax.tree.leaves(model.example(batch_size))
-    return trace_function(flat, names, params, inputs, batch_size)
+    return trace_function(flat, names, params, inputs, batch_size, lookups=model.embeddings)
 
 
 def trace_function(
@@ -313,11 +327,13 @@ def trace_function(
     params: Sequence[Any],
     inputs: Sequence[Any],
     batch_size: int,
+    *,
+    lookups: bool = False,
 ) -> Graph:
     """Trace `function(params, inputs)`, both flat lists, and split it; see `Graph`."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(list(params), list(inputs))
     spliced = jax.make_jaxpr(
-        lambda *args: [_whole(out) for out in _inline(closed.jaxpr, closed.consts, args)]
+        lambda *args: [_whole(out) for out in _inline(closed.jaxpr, closed.consts, args, lookups)]
     )(*params, *inputs)
     jaxpr: Any = spliced.jaxpr
     param_vars = jaxpr.invars[: len(names)]
@@ -350,10 +366,11 @@ def trace_function(
     # A parameter repeated along the batch (a class token, an old-style broadcast) would be
     # held at full size: such growing broadcasts are cheaper inside main.
     # A weight stays in the prelude even so: that is where its layer looks for it.
+    holders = {*LAYER_PRIMITIVES, LOOKUP} if lookups else LAYER_PRIMITIVES
     weights = {
         atom
         for eqn in main
-        if eqn.primitive.name in LAYER_PRIMITIVES
+        if eqn.primitive.name in holders
         for atom in eqn.invars
         if not is_literal(atom)
     }
@@ -390,6 +407,7 @@ def trace_function(
         consumers={var: tuple(indices) for var, indices in consumers.items()},
         out_tree=jax.tree.structure(shape),
         batch_size=batch_size,
+        lookups=lookups,
     )
 
 

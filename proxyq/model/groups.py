@@ -70,7 +70,7 @@ def _input_groups(graph: Graph, sites: tuple[Site, ...]) -> dict[str, str]:
     readers: dict[Any, list[str]] = {}
     for site in sites:
         data = graph.main[site.position].invars[1 - site.operand]
-        if not is_literal(data):
+        if not is_literal(data) and not site.lookup:
             readers.setdefault(_shared(graph, data), []).append(site.layer)
     groups = {}
     for names in readers.values():

@@ -3,6 +3,11 @@
 A *site* is one convolution or dot product, one of whose operands is made from parameters
 alone and the other from data. A *layer* is a weight with all the sites that use it: a
 weight used twice (tied) is one layer with two sites and one choice of bits.
+
+Where the model asks for it (`Model.embeddings`), a lookup is a site too: a gather of whole rows
+of a table made from parameters, by indices that depend on data. Each row has a grid of its own,
+as each output channel has elsewhere: a table that is also the head's weight, whose output
+channels are the rows, is one layer with one set of grids. The indices are never rounded.
 """
 
 import math
@@ -15,22 +20,29 @@ import jax
 import jax.numpy as jnp
 
 from proxyq.model.examples import Examples, locate, split_examples
-from proxyq.model.graph import LAYER_PRIMITIVES, Equation, Graph, Var
+from proxyq.model.graph import LAYER_PRIMITIVES, LOOKUP, Equation, Graph, Var
 
 _SUFFIXES = (".weight", ".kernel", ".embedding")
+EMBEDDING, TIED_EMBEDDING = "embedding", "tied-embedding"
+"""Kinds of layers: a table that is looked up, and one that data are multiplied by as well."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Site:
-    """One equation that multiplies data by a layer's weight.
+    """One equation that multiplies data by a layer's weight, or looks up rows of it.
 
     - `position`: index in `graph.main`; `operand`: which operand is the weight.
     - `weight`: the variable of that operand, after all parameter-only arithmetic (folded
       batch norm, transposes): what hardware would store.
     - `channel_axes`: axes of the weight that count output channels; `output_axes`: where
       the same axes lie in the output, in the same order (there they always ascend);
-      `channel_shape`: their sizes. `summed_axis`: the axis of a matrix that is summed over;
-      `None` for convolutions, and where there are several.
+      `channel_shape`: their sizes. `summed_axis`: the axis of a matrix that is summed over (of a
+      table that is looked up, that within a row); `None` for convolutions, and where there are
+      several.
+    - `lookup`: whether it looks up rows. These are its channels, and its output has no axis
+      for them: `output_axes` is empty, and nothing can be scaled or added channel by channel.
+    - `feature_axes`: axes of the output that tell its features apart: the `output_axes`, or of
+      a lookup those within a row.
     - `examples`: where the examples of the batch lie in the output; `apart` tells whether
       that is known. If not, the network must run one example at a time.
     """
@@ -44,6 +56,8 @@ class Site:
     channel_shape: tuple[int, ...]
     summed_axis: int | None
     output_ndim: int
+    feature_axes: tuple[int, ...]
+    lookup: bool
     examples: Examples
     apart: bool
 
@@ -58,7 +72,7 @@ class Site:
         return moved.transpose(sorted(range(len(shape)), key=order.__getitem__))
 
     def on_output(self, vector: Any) -> Any:
-        """A vector `[channels]`, shaped to broadcast over the site's output."""
+        """A vector `[channels]`, shaped to broadcast over the site's output; of no lookup."""
         sizes = [1] * self.output_ndim
         for axis, size in zip(self.output_axes, self.channel_shape, strict=True):
             sizes[axis] = size
@@ -69,8 +83,11 @@ class Site:
         return split_examples(output, self.examples, batch).reshape(batch, -1)
 
     def output_columns(self, output: Any, batch: int) -> Any:
-        """The output (or a tensor of its shape) as `[batch, positions, channels]`."""
-        return columns_of(output, self.output_axes, self.examples, batch)
+        """The output (or a tensor of its shape) as `[batch, positions, channels]`.
+
+        Of a lookup `[batch, positions, width]`, by the places within a row.
+        """
+        return columns_of(output, self.feature_axes, self.examples, batch)
 
     def _order(self, ndim: int) -> tuple[int, ...]:
         rest = (axis for axis in range(ndim) if axis not in self.channel_axes)
@@ -103,6 +120,10 @@ class Layer:
     residual sum; `shares_input` names those that read the same tensor. `scale_bits` is what the
     scales of groups of weights take, where weights are rounded in groups; the one scale of an
     output channel is not counted.
+
+    `kind` is `conv`, `depthwise-conv`, `grouped-conv`, `transposed-conv`, `linear`, `embedding`
+    (rows of a table, looked up: no MACs, and `channels` are the rows) or `tied-embedding` (a
+    table that is looked up and multiplied by).
     """
 
     name: str
@@ -115,6 +136,11 @@ class Layer:
     group: str | None = None
     shares_input: str | None = None
     scale_bits: int = 0
+
+    @property
+    def reads_numbers(self) -> bool:
+        """Whether it reads activations, which can be rounded; an embedding reads indices alone."""
+        return self.kind != EMBEDDING
 
 
 def find_sites(
@@ -145,7 +171,8 @@ def find_sites(
 
 
 def _weight_operand(eqn: Equation, graph: Graph, frozen: frozenset[str]) -> int | None:
-    if eqn.primitive.name not in LAYER_PRIMITIVES:
+    lookup = graph.lookups and row_axis(eqn) is not None
+    if eqn.primitive.name not in LAYER_PRIMITIVES and not lookup:
         return None
 
     def is_weight(atom: Any) -> bool:
@@ -157,11 +184,30 @@ def _weight_operand(eqn: Equation, graph: Graph, frozen: frozenset[str]) -> int 
         )
 
     left, right = eqn.invars[:2]
+    if lookup:
+        return 0 if graph.is_data(right) and is_weight(left) else None
     if graph.is_data(left) and is_weight(right):
         return 1
     if graph.is_data(right) and is_weight(left) and eqn.primitive.name == "dot_general":
         return 0
     return None
+
+
+def row_axis(eqn: Equation) -> int | None:
+    """The axis of a table that a gather takes whole rows from, one for each index.
+
+    `None` for what is no gather, or takes other things: parts of rows, several axes at once.
+    """
+    if eqn.primitive.name != LOOKUP:
+        return None
+    numbers, table = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+    axes = tuple(numbers.start_index_map)
+    if len(axes) != 1 or len(table) < 2 or numbers.operand_batching_dims:
+        return None
+    whole = [*table[: axes[0]], 1, *table[axes[0] + 1 :]]
+    if tuple(numbers.collapsed_slice_dims) != axes or list(eqn.params["slice_sizes"]) != whole:
+        return None
+    return axes[0]
 
 
 def _primary(leaves: frozenset[str], size: int, parameters: Mapping[str, Any]) -> str:
@@ -189,6 +235,17 @@ def _layer_names(leaves: set[str], parameters: Mapping[str, Any]) -> dict[str, s
 
 def _axes(eqn: Equation, operand: int) -> dict[str, Any]:
     weight, data = eqn.invars[operand].aval, eqn.invars[1 - operand].aval
+    axis = row_axis(eqn)
+    if axis is not None:
+        return {
+            "channel_axes": (axis,),
+            "output_axes": (),
+            "channel_shape": (weight.shape[axis],),
+            "summed_axis": 1 - axis if weight.ndim == 2 else None,
+            "output_ndim": eqn.outvars[0].aval.ndim,
+            "feature_axes": tuple(eqn.params["dimension_numbers"].offset_dims),
+            "lookup": True,
+        }
     if eqn.primitive.name == "conv_general_dilated":
         numbers = eqn.params["dimension_numbers"]
         channel_axes, output_axes = (numbers.rhs_spec[0],), (numbers.out_spec[1],)
@@ -210,6 +267,8 @@ def _axes(eqn: Equation, operand: int) -> dict[str, Any]:
         "channel_shape": tuple(weight.shape[axis] for axis in channel_axes),
         "summed_axis": summed,
         "output_ndim": eqn.outvars[0].aval.ndim,
+        "feature_axes": output_axes,
+        "lookup": False,
     }
 
 
@@ -235,10 +294,14 @@ def describe(
         if len(own) > 1:
             weights = min(weights, math.prod(parameters[parameter].shape))
         first = graph.main[own[0].position]
+        products = [graph.main[site.position] for site in own if not site.lookup]
+        kind = _kind(products[0]) if products else EMBEDDING
+        if products and len(products) < len(own):
+            kind = TIED_EMBEDDING
         layers.append(
             Layer(
                 name=name,
-                kind=_kind(first),
+                kind=kind,
                 parameter=parameter,
                 weights=weights,
                 macs=sum(_macs(graph, site) for site in own),
@@ -266,6 +329,8 @@ def _kind(eqn: Equation) -> str:
 
 def _macs(graph: Graph, site: Site) -> int:
     """Multiply-accumulates of one site for one example."""
+    if site.lookup:
+        return 0
     eqn = graph.main[site.position]
     outputs = eqn.outvars[0].aval.size
     weight = eqn.invars[site.operand].aval

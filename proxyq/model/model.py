@@ -56,6 +56,8 @@ class Model:
     - `image_layout`: how an image input lies in memory, `None` when the input is no image.
     - `batch_statistics_apply`: `apply` with batch norm taking the statistics of the batch
       (training mode) and all else as in evaluation; `None` where the source offers none.
+    - `embeddings`: whether tables whose rows the data look up (`torch.nn.Embedding`, `nn.Embed`)
+      are layers too.
     - `stacks`: arrays of the source that are several here, by their name there: a loop over
       layers (`nn.scan`) keeps the weights of all its steps in one, which is no parameter of one
       layer. A part may be such an array itself, of a loop inside; it comes later.
@@ -73,6 +75,7 @@ class Model:
     image_layout: Literal["NCHW", "NHWC"] | None = None
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     batch_statistics_apply: Apply | None = None
+    embeddings: bool = False
     stacks: Mapping[str, Stack] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
     source: Any = field(default=None, repr=False)
@@ -99,6 +102,11 @@ class Model:
     @cached_property
     def _digest(self) -> str:
         return digest_arrays(self.params)
+
+    def record(self) -> dict[str, Any]:
+        """What results tell of it: name, digest, where it came from, whether embeddings count."""
+        embeddings = {"embeddings": True} if self.embeddings else {}
+        return {"name": self.name, "digest": self.digest(), **self.identity, **embeddings}
 
     def check_finite(self) -> None:
         """Refuse weights that are not finite, naming the array."""

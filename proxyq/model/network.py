@@ -42,6 +42,18 @@ class Network:
         """Indices in `sites` of a layer's uses."""
         return tuple(i for i, site in enumerate(self.sites) if site.layer == layer)
 
+    def products_of(self, layer: str) -> tuple[int, ...]:
+        """Those of them that multiply; the others look up rows."""
+        return tuple(i for i in self.sites_of(layer) if not self.sites[i].lookup)
+
+    def looked_up(self, layer: str) -> bool:
+        """Whether rows of a layer's weight are looked up.
+
+        Its grid must then be the same at all its sites, and no lookup has output channels: nothing
+        may scale what it multiplies to.
+        """
+        return any(self.sites[i].lookup for i in self.sites_of(layer))
+
     def layer(self, name: str) -> Layer:
         """The layer of this name."""
         return next(layer for layer in self.layers if layer.name == name)
@@ -49,6 +61,12 @@ class Network:
     def prelude(self, params: Mapping[str, Any] | None = None) -> dict[Any, Any]:
         """The values that main reads: folded weights, biases, tables."""
         return self.graph.run_prelude(self.model.params if params is None else params)
+
+
+@lru_cache(maxsize=32)
+def with_embeddings(model: Model, embeddings: bool) -> Model:
+    """The model with tables that are looked up among its layers, or without."""
+    return model if model.embeddings == embeddings else model.replace(embeddings=embeddings)
 
 
 @lru_cache(maxsize=32)

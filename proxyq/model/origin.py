@@ -92,7 +92,12 @@ def trailing_bias(
 
 
 def trailing_sums(graph: Graph, site: Site) -> Iterator[tuple[int, Var, int]]:
-    """The sums right after a site: index in main, what is added to each channel, and its sign."""
+    """The sums right after a site: index in main, what is added to each channel, and its sign.
+
+    After a lookup there are none.
+    """
+    if site.lookup:
+        return
     var = graph.main[site.position].outvars[0]
     while var not in graph.outputs and len(graph.consumers.get(var, ())) == 1:
         (index,) = graph.consumers[var]

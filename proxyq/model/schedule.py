@@ -20,6 +20,8 @@ def schedule(network: Network) -> tuple[Step, ...]:
     graph = network.graph
     readers: dict[Var, dict[str, None]] = {}
     for site in network.sites:
+        if site.lookup:  # nobody rounds indices
+            continue
         data = graph.main[site.position].invars[1 - site.operand]
         readers.setdefault(origin(graph, data), {})[site.layer] = None
 

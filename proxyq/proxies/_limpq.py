@@ -28,6 +28,7 @@ from proxyq.proxies.proxy import Result, register
     random=True,
     activations=True,
     fixed={"labels": "data"},
+    lookups=False,  # step sizes of weights and inputs are trained together
 )
 def limpq(
     taps: Taps,

@@ -60,6 +60,7 @@ class Cache:
             "model": model.digest(),
             "parameters": list(model.params),
             "frozen": sorted(model.frozen),
+            **({"embeddings": True} if model.embeddings else {}),
             "graph": graph_digest(model),
             "batch_graph": None
             if model.batch_statistics_apply is None

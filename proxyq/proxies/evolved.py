@@ -12,7 +12,8 @@ positions. The evolution was only told which plans are good.
 
 The same as `formula:evolved-3` with all entries of the sample (`proxies/evolved/evolved-3.json`
 tells its origin). For networks whose statistics are restored, as `restored-error` is; no labels,
-no gradients, one forward pass and one more for each bit-width.
+no gradients, one forward pass and one more for each bit-width. An embedding has no MACs, so the
+formula says nothing of it.
 
 Ours, found by `benchmarks/discovery.py` (`docs/evolved_proxies.md`).
 """
@@ -33,6 +34,7 @@ from proxyq.quantize import fake_quantize
     shape="layers bits",
     passes="1 forward + 1 per bit-width",
     reference="ours, evolved",
+    lookups=False,  # ln(macs) of none
 )
 def evolved(taps: Taps, *, key: Any) -> np.ndarray:
     """Output error before and after correction, more of it for many inputs and many positions."""

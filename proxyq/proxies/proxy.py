@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
@@ -21,7 +21,7 @@ from proxyq.engine import (
     Taps,
 )
 from proxyq.errors import ProxyqError, UsageError, near
-from proxyq.model.layers import Layer
+from proxyq.model.layers import EMBEDDING, TIED_EMBEDDING, Layer
 from proxyq.model.model import Model
 from proxyq.progress import Progress, silent
 from proxyq.quantize import Rounding
@@ -111,6 +111,7 @@ class Proxy:
     - `cost`: how its importance becomes costs by default.
     - `activations`: whether it also gives costs of rounding what layers read.
     - `random`: whether, with its default options, scores depend on the key (or seed).
+    - `lookups`: whether it can score embeddings, tables that are looked up.
     - `baseline`: whether it is meant to tell nothing, so that equal scores are no mistake.
     """
 
@@ -128,6 +129,7 @@ class Proxy:
     activations: bool = False
     random: bool = False
     baseline: bool = False
+    lookups: bool = True
 
     direction: str = "higher is more sensitive"
 
@@ -140,6 +142,15 @@ class Proxy:
     def couples(self) -> bool:
         """Whether it says what layers cost together, which takes a solver for couplings."""
         return bool(set(self.needs) & set(PAIR_NEEDS))
+
+    def check_layers(self, layers: Sequence[Layer]) -> None:
+        """Refuse embeddings where it cannot score them."""
+        for layer in layers:
+            if layer.kind in (EMBEDDING, TIED_EMBEDDING) and not self.lookups:
+                raise ProxyqError(
+                    f"the proxy {self.name!r} cannot score tables that are looked up, such as "
+                    f"{layer.name!r}: leave embeddings out (--embeddings), or use another proxy."
+                )
 
     def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options, defaults filled in; unknown names and other kinds of values are refused."""
@@ -186,6 +197,7 @@ class Proxy:
         finite, too large to be summed, or equal for all layers.
         """
         settings = self.check_options(options)
+        self.check_layers(taps.layers)
         key = jax.random.key(0) if key is None else key
         if checkpoint is not None:
             taps = replace(taps, checkpoint=checkpoint)
@@ -356,13 +368,15 @@ def make_proxy(
     activations: bool = False,
     random: bool = False,
     baseline: bool = False,
+    lookups: bool = True,
 ) -> Proxy:
     """A `Proxy` record from a kernel `(taps, *, key, **options) -> array or Result`.
 
     The record's name is the function's with dashes, its summary the docstring's first line,
     its options the keyword-only parameters with their defaults, and the options of
     `TapOptions` that govern its needs: those in `fixed` are set once and for all, those in
-    `defaults` have another default here.
+    `defaults` have another default here. What reads derivatives by a layer's input
+    (`input-gradients`) has no `lookups`.
     """
     for need in needs:
         if need not in NEEDS:
@@ -390,6 +404,7 @@ def make_proxy(
         activations=activations,
         random=random,
         baseline=baseline,
+        lookups=lookups and "input-gradients" not in needs,
     )
 
 

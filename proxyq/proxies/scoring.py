@@ -19,7 +19,7 @@ from proxyq.engine import Engine, TapOptions, collect
 from proxyq.engine.pairs import RowWork
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model
-from proxyq.model.network import LAYERS_AT
+from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 from proxyq.proxies.cache import Cache
 from proxyq.proxies.proxy import Proxy, Scores
@@ -100,6 +100,7 @@ def score(
         rounding=rounding,
     )
     answers: dict[int, Scores] = {}
+    requests = _able(model, requests, failed)
     for group in grouped(requests):
         # What is recorded together is compiled together, which decides the last digits: an
         # answer from the cache must not depend on what else was asked for back then.
@@ -194,6 +195,25 @@ def score(
             kept.clear()
         shared.clear()
     return [answers[index] for index in sorted(answers)]
+
+
+def _able(
+    model: Model,
+    requests: Sequence[Request],
+    failed: Callable[[Proxy, ProxyqError], None] | None,
+) -> list[Request]:
+    """The requests whose proxies can score such layers at all."""
+    layers, able = network(model, LAYERS_AT).layers, []
+    for proxy, options in requests:
+        try:
+            proxy.check_layers(layers)
+        except ProxyqError as error:
+            if failed is None:
+                raise
+            failed(proxy, error)
+            continue
+        able.append((proxy, options))
+    return able
 
 
 def check_images(requests: Sequence[Request], inputs: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from proxyq.engine import Edit, Edits, Engine
+from proxyq.model.layers import EMBEDDING, TIED_EMBEDDING
 from proxyq.model.network import LAYERS_AT, Network
 from proxyq.model.origin import parameter_indices, trailing_bias
 from proxyq.ptq.quantized import QuantizedModel
@@ -50,6 +51,11 @@ class DeployedLayer:
         """Bit-width of the weight."""
         return self.weight.bits
 
+    @property
+    def looked_up(self) -> bool:
+        """Whether its rows are looked up: an embedding, alone or tied to a layer."""
+        return self.kind in (EMBEDDING, TIED_EMBEDDING)
+
 
 def deployed_layers(quantized: QuantizedModel) -> tuple[DeployedLayer, ...]:
     """All quantized layers, in the order of first use; one entry for each use whose numbers differ.
@@ -78,7 +84,8 @@ def deployed_layers(quantized: QuantizedModel) -> tuple[DeployedLayer, ...]:
             folded = (network.graph.leaves[network.sites[i].weight] for i in group)
             leaves = leaves.union(*folded) - {layer.parameter}
             name = _bias_name(layer.parameter, leaves)
-            edit = quantized.edits.get(group[0], Edit())
+            reads = [i for i in group if not network.sites[i].lookup]
+            edit = quantized.edits.get((reads or group)[0], Edit())
             found.append(
                 DeployedLayer(
                     name=layer.name if number == 1 else f"{layer.name}#{number}",
@@ -152,7 +159,11 @@ def narrowed(array: np.ndarray) -> np.ndarray:
 def _bias(
     engine: Engine, sites: list[int], indices: Mapping[int, Any], edits: Edits
 ) -> tuple[np.ndarray | None, frozenset[str]] | None:
-    """What is added to the channels of a layer in all; `None` where its uses differ in it."""
+    """What is added to the channels of a layer in all; `None` where its uses differ in it.
+
+    Lookups have no say in it: nothing can be added to their channels.
+    """
+    sites = [i for i in sites if not engine.network.sites[i].lookup]
     ordered = sorted(sites, key=lambda i: int(indices[i].min()))
     parts = [_added(engine, index, edits) for index in ordered]
     leaves = frozenset().union(*(own for _, own in parts))

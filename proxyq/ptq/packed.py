@@ -19,7 +19,7 @@ from proxyq.engine import Edit, Engine
 from proxyq.errors import ProxyqError
 from proxyq.files import read_bytes, write_atomic
 from proxyq.model.model import Model
-from proxyq.model.network import LAYERS_AT
+from proxyq.model.network import LAYERS_AT, with_embeddings
 from proxyq.model.origin import parameter_indices, trailing_bias
 from proxyq.provenance import provenance
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers
@@ -114,7 +114,11 @@ def packed_bytes(
             add(name, np.asarray(value), "unquantized")
     header = {
         "schema": SCHEMA,
-        "model": {"name": quantized.model.name, "digest": quantized.model.digest()},
+        "model": {
+            "name": quantized.model.name,
+            "digest": quantized.model.digest(),
+            **({"embeddings": True} if quantized.model.embeddings else {}),
+        },
         "layers": records,
         "correction": quantized.correction,
         "reconstruction": quantized.reconstruction,
@@ -144,6 +148,7 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
     except ValueError as error:
         raise ProxyqError(f"the packed network {error}") from None
     records, plan = header["layers"], header.get("plan")
+    model = with_embeddings(model, bool(_model_of(header).get("embeddings")))
     engine = Engine.build(model, LAYERS_AT, batch_size=LAYERS_AT)
     network, indices = engine.network, parameter_indices(engine.network)
     integers: dict[int, Integers] = {}
@@ -174,7 +179,7 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
             codes, scale, zero = (np.asarray(site.columns(jnp.asarray(p))) for p in parts)
             integers[index] = Integers(codes, _once(scale), _once(zero), whole.bits)
             edit = Edit()
-            if "bias" in record:
+            if "bias" in record and not site.lookup:
                 added, _ = trailing_bias(network, site, engine.frontier)
                 bias = tensors[record["bias"]]
                 bias = _slice(bias, where, site) if len(bias) != scale.shape[1] else bias
@@ -185,6 +190,7 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
             if record.get("inputs") is not None:
                 grid = record["inputs"]
                 activations[layer.name] = int(grid["bits"])
+            if record.get("inputs") is not None and not site.lookup:
                 edit = edit._replace(
                     input_grid=Grid(
                         jnp.float32(grid["scale"]),
@@ -210,6 +216,11 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
         reconstruction=str(header.get("reconstruction", "nearest")),
         plan=None if plan is None else Plan.from_json(plan, f"plan in {str(Path(path))!r}"),
     )
+
+
+def _model_of(header: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = header.get("model")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _slice(bias: np.ndarray, where: Any, site: Any) -> np.ndarray:

@@ -52,7 +52,7 @@ class PlanEdits:
             if activation_bits is not None:
                 if not self._samples:
                     self._samples = input_samples(self.engine, self.inputs, self.names)
-                for site in self.engine.network.sites_of(name):
+                for site in self.engine.network.products_of(name):
                     grids[site] = fit_input_grid(self._samples[site], activation_bits)
         if grids:
             edits = with_input_grids(edits, grids)

@@ -616,7 +616,7 @@ def network_table(network: "Network") -> Table:
 
 def kept_table(network: "Network") -> Table:
     """What stays float in any plan, and why: a line for each reason."""
-    from proxyq.model.explain import kept_float, products_of_data, summary
+    from proxyq.model.explain import kept_float, looked_up_float, products_of_data, summary
 
     found = summary(kept_float(network))
     columns = [
@@ -624,7 +624,14 @@ def kept_table(network: "Network") -> Table:
         Column(head="numbers", cells=[f"{numbers:,}" for _, numbers in found.values()]),
     ]
     products = products_of_data(network)
-    caption = f"{products} products have data on both sides" if products else None
+    captions = [f"{products} products have data on both sides"] if products else []
+    if not network.model.embeddings and (tables := looked_up_float(network)):
+        one = len(tables) == 1
+        captions.append(
+            f"{len(tables)} table{' is' if one else 's are'} looked up in floating point: "
+            f"--embeddings gives {'it' if one else 'them'} bits"
+        )
+    caption = "\n".join(captions) or None
     return _named(Column(head="stays float", cells=list(found), right=False), columns, caption)
 
 

@@ -19,6 +19,7 @@ def load_model(
     *,
     weights: str | Path | None = None,
     input_shape: tuple[int, ...] | None = None,
+    embeddings: bool = False,
 ) -> Model:
     """The model that `spec` names, with its weights, ready to be searched.
 
@@ -46,6 +47,9 @@ def load_model(
     `input_shape` is the shape of one example without batch axis, as the model takes it
     (channels first in torch). Without it: what the pretrained weights prescribe, or an
     attribute `input_shape` of the module, its class or the factory.
+
+    `embeddings` takes tables whose rows the data look up as layers too (`Model.embeddings`); a
+    factory may have said so of its model already.
 
     **Returns** the model. Its `identity` holds the spec, which weights, and the versions of
     the libraries it came from.
@@ -94,7 +98,7 @@ def load_model(
     identity: dict[str, Any] = {**model.identity, "spec": spec or "digits"}
     if weights is not None:
         identity["weights"] = weights.name
-    model = model.replace(identity=identity)
+    model = model.replace(identity=identity, embeddings=embeddings or model.embeddings)
     model.check_finite()
     return model
 

@@ -92,6 +92,7 @@ def formula_proxy(formula: Formula) -> Proxy:
         reference=str(formula.origin.get("source", "a formula")),
         cost_class=_cost_class(node),
         random="H" in node.leaves,
+        lookups="macs" not in node.leaves,  # of which an embedding has none
     )
 
 

@@ -14,6 +14,8 @@
   there may differ.
 - `size` in `bit` is the average over the searched layers: pinned layers take no part, neither
   in the sum nor in the count of weights. Every other budget counts all layers.
+- An embedding reads indices, which are never rounded: whatever column it takes, its activations
+  stay float.
 - Where several pins (or several lists of candidates) match a layer, the last one wins. A pin
   is not bound by candidates or masks.
 """
@@ -49,6 +51,11 @@ class LayerLike(Protocol):
     def macs(self) -> int: ...
     @property
     def group(self) -> str | None: ...
+
+
+def reads_numbers(layer: LayerLike) -> bool:
+    """Whether a layer reads activations: an embedding reads indices, which stay as they are."""
+    return bool(getattr(layer, "reads_numbers", True))
 
 
 ActivationBits = int | None | Mapping[str, int | None] | Sequence[int] | str
@@ -156,6 +163,7 @@ def build_problem(
         fixed=activations.fixed,
         searched=[i not in pinned for i in range(len(names))],
         scale_bits=[int(getattr(layer, "scale_bits", 0)) for layer in layers],
+        reads_numbers=[reads_numbers(layer) for layer in layers],
         latency=latency,
         schedule=schedule,
     )

@@ -18,7 +18,7 @@ from proxyq.errors import LONGEST, ProxyqError, shown
 from proxyq.files import MOST_LEVELS, deeper_than, read_json, write_atomic
 from proxyq.search.allocate.assignment import Assignment
 from proxyq.search.allocate.budget import SHARE, Budget, parse_budget, raw_budget, share_of
-from proxyq.search.allocate.build import ActivationBits, LayerLike
+from proxyq.search.allocate.build import ActivationBits, LayerLike, reads_numbers
 from proxyq.search.allocate.text import elided, wrapped
 
 SCHEMA = "proxyq/plan/1"
@@ -299,7 +299,7 @@ def plan_from(
     """The plan of an `Assignment`; `layers` are those that the problem was built from.
 
     Activation bits are the assignment's where they were chosen, else `activation_bits`, for all
-    layers or by name.
+    layers or by name; an embedding has none.
 
     **Raises** `ProxyqError` when the names differ or a free-form part is no plain JSON.
     """
@@ -330,7 +330,7 @@ def plan_from(
         planned = {
             layer.name: PlannedLayer(
                 weight_bits=assignment.bits[i],
-                activation_bits=beside[i],  # type: ignore[arg-type]
+                activation_bits=beside[i] if reads_numbers(layer) else None,  # type: ignore[arg-type]
                 weights=int(layer.weights),
                 macs=int(layer.macs),
                 group=layer.group,

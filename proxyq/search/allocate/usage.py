@@ -41,20 +41,24 @@ class Counted:
     """What is counted of the layers of a problem, `[layers]` each.
 
     `fixed` holds activation bits (`None`: float) where the problem's columns do not;
-    `searched` is false for pinned layers. `scale_bits` are those of the scales of groups of
-    weights, the same at every width.
+    `searched` is false for pinned layers, and `reads_numbers` for those that read indices, whose
+    activations stay as they are. `scale_bits` are those of the scales of groups of weights, the
+    same at every width.
     """
 
     weights: Sequence[int]
     macs: Sequence[int]
     fixed: Sequence[int | None]
     searched: Sequence[bool]
+    reads_numbers: Sequence[bool]
     scale_bits: Sequence[int] = ()
     latency: Latencies | None = None
     schedule: Sequence[Step] | None = None
 
     def activations(self, problem: Problem, layer: int, column: int) -> int | None:
         """The activation bits of a layer at a column."""
+        if not self.reads_numbers[layer]:
+            return None
         if problem.activation_bits is None:
             return self.fixed[layer]
         return problem.activation_bits[column]
