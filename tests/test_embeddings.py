@@ -1,6 +1,7 @@
 """Tables that are looked up as layers: which are found, and what is rounded, scored and stored."""
 
 import json
+import runpy
 from dataclasses import replace
 
 import jax
@@ -67,12 +68,13 @@ def words(tied=False):
 
 
 @pytest.fixture(scope="module")
-def models():
+def models(tmp_path_factory):
     """The network with a head of its own and with a tied one, both without embeddings."""
     pytest.importorskip("torch")
-    names: dict = {}
-    exec(FACTORY, names)
-    return {tied: names["words"](tied) for tied in (False, True)}
+    path = tmp_path_factory.mktemp("factory") / "words.py"
+    path.write_text(FACTORY)
+    code = runpy.run_path(str(path))
+    return {tied: code["words"](tied) for tied in (False, True)}
 
 
 def with_tables(model):

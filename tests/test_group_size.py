@@ -286,3 +286,47 @@ def test_groups_are_tiles_of_qwix(tmp_path):
     assert kernel.scale.shape == (2, 24)
     codes = quantized.integers[0].codes.astype(int) - 8
     np.testing.assert_array_equal(np.asarray(kernel.qvalue[...], int), codes)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_that_are_looked_up_have_groups_too(tied, tmp_path):
+    import torch
+
+    class Words(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(20, 32)
+            self.head = torch.nn.Linear(32, 20)
+            if tied:
+                self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids).mean(1))
+
+    torch.manual_seed(0)
+    module = Words().eval()
+    model = proxyq.from_torch(module, torch.zeros((1, 5), dtype=torch.int64))
+    model = model.replace(embeddings=True)
+    found = network(model, 2)
+    # A tied table is one layer, whose groups are counted once.
+    layers = sized_layers(found, BY_EIGHTS)
+    assert [one.scale_bits for one in layers] == [16 * 20 * 32 // 8] * (1 if tied else 2)
+    plan = plan_of(model, (4,)).model_copy(
+        update={"method": {"rounding": {"group_size": 8}}, "model": {"embeddings": True}}
+    )
+    ids = np.random.default_rng(0).integers(0, 20, (16, 5)).astype(np.int32)
+    quantized = quantize_model(model, plan, ids, correction="none")
+    table = np.asarray(model.params["table.weight"])
+    head = np.asarray(model.params["table.weight" if tied else "head.weight"])
+    table, head = (np.asarray(quantize_columns(w.T, 4, BY_EIGHTS)).T for w in (table, head))
+    expected = table[ids].mean(1) @ head.T + np.asarray(model.params["head.bias"])
+    np.testing.assert_allclose(quantized.logits(ids), expected, atol=1e-5)
+    save_packed(quantized, tmp_path / "packed.safetensors")
+    np.testing.assert_array_equal(
+        reader.load(tmp_path / "packed.safetensors")["table.weight"], table
+    )
+    back = load_packed(tmp_path / "packed.safetensors", model)
+    np.testing.assert_array_equal(back.logits(ids), quantized.logits(ids))
+    pytest.importorskip("onnxruntime")
+    done = export_onnx(quantized, tmp_path / "words.onnx", plan=plan, inputs=ids, module=module)
+    assert done.difference is not None and done.difference < 1e-6
