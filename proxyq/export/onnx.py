@@ -305,7 +305,10 @@ def _put_weights(
             own = own.transposed(order)
         for value in found:
             graph.inputs.remove(value)
-        outputs[layer.name] = output = _dequantized(graph, layer, own)
+        # The layer may bear the name of an embedding that stays float, whose weight the head's was.
+        taken = layer.parameter in graph.initializers
+        name = found[0].name if taken else layer.parameter
+        outputs[layer.name] = output = _dequantized(graph, name, own)
         for value in found if order is None else [use.node.outputs[0] for use in uses]:
             value.replace_all_uses_with(output, replace_graph_outputs=True)
         if order is not None:
@@ -437,18 +440,18 @@ def _common_transpose(uses: Sequence[Any]) -> list[int] | None:
     return None if order is None else list(order)
 
 
-def _dequantized(graph: Any, layer: DeployedLayer, own: Stored) -> Any:
+def _dequantized(graph: Any, name: str, own: Stored) -> Any:
     """The output of a new DequantizeLinear of a layer's weight."""
     ir, kind = _import_onnx("onnx_ir"), _integer_type(own.bits, own.signed)
     inputs = [
-        _initializer(graph, layer.parameter, own.codes, kind),
-        _initializer(graph, f"{layer.parameter}.scale", own.scale, ir.DataType.FLOAT),
-        _initializer(graph, f"{layer.parameter}.zero_point", own.zero, kind),
+        _initializer(graph, name, own.codes, kind),
+        _initializer(graph, f"{name}.scale", own.scale, ir.DataType.FLOAT),
+        _initializer(graph, f"{name}.zero_point", own.zero, kind),
     ]
     attributes = {} if own.axis is None else {"axis": own.axis}
     if own.block is not None:
         attributes["block_size"] = own.block
-    output = _node(graph, "DequantizeLinear", inputs, f"{layer.parameter}", attributes)
+    output = _node(graph, "DequantizeLinear", inputs, name, attributes)
     output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(own.codes.shape)
     return output
 
