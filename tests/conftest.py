@@ -1,6 +1,7 @@
 """Shared fixtures: where the optional CIFAR-10 material is, and how tests find it."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def published() -> dict:
     return json.loads(file.read_text())
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _programs_stay_shared() -> Iterator[None]:
+    """Commands run in this process keep their programs where the tests keep theirs."""
+    from proxyq.cli import runtime
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "_use_cache", lambda folder, *, quiet: None)
+        yield
+
+
 # Minutes of the whole, so that they are not the last, with one process left to run them.
 LONG = ("curvature", "torch_import", "conformance", "cifar", "score", "cli", "step_sizes")
 
@@ -51,6 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        # Else the folder's name is part of a program's key, for the sake of GPUs.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
