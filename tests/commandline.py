@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
 from proxyq.cli import main
 
 
@@ -21,7 +23,7 @@ class Finished:
 
 
 def here(*arguments: object) -> Finished:
-    """Run a command in this process, which shares what is compiled, without kept scores."""
+    """Run a command in this process, which shares what is compiled, without files for it."""
     texts = [str(one) for one in arguments]
     if texts and not texts[0].startswith("-"):
         texts.insert(1, "--no-cache")
@@ -29,7 +31,9 @@ def here(*arguments: object) -> Finished:
         contextlib.redirect_stdout(io.StringIO()) as out,
         contextlib.redirect_stderr(io.StringIO()) as err,
     ):
+        compiled = jax.config.jax_compilation_cache_dir
         code = main(texts)
+        jax.config.update("jax_compilation_cache_dir", compiled)
     return Finished(code, out.getvalue(), err.getvalue())
 
 

@@ -1,7 +1,7 @@
 """Shared fixtures: where the optional CIFAR-10 material is, and how tests find it."""
 
 import os
-from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -30,17 +30,32 @@ def published() -> dict:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _programs_stay_shared() -> Iterator[None]:
-    """Commands run in this process keep their programs where the tests keep theirs."""
-    from proxyq.cli import runtime
+def _programs_are_kept() -> None:
+    """JAX opens the folder of its programs once, with the first of them: let that be here, not in
+    a command with `--no-cache`, which would then compile alone what all others share."""
+    import jax
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "_use_cache", lambda folder, *, quiet: None)
-        yield
+    jax.jit(lambda x: x + 1)(1.0)
 
 
 # Minutes of the whole, so that they are not the last, with one process left to run them.
 LONG = ("curvature", "torch_import", "conformance", "cifar", "score", "cli", "step_sizes")
+
+
+def flags() -> list[str]:
+    """What makes XLA compile for a processor fast, if not fast programs.
+
+    Its older code for loops takes a third of the time of the newer to compile at level 0; an XLA
+    that does not know a flag ends the process, so that the versions are those that were tried.
+    """
+    level = ["--xla_backend_optimization_level=0"]
+    if version("jaxlib").split(".")[:2] != ["0", "10"]:
+        return level
+    return [
+        *level,
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
         cores = sorted(os.sched_getaffinity(0))
         own = cores[int(number) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
         os.sched_setaffinity(0, own or [cores[int(number) % len(cores)]])
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    os.environ.setdefault("XLA_FLAGS", " ".join(flags()))
     cache = getattr(config, "cache", None)  # none with `-p no:cacheprovider`
     folder = cache.mkdir("xla") if cache is not None else None
     if folder is not None:
