@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+FLAG = "--xla_force_host_platform_device_count=4"
 IMAGES = 13  # no number of devices divides it
 BITS = (2, 4, 8)
 PROXIES = (
@@ -27,11 +27,12 @@ LAYOUTS = ((1, None), (2, None), (4, None), (4, 2), (4, 4))
 
 def run(*functions: str):
     """The results of functions of this file, by name, in a process with four devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
     done = subprocess.run(
         [sys.executable, "-W", "error", __file__, *functions],
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": FLAGS, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=Path(__file__).parent,
     )
     assert done.returncode == 0, done.stderr[-3000:]

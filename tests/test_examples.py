@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
-CHEAP = {"evolve_formula"}
-# All others take 5 to 20 CPU seconds each where nothing is compiled yet: pytest -m slow.
 NEEDS = {"onnx_export": ("torch", "onnx", "onnxruntime", "onnxscript")}
 NUMBER = r"-?\d+(?:\.\d+)?"
 
@@ -38,10 +36,7 @@ def test_a_script_is_short(name):
     assert "The number:" in text.split('"""')[1]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in CHEAP else [pytest.mark.slow]) for n in sorted(stated())],
-)
+@pytest.mark.parametrize("name", sorted(stated()))
 def test_a_script_prints_its_number(name):
     for package in NEEDS.get(name, ()):
         pytest.importorskip(package)

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 from proxyq.errors import UsageError
 
@@ -76,6 +75,8 @@ def mcnemar(only_first: int, only_second: int) -> float:
     discordant = only_first + only_second
     if discordant == 0:  # the networks agree on every image
         return 1.0
+    from scipy.stats import binomtest  # half a second to import
+
     # p = min(1, 2 P(X <= min(only_first, only_second))),  X ~ Binomial(discordant, 1/2)
     return float(binomtest(only_first, discordant, 0.5).pvalue)
 
@@ -129,6 +130,8 @@ def _counts(first: np.ndarray, second: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _wilson(right: int, images: int, level: float) -> tuple[float, float]:
+    from scipy.stats import binomtest
+
     interval = binomtest(right, images).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 

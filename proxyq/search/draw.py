@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
 
 from proxyq.errors import UsageError
 
@@ -60,5 +59,7 @@ def _tilted(widths: np.ndarray, average: float) -> np.ndarray:
     low, high = (p(tilt) @ widths for tilt in (-50.0, 50.0))
     if not low < average < high:
         return p(-50.0 if average <= low else 50.0)
+    from scipy.optimize import brentq
+
     tilt: Any = brentq(lambda tilt: p(tilt) @ widths - average, -50.0, 50.0)
     return p(tilt)
