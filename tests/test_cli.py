@@ -12,8 +12,8 @@ from commandline import Finished, alone, here
 
 from proxyq import api
 from proxyq.cli.arguments import byte_count, key_values, numbers, positive_numbers
-from proxyq.cli.evaluate import model_and_plans
 from proxyq.cli.models import load
+from proxyq.cli.plans import model_and_plans
 from proxyq.errors import UsageError
 from proxyq.proxies import PROXIES
 from proxyq.proxies.formula import available_formulas
@@ -446,7 +446,10 @@ def test_values():
         "d": "post-activation",
         "with_dash": "x=y",
     }
-    assert model_and_plans(["a.json", "m.py:f", "b.json"]) == ("m.py:f", ["a.json", "b.json"])
+    named = model_and_plans(["a.json", "m.py:f", "b.json"], "evaluate")
+    assert named == ("m.py:f", ["a.json", "b.json"])
+    with pytest.raises(UsageError, match="at least one plan to apply: plans are files that end in"):
+        model_and_plans(["digits"], "apply")
     for text in ("0", "-1GiB", "GiB", "4XiB", "", "1e3MB"):
         with pytest.raises(UsageError, match="--memory"):
             byte_count(text, "--memory")

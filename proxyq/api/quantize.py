@@ -66,7 +66,8 @@ def quantize_model(
       corrects each channel's mean alone; `adaround` and `block` learn the rounding, layer by
       layer or block by block, with gains and shifts of the channels, which takes the place of a
       correction unless one is asked for.
-    - `learning`: the settings of these two; `seed`: of the order of their batches.
+    - `learning`: the settings of these two, refused beside the others; `seed`: of the order of
+      their batches.
     - `memory`: bound on the activations held at once; learning holds those between two layers or
       blocks of all images, and where there is no room for them is refused.
     - `activation_range`: how inputs of layers get their ranges, where the plan rounds them.
@@ -78,6 +79,13 @@ def quantize_model(
     if reconstruction not in RECONSTRUCTIONS:
         raise UsageError(
             f"`reconstruction` must be one of {', '.join(RECONSTRUCTIONS)}, got {reconstruction!r}."
+        )
+    level = RECONSTRUCTIONS[reconstruction]
+    if learning is not None and level is None:
+        learned = " or ".join(repr(name) for name, at in RECONSTRUCTIONS.items() if at is not None)
+        raise UsageError(
+            f"`learning` (--steps) must go with a reconstruction that learns, {learned}, got "
+            f"{reconstruction!r}: name one (--reconstruct), or leave it out."
         )
     widths = {name: b for name, b in plan.bits().items() if b is not None}
     activations = {
@@ -106,7 +114,6 @@ def quantize_model(
             raise UsageError("activation ranges need calibration images: give `data` (--data).")
         grids = input_grids(engine, activations, inputs, method=activation_range)
     offsets: dict[int, np.ndarray] = {}
-    level = RECONSTRUCTIONS[reconstruction]
     if level is not None:
         learning = learning or Learning()
         own = Engine.build(model, images, batch_size=min(learning.batch_size, images))

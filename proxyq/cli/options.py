@@ -462,7 +462,8 @@ Steps = Annotated[
         "--steps",
         metavar="N",
         panel=METHOD,
-        help="Steps of learning for each layer or block. Default: 1000.",
+        help="Steps of learning for each layer or block, with --reconstruct adaround or block. "
+        "Default: 1000.",
     ),
 ]
 ActivationRanges = Annotated[
@@ -931,6 +932,16 @@ Seed = Annotated[
         callback=_check_seed,
         help="Draw calibration images (and whatever is random) from this seed. Default: the "
         "first images.",
+    ),
+]
+LearningSeed = Annotated[
+    int,
+    _option(
+        "--seed",
+        metavar="N",
+        panel=RUN,
+        callback=_check_seed,
+        help="Of the order in which learned rounding (--reconstruct) takes the images.",
     ),
 ]
 Memory = Annotated[
