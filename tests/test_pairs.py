@@ -8,7 +8,7 @@ import pytest
 from networks import mixer, small_net
 
 import proxyq
-from proxyq.api.program import program
+from proxyq.api.problem import problem_from
 from proxyq.checkpoint import Checkpoint
 from proxyq.engine import Edit, Engine, single_layer_sweep
 from proxyq.engine.alternatives import beside_each_other, choices, join, spread
@@ -146,9 +146,9 @@ def test_layers_that_do_not_meet_are_not_coupled():
     for proxy in (clado, logit_coupling):
         scores = proxy(model, x, bits=BITS)
         np.testing.assert_allclose(scores.coupling[:2, 2:], 0, atol=1e-8)
-        coupled = solve(program(scores.layers, scores, "size=3bit"))
+        coupled = solve(problem_from(scores.layers, scores, "size=3bit"))
         separable = kl_delta(model, x, bits=BITS)
-        assert coupled.bits == solve(program(scores.layers, separable, "size=3bit")).bits
+        assert coupled.bits == solve(problem_from(scores.layers, separable, "size=3bit")).bits
 
 
 @pytest.mark.parametrize("correction", ["none", "weights", "statistics"])
@@ -292,7 +292,7 @@ def test_activations_are_choices_of_their_own():
     (scores,) = score(model, [(logit_coupling, {})], x, bits=BITS, activation_bits=(3, 8))
     layers = len(scores.layers)
     each = len(BITS) + 2
-    problem = program(scores.layers, scores, "size=3bit", activation_bits=[3, 8])
+    problem = problem_from(scores.layers, scores, "size=3bit", activation_bits=[3, 8])
     assert problem.bits == (2, 2, 4, 4) and problem.activation_bits == (3, 8, 3, 8)
     rng = np.random.default_rng(0)
     for _ in range(5):

@@ -182,7 +182,7 @@ def evolve(
         code=[code] if isinstance(code, str) else list(code),
     )
     images = for_each(data, everyone, "data")
-    cache = Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir or Cache()
+    cache = Cache.of(cache_dir)
     folds, identities = [], []
     for table, model, source in zip(everyone, found, images, strict=True):
         fold, identity = _fold(

@@ -80,7 +80,6 @@ def export_model(
         made = load_packed(packed, model)
     else:
         assert plan is not None
-        cache = cache_dir if isinstance(cache_dir, Cache) or cache_dir is None else Cache(cache_dir)
         made = quantize_model(
             model,
             plan,
@@ -91,7 +90,7 @@ def export_model(
             activation_range=activation_range,
             seed=seed,
             memory=memory,
-            cache=cache,
+            cache=Cache.of(cache_dir),
             progress=progress,
         )
     return exporter(made, out, plan=plan or made.plan, strict=strict, inputs=inputs)

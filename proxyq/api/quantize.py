@@ -243,7 +243,6 @@ def pack(
     measured_on = None if eval_data is None else as_eval_data(eval_data, model)
     calibration = as_data(data, model)
     inputs = None if calibration is None else inputs_of(calibration, model, samples, None)
-    cache = cache_dir if isinstance(cache_dir, Cache) or cache_dir is None else Cache(cache_dir)
     made = quantize_model(
         model,
         plan,
@@ -254,7 +253,7 @@ def pack(
         activation_range=activation_range,
         seed=seed,
         memory=memory,
-        cache=cache,
+        cache=Cache.of(cache_dir),
         progress=progress,
     )
     folder = Path(out)

@@ -98,7 +98,7 @@ def score(
         logger.info("left out %s: %s", proxy.name, error)
         left_out.append(error)
 
-    choose = method.activation_bits if isinstance(method.activation_bits, tuple) else ()
+    choose = method.activation_choices
 
     def pair_work(options: TapOptions) -> RowWork:
         spec = named if isinstance(named, ModelSpec) else ModelSpec(name=named)
@@ -125,7 +125,7 @@ def score(
         seed=seed or 0,
         memory=memory,
         rounding=method.rounding,
-        cache=Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir,
+        cache=Cache.of(cache_dir),
         failed=leave_out if every else None,
         pair_work=pair_work if runner.remote else None,
         progress=progress,

@@ -124,7 +124,7 @@ def table(
         wanted, draw = [tuple(map(int, plan)) for plan in plans], "given"
         _check_plans(wanted, len(layers))
     float_network = bench.float_network()
-    cache = Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir or Cache()
+    cache = Cache.of(cache_dir)
     facts = {
         **cache.facts(bench.model, inputs=bench.inputs, labels=None, rounding=rounding),
         **setting,

@@ -98,13 +98,13 @@ ProxyName = Annotated[
     ),
 ]
 Effort = Annotated[
-    str,
+    str | None,
     _option(
         "--effort",
         metavar="LEVEL",
         panel=METHOD,
         help="How far auto goes: low (a few forward passes), medium (every layer at every "
-        "bit-width), high (and refined, on more images).",
+        "bit-width), high (and refined, on more images). Default: medium.",
     ),
 ]
 TimeBudget = Annotated[

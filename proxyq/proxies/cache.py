@@ -46,6 +46,11 @@ class Cache:
         self.folder = None if folder is None else Path(folder)
         self.every = every
 
+    @classmethod
+    def of(cls, given: "str | os.PathLike[str] | Cache | None") -> "Cache":
+        """A cache as callers give it: one that is there, its folder, or none."""
+        return given if isinstance(given, Cache) else cls(given)
+
     def facts(
         self, model: Model, *, inputs: Any, labels: Any, rounding: Rounding, **settings: Any
     ) -> dict[str, Any]:
