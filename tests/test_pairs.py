@@ -484,7 +484,9 @@ def test_rows_that_others_measure_give_the_same_table(tmp_path):
 @pytest.mark.slow
 def test_pairs_in_several_processes():
     settings = {"proxies": "clado", "bits": BITS, "samples": 24}
-    here, there = (proxyq.score("digits", how=how, **settings) for how in ("serial", "process:2"))
+    here, there = (
+        proxyq.score("digits", executor=how, **settings) for how in ("serial", "process:2")
+    )
     one, other = here.of("clado"), there.of("clado")
     # Processes that share the cores split sums in another way.
     scale = np.abs(one.coupling).max()
@@ -493,6 +495,6 @@ def test_pairs_in_several_processes():
 
 def test_an_executor_without_pairs_is_refused():
     with pytest.raises(UsageError, match="none is asked for"):
-        proxyq.score("digits", proxies="sqnr", how="process:2")
+        proxyq.score("digits", proxies="sqnr", executor="process:2")
     with pytest.raises(UsageError, match="`model` must be text"):
-        proxyq.score(mixer(), proxies="clado", how="process:2")
+        proxyq.score(mixer(), proxies="clado", executor="process:2")

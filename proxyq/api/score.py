@@ -14,7 +14,8 @@ from proxyq.devices import several
 from proxyq.engine import Engine, TapOptions, pair_rows
 from proxyq.engine.pairs import RowWork
 from proxyq.errors import ProxyqError, UsageError
-from proxyq.executor import Executor, executor
+from proxyq.executor import Executor
+from proxyq.executor import executor as executor_of
 from proxyq.model.features import layers_by_feature
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.model.schedule import schedule
@@ -45,7 +46,7 @@ def score(
     samples: int | None = None,
     seed: int | None = None,
     memory: int | None = None,
-    how: str | Executor = "serial",
+    executor: str | Executor | None = None,
     cache_dir: str | os.PathLike[str] | Cache | None = None,
     progress: Progress = silent,
 ) -> ScoreFile:
@@ -59,7 +60,7 @@ def score(
       are left out.
     - `bits`: candidate bit-widths; `activation_bits`: as for `search`; a list has proxies that
       measure activations do so, for `allocate` to choose.
-    - `how`: who measures pairs of layers (`clado`), all else being done here: `serial`,
+    - `executor`: who measures pairs of layers (`clado`), all else being done here: `serial`,
       `process:N` or `ray:N`, which need `model` and `data` as text (or a `ModelSpec`).
     - `cache_dir`: where finished scores are kept and long ones go on after a kill.
 
@@ -75,12 +76,12 @@ def score(
         extra_code=extra_code,
         samples=samples,
     )
-    runner, named = executor(how), model
+    runner, named = executor_of(executor), model
     if runner.remote:
         if not any("pairs" in proxy.needs for proxy, _ in requests):
             raise UsageError(
-                f"the executor {how!r} is for proxies that measure pairs of layers (clado), and "
-                "none is asked for: leave it out."
+                f"the executor {executor!r} is for proxies that measure pairs of layers (clado), "
+                "and none is asked for: leave it out."
             )
         check_text(model, data, None)
     model = as_model(model)

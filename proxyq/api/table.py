@@ -25,7 +25,8 @@ from proxyq.devices import several
 from proxyq.engine import Edits, Engine
 from proxyq.engine.divergence import cross_entropy_of, kl_divergence, rescaled_divergence
 from proxyq.errors import ProxyqError, UsageError
-from proxyq.executor import Executor, executor
+from proxyq.executor import Executor
+from proxyq.executor import executor as executor_of
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
@@ -69,7 +70,7 @@ def table(
     eval_samples: int | None = None,
     seed: int = 0,
     memory: int | None = None,
-    how: str | Executor | None = None,
+    executor: str | Executor | None = None,
     cache_dir: str | os.PathLike[str] | Cache | None = None,
     progress: Progress = silent,
 ) -> MeasuredTable:
@@ -84,13 +85,13 @@ def table(
     - `correction`: `none`, `weights` or `statistics`, the default: without it random plans at
       two to four bits are nearly all wrecked, and their ranking tells nothing of methods.
     - `samples`: calibration images; `eval_samples`: the first so many images to measure on.
-    - `how`: an executor, `serial`, `process:N` or `ray:N`. Other processes load model and data
+    - `executor`: an executor, `serial`, `process:N` or `ray:N`. Other processes load model and data
       by themselves: these must be text then, or a `ModelSpec`.
     - `cache_dir`: where finished plans are kept, for a run that goes on after a kill.
 
     **Raises** `UsageError` for wrong arguments.
     """
-    runner = executor(how)
+    runner = executor_of(executor)
     if correction not in CORRECTIONS:
         raise UsageError(
             f"`correction` of a table must be one of {', '.join(CORRECTIONS)}, the same for all "

@@ -34,8 +34,8 @@ ModelName = Annotated[
         metavar="MODEL",
         autocompletion=completion.models,
         show_default=False,
-        help="digits (the default), torchvision:NAME\\[@WEIGHTS], timm:NAME\\[@WEIGHTS] or "
-        "path/to/file.py:factory; @none for random weights.",
+        help="digits (the default), torchvision:NAME\\[@WEIGHTS], timm:NAME\\[@WEIGHTS], "
+        "hf:FOLDER, hf:NAME or path/to/file.py:factory; @none for random weights.",
     ),
 ]
 ModelAndPlans = Annotated[
@@ -338,8 +338,8 @@ SolverName = Annotated[
         "--solver",
         metavar="NAME",
         panel=BUDGETS,
-        help="auto, ilp, iqp, dp, lp, greedy or exhaustive. Default: auto (exact), or the "
-        "recipe's.",
+        help="auto, ilp, iqp, dp, lp, greedy, mutation or exhaustive. Default: auto (exact), or "
+        "the recipe's.",
     ),
 ]
 TimeLimit = Annotated[
@@ -370,7 +370,8 @@ CalibrationData = Annotated[
         metavar="DATA",
         panel=IMAGES,
         help="Calibration images: digits, FILE.npz\\[:IMAGES,LABELS], dir:PATH, "
-        "torchvision:NAME@ROOT, hf:ID or random. Labels are read by proxies of the loss alone, "
+        "torchvision:NAME@ROOT, hf:ID or random; for networks of text text:FILE, or FILE.npz with "
+        "their inputs by name. Labels are read by proxies of the loss alone, "
         "and must be the model's classes (else: --option labels=predicted).",
     ),
 ]
@@ -906,19 +907,18 @@ Plot = Annotated[
     str | None,
     _option(
         "--plot",
-        metavar="FILE",
+        metavar="FILE.png|svg|pdf",
         panel=RESULT,
-        help="Draw the plan: .png, .svg or .pdf.",
+        help="Draw the plan.",
     ),
 ]
 PlotFront = Annotated[
     str | None,
     _option(
         "--plot",
-        metavar="FILE",
+        metavar="FILE.png|svg|pdf",
         panel=RESULT,
-        help="Draw cost, and accuracy where it was measured, against the budget: .png, .svg or "
-        ".pdf.",
+        help="Draw cost, and accuracy where it was measured, against the budget.",
     ),
 ]
 
