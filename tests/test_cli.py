@@ -498,7 +498,7 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path):
     assert pipe.is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_broken_plugin_takes_nothing_down(monkeypatch):
+def test_a_broken_plugin_takes_nothing_down_and_is_told(monkeypatch):
     from importlib.metadata import EntryPoint
 
     from proxyq import registry
@@ -506,5 +506,6 @@ def test_a_broken_plugin_takes_nothing_down(monkeypatch):
     broken = EntryPoint(name="broken", value="nowhere_to_be_found:proxy", group="proxyq.proxies")
     monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
     fresh = registry.Registry("proxy", group="proxyq.proxies")
-    with pytest.warns(UserWarning, match="'broken'.*left out"):
-        assert fresh.available() == []
+    monkeypatch.setattr("proxyq.proxies.PROXIES", fresh)
+    done = here("proxies")
+    assert done.code == 0 and done.err.count("'broken'") == 1 and "left out" in done.err
