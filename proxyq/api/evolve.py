@@ -20,7 +20,7 @@ from proxyq.engine import Engine, collect
 from proxyq.errors import UsageError
 from proxyq.executor import Executor
 from proxyq.executor import executor as executor_of
-from proxyq.files import digest_arrays
+from proxyq.files import digest_arrays, digest_json
 from proxyq.model.model import Model
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
@@ -211,7 +211,7 @@ def evolve(
     # Of the arrays themselves, which are all that an evolution knows of tables and networks.
     facts = {"rules": rules.to_json(), "tables": digest_arrays(arrays_of(seen)), **_provenance()}
     facts["code"] = code_digest()
-    kept = cache.checkpoint(_digest(facts))
+    kept = cache.checkpoint(digest_json(facts))
     state = run(seen, rules, executor=runner, checkpoint=kept, progress=progress)
     chosen, entries_found = choose(state.hall.everyone, back, others, seed=rules.seed)
     return Evolution(
@@ -378,7 +378,3 @@ def _figures(entry: Entry) -> dict[str, Any]:
         "validation_by_table": rounded(entry.validation),
         "holdout_by_table": rounded(entry.holdout),
     }
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,7 +1,5 @@
 """`quantize_model`: a plan applied to a model; `pack`: the same, from data to a packed file."""
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -19,7 +17,7 @@ from proxyq.engine import Edit, Engine
 from proxyq.engine.ranges import ActivationRange, input_grids
 from proxyq.engine.statistics import correct_statistics, float_moments
 from proxyq.errors import ProxyqError, UsageError, near
-from proxyq.files import check_folder, write_together
+from proxyq.files import check_folder, digest_json, write_together
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
@@ -130,7 +128,7 @@ def quantize_model(
             activations=activations,
             range=activation_range,
         )
-        checkpoint = kept.checkpoint(_digest(facts))
+        checkpoint = kept.checkpoint(digest_json(facts))
         learned = reconstruct(
             own,
             integers,
@@ -182,10 +180,6 @@ def _or_none(offset: np.ndarray | None) -> Any:
 def _taken(engine: Engine, index: int, own: Integers, edit: Edit) -> Integers:
     """The same codes, on the grid that the correction has moved them to."""
     return own.taking(np.asarray(engine.network.sites[index].columns(edit.weight)))
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,5 @@
 """`table`: many random plans of a network, each really quantized and measured."""
 
-import hashlib
-import json
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +25,7 @@ from proxyq.engine.divergence import cross_entropy_of, kl_divergence, rescaled_d
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.executor import Executor
 from proxyq.executor import executor as executor_of
+from proxyq.files import digest_json
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
@@ -135,7 +134,7 @@ def table(
         "measures": MEASURES,
     }
     facts.pop("cores", None)  # six digits are kept, which the threads do not change
-    kept = cache.checkpoint(_digest(facts), batches=False)
+    kept = cache.checkpoint(digest_json(facts), batches=False)
     values = (kept.load("table") or {}).get("values", np.full((len(wanted), len(MEASURES)), np.nan))
     left = [i for i in range(len(wanted)) if np.isnan(values[i, 0])]
     groups = [left[i : i + TOGETHER] for i in range(0, len(left), TOGETHER)]
@@ -233,9 +232,7 @@ class Bench:
         if eval_samples is not None:
             if eval_samples < 1:
                 raise UsageError(f"`eval_samples` must be at least 1, got {eval_samples}.")
-            rows = np.arange(min(eval_samples, len(self.test)))
-            subset = getattr(self.test, "subset", None) or self.test.rows  # type: ignore[attr-defined]
-            self.test = subset(rows)
+            self.test = self.test.subset(np.arange(min(eval_samples, len(self.test))))
         fitting = Engine.build(model, self.samples or LAYERS_AT, memory=memory)
         self.edits = PlanEdits(fitting, inputs, Rounding(**rounding))
         self.engine = Engine.build(model, len(self.test), memory=memory)
@@ -376,8 +373,3 @@ def _plan(
 def _digits(value: Any) -> float:
     """Six significant digits: what two processes agree on, however they split their sums."""
     return float(f"{float(value):.6g}")
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
