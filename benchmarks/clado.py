@@ -44,7 +44,7 @@ def compare_plans(args, model, inputs, found):
 
     import proxyq
     from proxyq.api.inputs import inputs_of
-    from proxyq.api.program import program
+    from proxyq.api.problem import problem_from
     from proxyq.engine import Engine
     from proxyq.engine.statistics import correct_statistics, float_moments
     from proxyq.ptq.quantized import round_weights
@@ -56,7 +56,7 @@ def compare_plans(args, model, inputs, found):
     moments, _ = float_moments(engine, inputs)
     rows = []
     for name, scores in found.items():
-        answer = solve(program(scores.layers, scores, args.budget), time_limit=20.0)
+        answer = solve(problem_from(scores.layers, scores, args.budget), time_limit=20.0)
         edits = round_weights(engine, answer.by_name())
         restored = correct_statistics(engine, edits, inputs, moments)
         right = [

@@ -80,7 +80,7 @@ def main():
                 entries=args.entries,
                 evaluations=args.evaluations,
                 seed=seed,
-                how=args.executor,
+                executor=args.executor,
                 cache_dir=Cache(),
                 **given,
             )

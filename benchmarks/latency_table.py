@@ -150,14 +150,14 @@ def layer_times(uses, found):
 def widths(text, option, *others):
     """`2,4,8` or `8,float` to bit-widths, `None` for float where it is among the `others`."""
     from proxyq.errors import UsageError
-    from proxyq.search.allocate.problem import check_bits
+    from proxyq.search.allocate.problem import check_widths
 
     names = [name.strip() for name in text.split(",")]
     try:
         bits = [int(name) for name in names if name not in others]
     except ValueError:
         raise UsageError(f"{option} must be bit-widths such as 4,8, got {text!r}.") from None
-    check_bits(bits or [8], option)
+    check_widths(bits or [8], option)
     return [None if name in others else int(name) for name in names]
 
 

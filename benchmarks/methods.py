@@ -89,7 +89,7 @@ def plans(args):
 
 
 def scored(args, model, name):
-    from proxyq.api.program import program
+    from proxyq.api.problem import problem_from
     from proxyq.auto import improve
     from proxyq.proxies import PROXIES, Cache, score
     from proxyq.proxies.cost import weight_errors
@@ -111,7 +111,7 @@ def scored(args, model, name):
     judge = judge_of(args, model, "medium") if name in REFINED else None
     found, solved = {}, {}
     for budget in args.budgets:
-        problem = program(scores.layers, scores, f"size={budget}bit", errors=errors)
+        problem = problem_from(scores.layers, scores, f"size={budget}bit", errors=errors)
         try:
             answer = solve(problem, time_limit=20.0)
         except InfeasibleError:
@@ -138,7 +138,7 @@ def judge_of(args, model, effort):
 
 
 def automatic(args, model, name):
-    from proxyq.api.program import program
+    from proxyq.api.problem import problem_from
     from proxyq.auto import choose
 
     plain = name.removesuffix(LOOPED)
@@ -148,7 +148,7 @@ def automatic(args, model, name):
     for budget in args.budgets:
         outcome = choose(
             judge,
-            lambda scores, budget=budget: program(scores.layers, scores, f"size={budget}bit"),
+            lambda scores, budget=budget: problem_from(scores.layers, scores, f"size={budget}bit"),
             BITS,
             fixed=[None] * len(judge.names),
             correction="none" if plain == name else "auto",

@@ -109,7 +109,8 @@ def measure(args: argparse.Namespace, name: str, into: Path) -> None:
                     continue
                 how = dict(WAYS[way])
                 changed = {k: how.pop(k) for k in ("affine_rate", "weighting") if k in how}
-                learning = proxyq.Learning(steps=args.steps, **changed)
+                learns = how.get("reconstruction") in ("adaround", "block")
+                learning = proxyq.Learning(steps=args.steps, **changed) if learns else None
                 start = time.process_time()
                 made = quantize_model(model, own, inputs, learning=learning, **how)
                 jax.block_until_ready([e.weight for e in made.edits.values()])

@@ -8,6 +8,7 @@ told to, and they are the same cores. Where `jax_default_device` names a device,
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -123,3 +124,10 @@ def several() -> int | None:
     """The number of devices for provenance: `None` for one, which goes without saying."""
     count = current().count
     return count if count > 1 else None
+
+
+def cores() -> list[int]:
+    """The processor's cores that this process may use, by number; not every system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from proxyq.errors import ProxyqError, UsageError
+from proxyq.devices import cores
+from proxyq.errors import MissingExtra, ProxyqError, UsageError
 
 Worker = Callable[[Any], Any]
 Work = Callable[[Sequence[Any]], Iterator[tuple[int, Any]]]
@@ -55,7 +56,7 @@ def executor(text: "str | Executor | None") -> Executor:
         raise UsageError(f"`executor` must be {FORMS}, got {text!r}.")
     if colon and not (number.isdigit() and 1 <= int(number) <= 4096):
         raise UsageError(f"`executor` must have at least 1 worker, got {text!r}: write {kind}:2.")
-    count = int(number) if colon else len(_cores())
+    count = int(number) if colon else len(cores())
     return Processes(count) if kind == "process" else Ray(count)
 
 
@@ -165,8 +166,8 @@ class _Crew:
             if process is not None:
                 return process
             process = self._members[number] = _start()
-        cores = _cores()
-        own = cores[number :: self.count] or [cores[number % len(cores)]]
+        every = cores()
+        own = every[number :: self.count] or [every[number % len(every)]]
         there = _surroundings(number)
         _ask(process, {**self.setup, "cores": own, "environment": there})
         return process
@@ -262,8 +263,8 @@ class Ray:
             import ray
             from ray.exceptions import RayActorError
         except ImportError:
-            raise ProxyqError(
-                "Ray is not installed: run `pip install 'proxyq[ray]'`, or use process:N."
+            raise MissingExtra(
+                "ray", "ray", "The executor ray:N (process:N does without)"
             ) from None
         ours = not ray.is_initialized()
         if ours:
@@ -351,12 +352,6 @@ def _gpu_share(gpus: float, workers: int, environment: Mapping[str, str]) -> flo
         return 0.0
     # Of a GPU that several share Ray deals in whole ten-thousandths.
     return 1.0 if gpus >= workers else int(1e4 / -(-workers // int(gpus or 1))) / 1e4
-
-
-def _cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def main() -> None:

@@ -253,3 +253,9 @@ def digest_arrays(arrays: Mapping[str, Any]) -> str:
         hasher.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
         hasher.update(array.tobytes())
     return hasher.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of a value as JSON, whatever the order of its fields; what JSON lacks is its text."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

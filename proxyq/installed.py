@@ -18,13 +18,14 @@ NEEDED = {
     "numpy": "numpy",
     "scipy": "scipy",
     "deap": "deap",
-    "PySCIPOpt": "pyscipopt",
     "pydantic": "pydantic",
     "matplotlib": "matplotlib",
     "pillow": "PIL",
     "safetensors": "safetensors",
 }
-"""What proxyq cannot do without: names of distributions and of the modules that they bring."""
+"""What proxyq cannot do without: names of distributions and of the modules that they bring.
+
+Those of the command line alone (typer, rich) have worked when anything is told at all."""
 
 OPTIONAL = {
     "torch": "torch",

@@ -1,12 +1,12 @@
 """A small registry: find a frozen record by its name, or be told the near misses."""
 
 import fnmatch
-import warnings
+import logging
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Generic, Protocol, TypeVar
 
-from proxyq.errors import UsageError, near
+from proxyq.errors import UsageError, kind_and_line, near
 
 
 class Named(Protocol):
@@ -17,6 +17,7 @@ class Named(Protocol):
 
 
 R = TypeVar("R", bound=Named)
+logger = logging.getLogger("proxyq.registry")
 
 
 class Registry(Generic[R]):
@@ -72,10 +73,10 @@ class Registry(Generic[R]):
                 record = entry.load()
                 name = record.name
             except Exception as error:
-                warnings.warn(
-                    f"the {self.kind} plug-in {entry.name!r} ({entry.value}) cannot be loaded and "
-                    f"is left out: {type(error).__name__}: {error}",
-                    stacklevel=2,
+                logger.warning(
+                    "the %s plug-in %r (%s) cannot be loaded and is left out (%s): update or "
+                    "uninstall the package that brings it.",
+                    *(self.kind, entry.name, entry.value, kind_and_line(error)),
                 )
                 continue
             if name not in self._records:

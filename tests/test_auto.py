@@ -10,7 +10,7 @@ import pytest
 from networks import mixer, small_net
 
 import proxyq
-from proxyq.api.program import program
+from proxyq.api.problem import problem_from
 from proxyq.auto import Judge, choose, halves, improve, refine
 from proxyq.auto.choose import WRECKED_ROUNDS, spelled
 from proxyq.auto.judge import Verdict
@@ -46,7 +46,7 @@ def judge_of(model, correction="none", fit=24, check=16):
 
 
 def problem_of(budget="size=3bit", **binding):
-    return lambda scores: program(scores.layers, scores, budget, **binding)
+    return lambda scores: problem_from(scores.layers, scores, budget, **binding)
 
 
 @pytest.mark.parametrize("correction", ["none", "weights", "statistics"])
@@ -181,7 +181,7 @@ def test_anchored_changes_are_those_of_the_plan(build, wrecked, monkeypatch):
     model = build()
     judge = judge_of(model)
     scores = portfolio(judge, BITS)[0]
-    answer = solve(program(scores.layers, scores, "size=3bit"))
+    answer = solve(problem_from(scores.layers, scores, "size=3bit"))
     spell = spelled(answer.problem, [None] * len(judge.names))
     rise = anchored(judge, answer.problem, answer.choice, spell, BITS)
     assert (rise[np.arange(len(rise)), list(answer.choice)] == 0).all()
@@ -207,7 +207,7 @@ def test_refinement_keeps_budgets_pins_and_ties_and_never_harms():
     scores = portfolio(judge, BITS)[0]
     first, second = judge.names[1], judge.names[2]
     binding = {"pins": [f"{judge.names[0]}=6"], "shared": [(first, second)]}
-    problem = program(scores.layers, scores, ["size=3.2bit", "bops=70%"], **binding)
+    problem = problem_from(scores.layers, scores, ["size=3.2bit", "bops=70%"], **binding)
     answer = solve(problem, "greedy")
     spell = spelled(problem, [None] * len(judge.names))
     before = judge.measure(spell(answer.choice))
@@ -250,7 +250,7 @@ def test_refinement_finds_what_is_better_and_not_what_only_seems_so(overfits):
 
     judge = Told(worth)
     scores = portfolio(judge, BITS)[0]
-    problem = program(scores.layers, scores, "size=6bit")
+    problem = problem_from(scores.layers, scores, "size=6bit")
     start = tuple(0 for _ in judge.names)
     spell = spelled(problem, [None] * len(judge.names))
     found = refine(judge, problem, [start], spell, BITS, rounds=3)
@@ -277,7 +277,7 @@ def test_a_round_that_finds_nothing_is_not_the_end(monkeypatch):
 
     judge = Told(worth)
     scores = portfolio(judge, BITS)[0]
-    problem = program(scores.layers, scores, "size=6bit")
+    problem = problem_from(scores.layers, scores, "size=6bit")
     spell = spelled(problem, [None] * len(judge.names))
     least = (0,) * (len(judge.names) - 1)
     starts = [(2, *least), (0, *least)]
@@ -428,6 +428,7 @@ def test_any_plan_can_be_refined():
         ({"effort": "most"}, "`effort` must be one of low, medium, high, got 'most'"),
         ({"refine": -1.0}, "`refine` must be seconds"),
         ({"time_budget": 0.0}, "`time_budget` must be positive"),
+        ({"proxy": "sqnr", "effort": "high"}, "`effort` is for 'auto' and for refinement"),
         ({"options": {"beta": 1.0}}, "'auto' tries several"),
         ({"cost": "times-dw2"}, "'auto' tries several"),
         ({"data": np.zeros((7, 8, 8, 1), np.uint8)}, "at least 8 calibration images, got 7"),

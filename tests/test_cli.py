@@ -12,8 +12,8 @@ from commandline import Finished, alone, here
 
 from proxyq import api
 from proxyq.cli.arguments import byte_count, key_values, numbers, positive_numbers
-from proxyq.cli.evaluate import model_and_plans
 from proxyq.cli.models import load
+from proxyq.cli.plans import model_and_plans
 from proxyq.errors import UsageError
 from proxyq.proxies import PROXIES
 from proxyq.proxies.formula import available_formulas
@@ -446,7 +446,10 @@ def test_values():
         "d": "post-activation",
         "with_dash": "x=y",
     }
-    assert model_and_plans(["a.json", "m.py:f", "b.json"]) == ("m.py:f", ["a.json", "b.json"])
+    named = model_and_plans(["a.json", "m.py:f", "b.json"], "evaluate")
+    assert named == ("m.py:f", ["a.json", "b.json"])
+    with pytest.raises(UsageError, match="at least one plan to apply: plans are files that end in"):
+        model_and_plans(["digits"], "apply")
     for text in ("0", "-1GiB", "GiB", "4XiB", "", "1e3MB"):
         with pytest.raises(UsageError, match="--memory"):
             byte_count(text, "--memory")
@@ -495,7 +498,7 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path):
     assert pipe.is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_broken_plugin_takes_nothing_down(monkeypatch):
+def test_a_broken_plugin_takes_nothing_down_and_is_told(monkeypatch):
     from importlib.metadata import EntryPoint
 
     from proxyq import registry
@@ -503,5 +506,6 @@ def test_a_broken_plugin_takes_nothing_down(monkeypatch):
     broken = EntryPoint(name="broken", value="nowhere_to_be_found:proxy", group="proxyq.proxies")
     monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
     fresh = registry.Registry("proxy", group="proxyq.proxies")
-    with pytest.warns(UserWarning, match="'broken'.*left out"):
-        assert fresh.available() == []
+    monkeypatch.setattr("proxyq.proxies.PROXIES", fresh)
+    done = here("proxies")
+    assert done.code == 0 and done.err.count("'broken'") == 1 and "left out" in done.err

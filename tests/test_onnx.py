@@ -352,6 +352,8 @@ def test_the_command(tmp_path):
         (["--to", "onnx"], 1, "made from torch modules"),
         (["--to", "onnx", "again.json"], 2, "name one plan to export"),
         (["--to", "onnx", "--reconstruct", "best"], 2, "must be one of none, bias"),
+        (["--to", "onnx", "--steps", "20"], 2, "must go with a reconstruction that learns"),
+        (["--to", "onnx", "--packed", "x.safetensors", "--steps", "20"], 2, "or `packed`"),
     ],
 )
 def test_bad_arguments(arguments, code, says, tmp_path):

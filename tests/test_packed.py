@@ -266,6 +266,8 @@ def test_the_command(tmp_path):
         (["--reconstruct", "best"], 2, "must be one of none, bias, adaround, block"),
         (["--reconstruct", "block", "--steps", "0"], 2, "`steps` of the learning must be"),
         (["--reconstruct", "bias", "--correction", "statistics"], 2, "means alone"),
+        (["--steps", "20"], 2, "must go with a reconstruction that learns, 'adaround' or 'block'"),
+        (["--reconstruct", "bias", "--steps", "20"], 2, "got 'bias': name one (--reconstruct)"),
         (["--activation-range", "widest"], 2, "min-max"),
         (["again.json"], 2, "name one plan to apply"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from networks import mixer, small_net
 
 import proxyq
-from proxyq.api.program import program
+from proxyq.api.problem import problem_from
 from proxyq.checkpoint import Checkpoint
 from proxyq.engine import Edit, Engine, single_layer_sweep
 from proxyq.engine.alternatives import beside_each_other, choices, join, spread
@@ -146,9 +146,9 @@ def test_layers_that_do_not_meet_are_not_coupled():
     for proxy in (clado, logit_coupling):
         scores = proxy(model, x, bits=BITS)
         np.testing.assert_allclose(scores.coupling[:2, 2:], 0, atol=1e-8)
-        coupled = solve(program(scores.layers, scores, "size=3bit"))
+        coupled = solve(problem_from(scores.layers, scores, "size=3bit"))
         separable = kl_delta(model, x, bits=BITS)
-        assert coupled.bits == solve(program(scores.layers, separable, "size=3bit")).bits
+        assert coupled.bits == solve(problem_from(scores.layers, separable, "size=3bit")).bits
 
 
 @pytest.mark.parametrize("correction", ["none", "weights", "statistics"])
@@ -292,7 +292,7 @@ def test_activations_are_choices_of_their_own():
     (scores,) = score(model, [(logit_coupling, {})], x, bits=BITS, activation_bits=(3, 8))
     layers = len(scores.layers)
     each = len(BITS) + 2
-    problem = program(scores.layers, scores, "size=3bit", activation_bits=[3, 8])
+    problem = problem_from(scores.layers, scores, "size=3bit", activation_bits=[3, 8])
     assert problem.bits == (2, 2, 4, 4) and problem.activation_bits == (3, 8, 3, 8)
     rng = np.random.default_rng(0)
     for _ in range(5):
@@ -484,7 +484,9 @@ def test_rows_that_others_measure_give_the_same_table(tmp_path):
 @pytest.mark.slow
 def test_pairs_in_several_processes():
     settings = {"proxies": "clado", "bits": BITS, "samples": 24}
-    here, there = (proxyq.score("digits", how=how, **settings) for how in ("serial", "process:2"))
+    here, there = (
+        proxyq.score("digits", executor=how, **settings) for how in ("serial", "process:2")
+    )
     one, other = here.of("clado"), there.of("clado")
     # Processes that share the cores split sums in another way.
     scale = np.abs(one.coupling).max()
@@ -493,6 +495,6 @@ def test_pairs_in_several_processes():
 
 def test_an_executor_without_pairs_is_refused():
     with pytest.raises(UsageError, match="none is asked for"):
-        proxyq.score("digits", proxies="sqnr", how="process:2")
+        proxyq.score("digits", proxies="sqnr", executor="process:2")
     with pytest.raises(UsageError, match="`model` must be text"):
-        proxyq.score(mixer(), proxies="clado", how="process:2")
+        proxyq.score(mixer(), proxies="clado", executor="process:2")

@@ -38,7 +38,7 @@ def cluster():
 def test_evolution_on_ray(cluster):
     settings = {"evaluations": 60, "population": 20, "samples": 32, "entries": 64}
     here, there = (
-        api.evolve("digits", leaves=("W", "D", "bits"), how=how, **settings).text()
+        api.evolve("digits", leaves=("W", "D", "bits"), executor=how, **settings).text()
         for how in ("serial", "ray:2")
     )
     assert here == there
@@ -70,7 +70,7 @@ def test_a_node_is_lost_midway(cluster, serial):
             cluster.remove_node(cluster.second, allow_graceful=False)
             cluster.second = None
 
-    assert api.table(**TABLE, how="ray:2", progress=progress).to_json() == serial
+    assert api.table(**TABLE, executor="ray:2", progress=progress).to_json() == serial
     assert cluster.second is None
 
 
@@ -87,7 +87,7 @@ def test_pairs_when_a_node_is_lost_midway(cluster):
             cluster.remove_node(cluster.second, allow_graceful=False)
             cluster.second = None
 
-    other = api.score("digits", **settings, how="ray:2", progress=progress).of("clado")
+    other = api.score("digits", **settings, executor="ray:2", progress=progress).of("clado")
     assert cluster.second is None
     scale = np.abs(serial.coupling).max()
     np.testing.assert_allclose(other.coupling, serial.coupling, atol=1e-6 * scale)

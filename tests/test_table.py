@@ -123,7 +123,7 @@ def test_the_file_comes_back(small, tmp_path):
 
 
 def test_processes_measure_the_same(small):
-    assert api.table(**SMALL, how="process:2").to_json() == small.to_json()
+    assert api.table(**SMALL, executor="process:2").to_json() == small.to_json()
 
 
 def test_a_killed_run_goes_on(small, tmp_path):
@@ -196,7 +196,7 @@ def test_given_plans_and_wrong_arguments():
     with pytest.raises(UsageError, match="the same for all"):
         api.table(correction="auto")
     with pytest.raises(UsageError, match="must be text for an executor"):
-        api.table(api.as_model(), how="process:2")
+        api.table(api.as_model(), executor="process:2")
     with pytest.raises(UsageError, match="`eval_samples`"):
         api.table(plans=2, eval_samples=0)
 

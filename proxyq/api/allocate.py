@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from proxyq.api.method import method_of
-from proxyq.api.program import program
+from proxyq.api.problem import problem_from
 from proxyq.errors import UsageError
 from proxyq.model.layers import Layer
 from proxyq.provenance import provenance
@@ -118,7 +118,7 @@ def allocation(
     layers = found.layers
     name = cost_name(found, cost)
     joined = together(layers, ties, unties, scores.same_feature)
-    problem = program(
+    problem = problem_from(
         layers,
         found,
         budget,

@@ -18,8 +18,9 @@ from proxyq.api.method import DEFAULT_SAMPLES
 from proxyq.api.model_spec import ModelSpec
 from proxyq.engine import Engine, collect
 from proxyq.errors import UsageError
-from proxyq.executor import Executor, executor
-from proxyq.files import digest_arrays
+from proxyq.executor import Executor
+from proxyq.executor import executor as executor_of
+from proxyq.files import digest_arrays, digest_json
 from proxyq.model.model import Model
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
@@ -133,7 +134,7 @@ def evolve(
     samples: int = DEFAULT_SAMPLES,
     entries: int = DEFAULT_ENTRIES,
     memory: int | None = None,
-    how: str | Executor | None = None,
+    executor: str | Executor | None = None,
     cache_dir: str | os.PathLike[str] | Cache | None = None,
     progress: Progress = silent,
     **changes: Any,
@@ -155,13 +156,13 @@ def evolve(
       fame; 0 for none. They are drawn by `validation_seed`, the seed of the run if left out: give
       one to several runs whose formulas are to be compared on plans that none of them saw.
     - `samples`: calibration images; `entries`: how many entries of a layer formulas read.
-    - `how`: an executor, `serial`, `process:N` or `ray:N`, which changes no result.
+    - `executor`: an executor, `serial`, `process:N` or `ray:N`, which changes no result.
     - `cache_dir`: where the run is kept, so that it goes on after a kill.
 
     **Raises** `UsageError` for wrong arguments, or a table of another network.
     """
     rules = settings(method, **changes)
-    runner = executor(how)
+    runner = executor_of(executor)
     if not 0 <= validation < 1:
         raise UsageError(f"`validation` must be a share from 0 to below 1, got {validation}.")
     if isinstance(tables, (MeasuredTable, str, os.PathLike)):
@@ -182,7 +183,7 @@ def evolve(
         code=[code] if isinstance(code, str) else list(code),
     )
     images = for_each(data, everyone, "data")
-    cache = Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir or Cache()
+    cache = Cache.of(cache_dir)
     folds, identities = [], []
     for table, model, source in zip(everyone, found, images, strict=True):
         fold, identity = _fold(
@@ -210,8 +211,8 @@ def evolve(
     # Of the arrays themselves, which are all that an evolution knows of tables and networks.
     facts = {"rules": rules.to_json(), "tables": digest_arrays(arrays_of(seen)), **_provenance()}
     facts["code"] = code_digest()
-    kept = cache.checkpoint(_digest(facts))
-    state = run(seen, rules, how=runner, checkpoint=kept, progress=progress)
+    kept = cache.checkpoint(digest_json(facts))
+    state = run(seen, rules, executor=runner, checkpoint=kept, progress=progress)
     chosen, entries_found = choose(state.hall.everyone, back, others, seed=rules.seed)
     return Evolution(
         settings=rules,
@@ -377,7 +378,3 @@ def _figures(entry: Entry) -> dict[str, Any]:
         "validation_by_table": rounded(entry.validation),
         "holdout_by_table": rounded(entry.holdout),
     }
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

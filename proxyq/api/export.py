@@ -64,17 +64,22 @@ def export_model(
     calibration = as_data(data, model)
     inputs = None if calibration is None else inputs_of(calibration, model, samples, None)
     if packed is not None:
-        asked = {"correction": correction, "learning": learning}
+        asked = {
+            "`correction` (--correction)": correction,
+            "`reconstruction` (--reconstruct)": None
+            if reconstruction == "none"
+            else reconstruction,
+            "`learning` (--steps)": learning,
+        }
         given = [name for name, value in asked.items() if value is not None]
-        given += ["reconstruction"] if reconstruction != "none" else []
         if given:
             raise UsageError(
-                f"a packed network is quantized already: leave `{given[0]}` or `packed` out."
+                f"a packed network is quantized already: leave out {given[0]}, or `packed` "
+                "(--packed)."
             )
         made = load_packed(packed, model)
     else:
         assert plan is not None
-        cache = cache_dir if isinstance(cache_dir, Cache) or cache_dir is None else Cache(cache_dir)
         made = quantize_model(
             model,
             plan,
@@ -85,7 +90,7 @@ def export_model(
             activation_range=activation_range,
             seed=seed,
             memory=memory,
-            cache=cache,
+            cache=Cache.of(cache_dir),
             progress=progress,
         )
     return exporter(made, out, plan=plan or made.plan, strict=strict, inputs=inputs)

@@ -24,7 +24,7 @@ from proxyq.model.load import load_model
 from proxyq.model.model import Model, logits_of
 
 
-def as_model(model: Any = None, **load_options: Any) -> Model:
+def as_model(model: Any = None) -> Model:
     """A `Model` from what people have: a `Model` or `ModelSpec`, a specification such as
     `torchvision:resnet18`, or `None` for the embedded network.
 
@@ -37,7 +37,7 @@ def as_model(model: Any = None, **load_options: Any) -> Model:
         loaded.check_finite()
         return loaded
     if model is None or isinstance(model, str):
-        loaded = load_model(model, **load_options)
+        loaded = load_model(model)
         loaded.check_finite()
         return loaded
     raise UsageError(
@@ -87,7 +87,7 @@ def calibration_of(
     order = np.arange(len(data))
     if seed is not None:
         order = np.random.default_rng(seed).permutation(order)
-    chosen = data.rows(order[:samples])
+    chosen = data.subset(order[:samples])
     return chosen.inputs, chosen.labels
 
 
@@ -123,4 +123,4 @@ def labelled_batches(
     assert data.labels is not None
     for start in range(0, len(data), batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), len(data) - 1)
-        yield data.rows(rows).inputs, data.labels[start : start + batch_size]
+        yield data.subset(rows).inputs, data.labels[start : start + batch_size]

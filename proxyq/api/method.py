@@ -57,6 +57,11 @@ class Method:
         return self.proxy is None or self.proxy.needs_images
 
     @property
+    def activation_choices(self) -> tuple[int, ...]:
+        """The activation bits to choose from; none where they are given, or float."""
+        return self.activation_bits if isinstance(self.activation_bits, tuple) else ()
+
+    @property
     def measures_activations(self) -> bool:
         """Whether bits of activations can be chosen."""
         return self.proxy is None or self.proxy.activations

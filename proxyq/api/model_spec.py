@@ -14,7 +14,7 @@ from proxyq.model.model import Model
 class ModelSpec:
     """What `load_model` takes, and what of the preprocessing is different.
 
-    - `name`: `None` or `digits`, `torchvision:…`, `timm:…`, `file.py:factory`.
+    - `name`: `None` or `digits`, `torchvision:…`, `timm:…`, `hf:…`, `file.py:factory`.
     - `embeddings`: whether tables that are looked up are layers too.
     - `preprocessing`: fields of `Preprocessing` by name.
     """
@@ -71,5 +71,5 @@ def check_text(model: Any, data: Any, eval_data: Any) -> None:
         raise UsageError(
             f"`{name}` must be text for an executor of other processes, which load it themselves "
             f"(a specification, or for the model a ModelSpec), got {type(value).__name__}: or use "
-            "how='serial'."
+            "executor='serial'."
         )

@@ -4,12 +4,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from proxyq.api.allocate import allocation
 from proxyq.api.evaluate import measure
 from proxyq.api.inputs import as_data, as_eval_data, as_model, inputs_of
 from proxyq.api.method import Method, method_of
+from proxyq.api.problem import trial_solver, unscored
 from proxyq.api.score import score
 from proxyq.engine.rounded import sized_layers
 from proxyq.errors import UsageError
@@ -18,8 +17,8 @@ from proxyq.model.model import Model
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.model.schedule import schedule
 from proxyq.progress import Progress, silent
-from proxyq.proxies import Cache, Proxy, Scores
-from proxyq.search.allocate import SOLVERS, budget_steps, parse_budget_range, solve
+from proxyq.proxies import Cache, Proxy
+from proxyq.search.allocate import budget_steps, parse_budget_range, solve
 from proxyq.search.allocate.latency import LatencyTable, load_latency
 from proxyq.search.allocate.pareto import TIME_LIMIT, Steps, solve_steps
 from proxyq.search.front_file import Front, front_of
@@ -130,10 +129,10 @@ def pareto(
         model, name = as_model(source), method.name
         # What cannot be solved, or run, is told before minutes of measuring.
         trial = allocation(
-            _unscored(model, method),
+            _unscored_file(model, method),
             texts,
             activation_bits=activation_bits,
-            **{**binding, "solver": _checked_solver(method)},
+            **{**binding, "solver": trial_solver(method)},
         )
         solve(trial.problem, trial.solver, time_limit=time_limit)
         if measured:
@@ -206,21 +205,11 @@ def _refuse(**given: Any) -> None:
             )
 
 
-def _unscored(model: Model, method: Method) -> ScoreFile:
+def _unscored_file(model: Model, method: Method) -> ScoreFile:
     """A file of scores of a model in which all are zero."""
     found = network(model, LAYERS_AT)
-    beside = method.activation_bits if isinstance(method.activation_bits, tuple) else ()
-    layers, measures = sized_layers(found, method.rounding), method.measures_activations
-    zeros = Scores(
-        proxy=method.name,
-        layers=layers,
-        bits=method.bits,
-        values=np.zeros((len(layers), len(method.bits))),
-        activations=np.zeros((len(layers), len(beside))) if measures else None,
-        activation_bits=beside,
-    )
     return score_file(
-        [zeros],
+        [unscored(sized_layers(found, method.rounding), method)],
         images=[False],
         model={},
         same_feature=layers_by_feature(found),
@@ -232,17 +221,6 @@ def _unscored(model: Model, method: Method) -> ScoreFile:
         seed=None,
         provenance={},
     )
-
-
-def _checked_solver(method: Method) -> str:
-    """The solver to try budgets with, before there are scores."""
-    couples = method.proxy is not None and method.proxy.couples
-    if couples and method.solver != "auto" and not SOLVERS.get(method.solver).couples:
-        raise UsageError(
-            f"the proxy {method.name!r} couples layers, which the solver {method.solver!r} does "
-            "not take: use 'iqp', or a proxy whose costs add up, such as 'kl-delta'."
-        )
-    return "greedy" if couples or method.solver == "auto" else method.solver
 
 
 def _inputs(model: Model, data: Any, method: Method, seed: int | None) -> Any:

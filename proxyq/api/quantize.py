@@ -1,7 +1,5 @@
 """`quantize_model`: a plan applied to a model; `pack`: the same, from data to a packed file."""
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -19,7 +17,7 @@ from proxyq.engine import Edit, Engine
 from proxyq.engine.ranges import ActivationRange, input_grids
 from proxyq.engine.statistics import correct_statistics, float_moments
 from proxyq.errors import ProxyqError, UsageError, near
-from proxyq.files import check_folder, write_together
+from proxyq.files import check_folder, digest_json, write_together
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network, with_embeddings
 from proxyq.progress import Progress, silent
@@ -66,7 +64,8 @@ def quantize_model(
       corrects each channel's mean alone; `adaround` and `block` learn the rounding, layer by
       layer or block by block, with gains and shifts of the channels, which takes the place of a
       correction unless one is asked for.
-    - `learning`: the settings of these two; `seed`: of the order of their batches.
+    - `learning`: the settings of these two, refused beside the others; `seed`: of the order of
+      their batches.
     - `memory`: bound on the activations held at once; learning holds those between two layers or
       blocks of all images, and where there is no room for them is refused.
     - `activation_range`: how inputs of layers get their ranges, where the plan rounds them.
@@ -78,6 +77,13 @@ def quantize_model(
     if reconstruction not in RECONSTRUCTIONS:
         raise UsageError(
             f"`reconstruction` must be one of {', '.join(RECONSTRUCTIONS)}, got {reconstruction!r}."
+        )
+    level = RECONSTRUCTIONS[reconstruction]
+    if learning is not None and level is None:
+        learned = " or ".join(repr(name) for name, at in RECONSTRUCTIONS.items() if at is not None)
+        raise UsageError(
+            f"`learning` (--steps) must go with a reconstruction that learns, {learned}, got "
+            f"{reconstruction!r}: name one (--reconstruct), or leave it out."
         )
     widths = {name: b for name, b in plan.bits().items() if b is not None}
     activations = {
@@ -106,7 +112,6 @@ def quantize_model(
             raise UsageError("activation ranges need calibration images: give `data` (--data).")
         grids = input_grids(engine, activations, inputs, method=activation_range)
     offsets: dict[int, np.ndarray | None] = {}
-    level = RECONSTRUCTIONS[reconstruction]
     if level is not None:
         learning = learning or Learning()
         own = Engine.build(model, images, batch_size=min(learning.batch_size, images))
@@ -123,7 +128,7 @@ def quantize_model(
             activations=activations,
             range=activation_range,
         )
-        checkpoint = kept.checkpoint(_digest(facts))
+        checkpoint = kept.checkpoint(digest_json(facts))
         learned = reconstruct(
             own,
             integers,
@@ -175,10 +180,6 @@ def _or_none(offset: np.ndarray | None) -> Any:
 def _taken(engine: Engine, index: int, own: Integers, edit: Edit) -> Integers:
     """The same codes, on the grid that the correction has moved them to."""
     return own.taking(np.asarray(engine.network.sites[index].columns(edit.weight)))
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +237,6 @@ def pack(
     measured_on = None if eval_data is None else as_eval_data(eval_data, model)
     calibration = as_data(data, model)
     inputs = None if calibration is None else inputs_of(calibration, model, samples, None)
-    cache = cache_dir if isinstance(cache_dir, Cache) or cache_dir is None else Cache(cache_dir)
     made = quantize_model(
         model,
         plan,
@@ -247,7 +247,7 @@ def pack(
         activation_range=activation_range,
         seed=seed,
         memory=memory,
-        cache=cache,
+        cache=Cache.of(cache_dir),
         progress=progress,
     )
     folder = Path(out)

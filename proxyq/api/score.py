@@ -15,7 +15,8 @@ from proxyq.engine import Engine, TapOptions, pair_rows
 from proxyq.engine.pairs import RowWork
 from proxyq.engine.rounded import sized_layers
 from proxyq.errors import ProxyqError, UsageError
-from proxyq.executor import Executor, executor
+from proxyq.executor import Executor
+from proxyq.executor import executor as executor_of
 from proxyq.model.features import layers_by_feature
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.model.schedule import schedule
@@ -47,7 +48,7 @@ def score(
     samples: int | None = None,
     seed: int | None = None,
     memory: int | None = None,
-    how: str | Executor = "serial",
+    executor: str | Executor | None = None,
     cache_dir: str | os.PathLike[str] | Cache | None = None,
     progress: Progress = silent,
 ) -> ScoreFile:
@@ -61,7 +62,7 @@ def score(
       are left out.
     - `bits`: candidate bit-widths; `activation_bits`: as for `search`; a list has proxies that
       measure activations do so, for `allocate` to choose.
-    - `how`: who measures pairs of layers (`clado`), all else being done here: `serial`,
+    - `executor`: who measures pairs of layers (`clado`), all else being done here: `serial`,
       `process:N` or `ray:N`, which need `model` and `data` as text (or a `ModelSpec`).
     - `cache_dir`: where finished scores are kept and long ones go on after a kill.
 
@@ -78,12 +79,12 @@ def score(
         group_size=group_size,
         samples=samples,
     )
-    runner, named = executor(how), model
+    runner, named = executor_of(executor), model
     if runner.remote:
         if not any("pairs" in proxy.needs for proxy, _ in requests):
             raise UsageError(
-                f"the executor {how!r} is for proxies that measure pairs of layers (clado), and "
-                "none is asked for: leave it out."
+                f"the executor {executor!r} is for proxies that measure pairs of layers (clado), "
+                "and none is asked for: leave it out."
             )
         check_text(model, data, None)
     model = as_model(model)
@@ -101,7 +102,7 @@ def score(
         logger.info("left out %s: %s", proxy.name, error)
         left_out.append(error)
 
-    choose = method.activation_bits if isinstance(method.activation_bits, tuple) else ()
+    choose = method.activation_choices
 
     def pair_work(options: TapOptions) -> RowWork:
         spec = named if isinstance(named, ModelSpec) else ModelSpec(name=named)
@@ -128,7 +129,7 @@ def score(
         seed=seed or 0,
         memory=memory,
         rounding=method.rounding,
-        cache=Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir,
+        cache=Cache.of(cache_dir),
         failed=leave_out if every else None,
         pair_work=pair_work if runner.remote else None,
         progress=progress,

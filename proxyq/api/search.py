@@ -11,13 +11,14 @@ import numpy as np
 from proxyq.api.evaluate import measure
 from proxyq.api.inputs import Prepared, as_data, as_eval_data, as_model, calibration_of
 from proxyq.api.method import AUTO, Method, method_of
-from proxyq.api.program import program
+from proxyq.api.problem import problem_from, trial_solver, unscored
 from proxyq.auto import HELD_BACK, Judge, check_effort, choose, halves, improve
 from proxyq.data import Data
 from proxyq.devices import several
 from proxyq.engine.rounded import sized_layers
 from proxyq.errors import UsageError
 from proxyq.model.features import layers_by_feature
+from proxyq.model.layers import Layer
 from proxyq.model.model import Model
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.model.schedule import schedule
@@ -25,13 +26,14 @@ from proxyq.progress import Progress, silent
 from proxyq.provenance import provenance
 from proxyq.proxies import Cache, Proxy, Scores, score
 from proxyq.proxies.cost import NEED_ERRORS, cost_name, weight_errors
-from proxyq.search.allocate import SOLVERS, Problem, solve
+from proxyq.search.allocate import SOLVERS, Assignment, Problem, solve
 from proxyq.search.allocate.latency import LatencyTable, load_latency
 from proxyq.search.allocate.plan import Plan, plan_from
 from proxyq.search.allocate.together import together
 from proxyq.search.recipes import Recipe
 
 DEFAULT_BUDGET = "size=4bit"
+DEFAULT_EFFORT = "medium"
 LEAST = 8
 """Calibration images without which no plan is measured."""
 
@@ -61,7 +63,7 @@ def search(
     cache_dir: str | os.PathLike[str] | Cache | None = None,
     seed: int | None = None,
     memory: int | None = None,
-    effort: str = "medium",
+    effort: str | None = None,
     time_budget: float | None = None,
     refine: float = 0.0,
     evaluate: bool = False,
@@ -79,8 +81,9 @@ def search(
       an importance becomes a cost for each bit-width (`proxyq.proxies.COSTS`). Without either,
       or `"auto"`: several costs propose a plan each, all plans are run on held-back images, and
       the best is kept (`proxyq.auto`).
-    - `effort`: of `auto`: `low` (a few forward passes), `medium` (a sweep over single layers) or
-      `high` (refined, checked on more images); `time_budget`: seconds that it may take, about.
+    - `effort`: of `auto`: `low` (a few forward passes), `medium` (a sweep over single layers, the
+      default) or `high` (refined, checked on more images); `time_budget`: seconds that it may
+      take, about. Of one proxy that is refined, `effort` says how many images are held back.
     - `refine`: seconds to improve the plan by exchanges whose effect is measured.
     - `budget`: one or several, such as `size=3bit`, `size=1.5MiB`, `bops=75G`; all hold.
       Without any, 4 bits on average, or halfway where no candidate has more than 4.
@@ -123,20 +126,9 @@ def search(
         ties=ties,
         unties=unties,
     )
-    check_effort(effort)
-    _check_seconds(time_budget, refine)
-    if method.proxy is not None and time_budget is not None:
-        raise UsageError(
-            f"`time_budget` is for 'auto', and {method.name!r} is one proxy: leave it out, or give "
-            "`time_limit` for the solver."
-        )
+    effort = _effort(method, effort, time_budget, refine)
     model = as_model(model)
-    if budget is None:
-        low, high = min(method.bits), max(method.bits)
-        budget = DEFAULT_BUDGET if high > 4 or low == high else f"size={(low + high) / 2:g}bit"
-    elif not isinstance(budget, str) and not isinstance(budget, Sequence):
-        raise UsageError(f"`budget` must be text such as 'size=3bit', got {budget!r}.")
-    found = network(model, LAYERS_AT)
+    task = _Task.of(model, method, budget, candidates=candidates, latency=latency)
     measured = evaluate or eval_data is not None
     needs_data = method.needs_images or refine > 0 or (measured and _runs_on_images(method))
     calibration = as_data(data, model) if needs_data else None
@@ -147,120 +139,226 @@ def search(
         )
     # What cannot be solved (or not by this solver) and images that do not fit are told before
     # minutes of measuring.
-    layers = sized_layers(found, method.rounding)
-    joined = together(layers, method.ties, method.unties, layers_by_feature(found))
-    binding = {
-        "counted_once": joined.counted_once,
-        "shared": joined.shared,
-        "activation_bits": method.activation_bits,
-        "pins": method.pins,
-        "ties": joined.patterns,
-        "candidates": candidates,
-        "latency": load_latency(latency) if isinstance(latency, (str, os.PathLike)) else latency,
-        "schedule": schedule(found),
-    }
-    beside = method.activation_bits if isinstance(method.activation_bits, tuple) else ()
-    blank = Scores(
-        proxy=method.name,
-        layers=layers,
-        bits=method.bits,
-        values=np.zeros((len(layers), len(method.bits))),
-        activations=np.zeros((len(layers), len(beside))) if method.measures_activations else None,
-        activation_bits=beside,
-    )
-    solving = {"time_limit": time_limit, **method.solver_options}
-    couples = method.proxy is not None and method.proxy.couples
-    trial = program(layers, blank, budget, **binding)
-    draws = method.solver != "auto" and SOLVERS.get(method.solver).draws
-    if couples or draws or method.solver == "auto":
-        solve(trial, "greedy", time_limit=time_limit)
-    else:
-        solve(trial, method.solver, **solving)
-    if couples and method.solver != "auto" and not SOLVERS.get(method.solver).couples:
-        raise UsageError(
-            f"the proxy {method.name!r} couples layers, which the solver {method.solver!r} does "
-            "not take: use 'iqp'."
-        )
+    task.try_out(time_limit)
     labelled = as_eval_data(eval_data, model) if measured else None
+    run = _Run(
+        task=task,
+        images=Images.of(calibration, model, method, seed, effort, refine),
+        seed=seed or 0,
+        memory=memory,
+        time_limit=time_limit,
+        refine=refine,
+        cache=Cache.of(cache_dir),
+        progress=progress,
+    )
+    found = run.auto(effort, time_budget) if method.proxy is None else run.one_proxy()
+    plan = _plan(found, run, seed=seed, data=None if calibration is None else calibration.identity)
+    if labelled is None:
+        return plan
+    result = measure(
+        model,
+        [plan],
+        run.images.all(),
+        labelled,
+        latency=task.binding["latency"],
+        memory=memory,
+        progress=progress,
+    )
+    record = plan.model_dump(by_alias=True)
+    return Plan.model_validate({**record, "measured": result.summary()})
 
-    images = Images.of(calibration, model, method, seed, effort, refine)
-    kept = Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir
 
-    def problem_of(scores: Scores, of: Method = method) -> Problem:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Task:
+    """What is to be chosen: bits for the layers of a model, by a method, within budgets.
+
+    `binding`: what else `problem_from` takes, the same for all scores.
+    """
+
+    model: Model
+    method: Method
+    layers: tuple[Layer, ...]
+    budget: str | Sequence[str]
+    binding: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        method: Method,
+        budget: str | Sequence[str] | None,
+        *,
+        candidates: Sequence[str],
+        latency: str | LatencyTable | None,
+    ) -> "_Task":
+        """**Raises** `UsageError` for a budget that is no text, and for a bad latency table."""
+        if budget is None:
+            low, high = min(method.bits), max(method.bits)
+            budget = DEFAULT_BUDGET if high > 4 or low == high else f"size={(low + high) / 2:g}bit"
+        elif not isinstance(budget, str) and not isinstance(budget, Sequence):
+            raise UsageError(f"`budget` must be text such as 'size=3bit', got {budget!r}.")
+        found = network(model, LAYERS_AT)
+        layers = sized_layers(found, method.rounding)
+        joined = together(layers, method.ties, method.unties, layers_by_feature(found))
+        if isinstance(latency, (str, os.PathLike)):
+            latency = load_latency(latency)
+        binding = {
+            "counted_once": joined.counted_once,
+            "shared": joined.shared,
+            "activation_bits": method.activation_bits,
+            "pins": method.pins,
+            "ties": joined.patterns,
+            "candidates": candidates,
+            "latency": latency,
+            "schedule": schedule(found),
+        }
+        return cls(model=model, method=method, layers=layers, budget=budget, binding=binding)
+
+    @property
+    def fixed(self) -> list[int | None]:
+        """Activation bits of all layers, where they are not chosen."""
+        given = self.method.activation_bits
+        return [given if isinstance(given, int) else None] * len(self.layers)
+
+    def problem(self, scores: Scores, of: Method | None = None) -> Problem:
+        """The problem by scores, whose costs are made as this method, or another, makes them."""
+        of = of or self.method
         errors = None
         if cost_name(scores, of.cost) in NEED_ERRORS:
-            errors = weight_errors(model, of.bits, of.rounding)
-        return program(
-            layers, scores, budget, cost=of.cost, errors=errors, outliers=of.outliers, **binding
+            errors = weight_errors(self.model, of.bits, of.rounding)
+        return problem_from(
+            self.layers,
+            scores,
+            self.budget,
+            cost=of.cost,
+            errors=errors,
+            outliers=of.outliers,
+            **self.binding,
         )
 
-    def scores_of(of: Method) -> Scores:
-        assert of.proxy is not None
-        (scores,) = score(
-            model,
-            [(of.proxy, of.options)],
-            images.first(of.samples) if of.proxy.needs_images else None,
-            labels=None if images.labels is None else images.labels[: of.samples],
-            bits=of.bits,
-            activation_bits=beside,
-            seed=seed or 0,
-            memory=memory,
-            rounding=of.rounding,
-            cache=kept,
-            progress=progress,
-        )
-        return scores
+    def try_out(self, time_limit: float) -> None:
+        """**Raises** what solving will raise, whatever the scores are."""
+        blank = unscored(self.layers, self.method)
+        trial, by = problem_from(self.layers, blank, self.budget, **self.binding), self.method
+        solver = trial_solver(by)
+        options = by.solver_options if solver == by.solver else {}
+        solve(trial, solver, time_limit=time_limit, **options)
 
-    correction = method.correction
-    predicted: dict[str, Any] = {}
-    if method.proxy is None:
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Found:
+    """The scores that a plan was chosen by, the answer, the correction that goes with it, and what
+    is told of how it was found."""
+
+    scores: Scores
+    answer: Assignment
+    correction: str
+    told: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Run:
+    """A task with the images to measure on, and what bounds the measuring."""
+
+    task: _Task
+    images: "Images"
+    seed: int
+    memory: int | None
+    time_limit: float
+    refine: float
+    cache: Cache
+    progress: Progress
+
+    def auto(self, effort: str, time_budget: float | None) -> _Found:
+        """The best of the plans that several costs propose."""
+        task, method = self.task, self.task.method
         outcome = choose(
-            images.judge(model, method, memory),
-            problem_of,
+            self._judge(),
+            task.problem,
             method.bits,
-            beside,
-            _fixed(method, len(layers)),
+            method.activation_choices,
+            task.fixed,
             correction=method.correction,
             effort=effort,
             solver=method.solver,
-            time_limit=time_limit,
+            time_limit=self.time_limit,
             time_budget=time_budget,
-            refine_seconds=refine,
-            cache=kept,
-            progress=progress,
+            refine_seconds=self.refine,
+            cache=self.cache,
+            progress=self.progress,
         )
-        scores, answer, correction = outcome.scores, outcome.answer, outcome.correction
-        predicted["auto"] = outcome.report
-    else:
+        return _Found(
+            scores=outcome.scores,
+            answer=outcome.answer,
+            correction=outcome.correction,
+            told={"auto": outcome.report},
+        )
+
+    def one_proxy(self) -> _Found:
+        """The plan by the method's proxy, from that of another method where a recipe says so."""
+        task, method = self.task, self.task.method
+        solving = {"time_limit": self.time_limit, **method.solver_options}
         if method.start is not None:
             began = method.start
-            first = solve(problem_of(scores_of(began), began), began.solver, **began.solver_options)
-            solving["start"] = first.choice
-        if draws:
-            solving["seed"] = seed or 0
-        scores = scores_of(method)
-        answer = solve(problem_of(scores), method.solver, **solving)
-        if refine > 0:
-            judge = images.judge(model, method, memory)
-            fixed = _fixed(method, len(layers))
-            better = improve(
-                judge,
-                answer,
-                method.bits,
-                beside,
-                fixed,
-                correction=method.correction,
-                seconds=refine,
-                progress=progress,
-            )
-            answer, correction = better.answer, judge.correction
-            predicted["refined"] = better.report
-    predicted["scores"] = _by_layer(scores)
+            problem = task.problem(self._scores(began), began)
+            solving["start"] = solve(problem, began.solver, **began.solver_options).choice
+        if method.solver != "auto" and SOLVERS.get(method.solver).draws:
+            solving["seed"] = self.seed
+        scores = self._scores(method)
+        answer = solve(task.problem(scores), method.solver, **solving)
+        if not self.refine:
+            return _Found(scores=scores, answer=answer, correction=method.correction, told={})
+        judge = self._judge()
+        better = improve(
+            judge,
+            answer,
+            method.bits,
+            method.activation_choices,
+            task.fixed,
+            correction=method.correction,
+            seconds=self.refine,
+            progress=self.progress,
+        )
+        return _Found(
+            scores=scores,
+            answer=better.answer,
+            correction=judge.correction,
+            told={"refined": better.report},
+        )
+
+    def _scores(self, of: Method) -> Scores:
+        assert of.proxy is not None
+        labels = self.images.labels
+        (scores,) = score(
+            self.task.model,
+            [(of.proxy, of.options)],
+            self.images.first(of.samples) if of.proxy.needs_images else None,
+            labels=None if labels is None else labels[: of.samples],
+            bits=of.bits,
+            # Of what the search chooses from, also for the plan that another method starts with.
+            activation_bits=self.task.method.activation_choices,
+            seed=self.seed,
+            memory=self.memory,
+            rounding=of.rounding,
+            cache=self.cache,
+            progress=self.progress,
+        )
+        return scores
+
+    def _judge(self) -> Judge:
+        return self.images.judge(self.task.model, self.task.method, self.memory)
+
+
+def _plan(found: _Found, run: _Run, *, seed: int | None, data: Mapping[str, Any] | None) -> Plan:
+    """The answer as a plan, with how it came about."""
+    model, method, scores = run.task.model, run.task.method, found.scores
+    predicted = {**found.told, "scores": _by_layer(scores)}
     if told := {k: v for k, v in scores.notes.items() if isinstance(v, (str, int, float))}:
         predicted["notes"] = told  # tables of numbers are for `score`
-    plan = plan_from(
-        answer,
-        layers,
+    chosen = method.activation_choices
+    return plan_from(
+        found.answer,
+        run.task.layers,
         model=model.record(),
         method={
             "proxy": scores.proxy if method.proxy is not None else AUTO,
@@ -268,32 +366,17 @@ def search(
             "options": dict(scores.options),
             "cost": cost_name(scores, method.cost),
             "bits": list(method.bits),
-            "activation_bits": list(beside) or method.activation_bits,
+            "activation_bits": list(chosen) or method.activation_bits,
             "rounding": asdict(method.rounding),
-            "correction": correction,
-            "samples": images.samples,
+            "correction": found.correction,
+            "samples": run.images.samples,
         },
-        activation_bits=None if beside else method.activation_bits,
-        provenance=provenance(
-            seed=seed,
-            data=None if calibration is None else calibration.identity,
-            devices=several(),
-        ),
+        activation_bits=None
+        if isinstance(method.activation_bits, tuple)
+        else method.activation_bits,
+        provenance=provenance(seed=seed, data=data, devices=several()),
         predicted=predicted,
     )
-    if labelled is None:
-        return plan
-    result = measure(
-        model,
-        [plan],
-        images.all(),
-        labelled,
-        latency=binding["latency"],
-        memory=memory,
-        progress=progress,
-    )
-    record = plan.model_dump(by_alias=True)
-    return Plan.model_validate({**record, "measured": result.summary()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -356,17 +439,26 @@ class Images:
         return Judge(model, self.inputs, self.held_back, rounding=method.rounding, memory=memory)
 
 
-def _fixed(method: Method, layers: int) -> list[int | None]:
-    """Activation bits of all layers, where they are not chosen."""
-    given = method.activation_bits
-    return [given if isinstance(given, int) else None] * layers
-
-
-def _check_seconds(time_budget: float | None, refine: float) -> None:
+def _effort(method: Method, effort: str | None, time_budget: float | None, refine: float) -> str:
+    """The effort to be made; refuses seconds that make no sense, and what 'auto' alone takes."""
+    check_effort(effort or DEFAULT_EFFORT)
     if time_budget is not None and not time_budget > 0:
         raise UsageError(f"`time_budget` must be positive seconds, got {time_budget}.")
     if not 0 <= refine < float("inf"):
         raise UsageError(f"`refine` must be seconds, at least 0, got {refine}.")
+    if method.proxy is None:
+        return effort or DEFAULT_EFFORT
+    if time_budget is not None:
+        raise UsageError(
+            f"`time_budget` is for 'auto', and {method.name!r} is one proxy: leave it out, or give "
+            "`time_limit` for the solver."
+        )
+    if effort is not None and not refine:
+        raise UsageError(
+            f"`effort` is for 'auto' and for refinement, and {method.name!r} is one proxy: leave "
+            "it out, or give `refine` seconds."
+        )
+    return effort or DEFAULT_EFFORT
 
 
 def _runs_on_images(method: Method) -> bool:

@@ -1,7 +1,5 @@
 """`table`: many random plans of a network, each really quantized and measured."""
 
-import hashlib
-import json
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +24,9 @@ from proxyq.engine import Edits, Engine
 from proxyq.engine.divergence import cross_entropy_of, kl_divergence, rescaled_divergence
 from proxyq.engine.rounded import sized_layers
 from proxyq.errors import ProxyqError, UsageError
-from proxyq.executor import Executor, executor
+from proxyq.executor import Executor
+from proxyq.executor import executor as executor_of
+from proxyq.files import digest_json
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
@@ -71,7 +71,7 @@ def table(
     eval_samples: int | None = None,
     seed: int = 0,
     memory: int | None = None,
-    how: str | Executor | None = None,
+    executor: str | Executor | None = None,
     cache_dir: str | os.PathLike[str] | Cache | None = None,
     progress: Progress = silent,
 ) -> MeasuredTable:
@@ -87,13 +87,13 @@ def table(
       two to four bits are nearly all wrecked, and their ranking tells nothing of methods.
     - `extra_code`, `group_size`: of the weights' rounding, as for `search`.
     - `samples`: calibration images; `eval_samples`: the first so many images to measure on.
-    - `how`: an executor, `serial`, `process:N` or `ray:N`. Other processes load model and data
+    - `executor`: an executor, `serial`, `process:N` or `ray:N`. Other processes load model and data
       by themselves: these must be text then, or a `ModelSpec`.
     - `cache_dir`: where finished plans are kept, for a run that goes on after a kill.
 
     **Raises** `UsageError` for wrong arguments.
     """
-    runner = executor(how)
+    runner = executor_of(executor)
     if correction not in CORRECTIONS:
         raise UsageError(
             f"`correction` of a table must be one of {', '.join(CORRECTIONS)}, the same for all "
@@ -127,7 +127,7 @@ def table(
         wanted, draw = [tuple(map(int, plan)) for plan in plans], "given"
         _check_plans(wanted, len(layers))
     float_network = bench.float_network()
-    cache = Cache(cache_dir) if isinstance(cache_dir, (str, os.PathLike)) else cache_dir or Cache()
+    cache = Cache.of(cache_dir)
     facts = {
         **cache.facts(bench.model, inputs=bench.inputs, labels=None, rounding=rounding),
         **setting,
@@ -137,7 +137,7 @@ def table(
         "measures": MEASURES,
     }
     facts.pop("cores", None)  # six digits are kept, which the threads do not change
-    kept = cache.checkpoint(_digest(facts), batches=False)
+    kept = cache.checkpoint(digest_json(facts), batches=False)
     values = (kept.load("table") or {}).get("values", np.full((len(wanted), len(MEASURES)), np.nan))
     left = [i for i in range(len(wanted)) if np.isnan(values[i, 0])]
     groups = [left[i : i + TOGETHER] for i in range(0, len(left), TOGETHER)]
@@ -235,9 +235,7 @@ class Bench:
         if eval_samples is not None:
             if eval_samples < 1:
                 raise UsageError(f"`eval_samples` must be at least 1, got {eval_samples}.")
-            rows = np.arange(min(eval_samples, len(self.test)))
-            subset = getattr(self.test, "subset", None) or self.test.rows  # type: ignore[attr-defined]
-            self.test = subset(rows)
+            self.test = self.test.subset(np.arange(min(eval_samples, len(self.test))))
         fitting = Engine.build(model, self.samples or LAYERS_AT, memory=memory)
         self.edits = PlanEdits(fitting, inputs, Rounding(**rounding))
         self.engine = Engine.build(model, len(self.test), memory=memory)
@@ -380,8 +378,3 @@ def _plan(
 def _digits(value: Any) -> float:
     """Six significant digits: what two processes agree on, however they split their sums."""
     return float(f"{float(value):.6g}")
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()

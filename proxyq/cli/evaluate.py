@@ -3,9 +3,9 @@
 from proxyq.cli import options as o
 from proxyq.cli.arguments import byte_count
 from proxyq.cli.models import load
-from proxyq.cli.output import print_blocks, print_json, say
+from proxyq.cli.output import print_blocks, print_json
+from proxyq.cli.plans import model_and_plans, tell_other_weights
 from proxyq.cli.runtime import working
-from proxyq.errors import UsageError
 
 
 def evaluate(
@@ -32,7 +32,7 @@ def evaluate(
     devices: o.DeviceCount = None,
 ) -> None:
     """Measure plans beside float and uniform bits, tested image by image."""
-    model, files = model_and_plans(arguments, packed=True)
+    model, files = model_and_plans(arguments, "evaluate", packed=True)
     bound = None if memory is None else byte_count(memory, "--memory")
     with working(
         device=device, devices=devices, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet
@@ -53,8 +53,7 @@ def evaluate(
             resize=resize,
         )
         for file, plan in read.items():
-            if plan.model.get("digest") not in (None, loaded.digest()):
-                say(f"{file} was made for other weights of this network.", quiet=quiet)
+            tell_other_weights(file, plan, loaded, quiet=quiet)
         result = api.evaluate(
             loaded,
             [read[file] if file in read else load_packed(file, loaded) for file in files],
@@ -80,19 +79,3 @@ def evaluate(
         class_table(result, files),
         speed_line(result),
     )
-
-
-def model_and_plans(arguments: list[str], *, packed: bool = False) -> tuple[str | None, list[str]]:
-    """What ends in `.json` is a plan, and in `.safetensors`, where they may stand, a `packed`
-    network; at most one other argument names the model."""
-    ends = (".json", ".safetensors") if packed else (".json",)
-    plans = [argument for argument in arguments if argument.endswith(ends)]
-    others = [argument for argument in arguments if not argument.endswith(ends)]
-    if len(others) > 1:
-        raise UsageError(
-            f"name one model, got {others[0]!r} and {others[1]!r}: plans are files that end in "
-            "`.json`."
-        )
-    if not plans:
-        raise UsageError("name at least one plan to evaluate: a file that ends in `.json`.")
-    return (others[0] if others else None), plans

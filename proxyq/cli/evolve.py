@@ -100,7 +100,7 @@ def evolve(
             samples=api.DEFAULT_SAMPLES if samples is None else samples,
             entries=entries,
             memory=bound,
-            how=executor,
+            executor=executor,
             cache_dir=score_cache(cache_dir, no_cache=no_cache),
             progress=progress,
             **changes,

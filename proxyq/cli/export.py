@@ -4,9 +4,9 @@ from typing import Any
 
 from proxyq.cli import options as o
 from proxyq.cli.arguments import byte_count
-from proxyq.cli.evaluate import model_and_plans
 from proxyq.cli.models import load
 from proxyq.cli.output import print_json, print_text, say
+from proxyq.cli.plans import model_and_plan, tell_other_weights
 from proxyq.cli.runtime import score_cache, working
 from proxyq.errors import UsageError
 
@@ -30,7 +30,7 @@ def export(
     input_shape: o.InputShape = None,
     embeddings: o.Embeddings = False,
     correction: o.PlanCorrection = None,
-    seed: o.Seed = None,
+    seed: o.LearningSeed = 0,
     memory: o.Memory = None,
     json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -43,11 +43,9 @@ def export(
     if packed is not None and not any(one.endswith(".json") for one in arguments):
         if len(arguments) > 1:
             raise UsageError(f"name one model, got {arguments[0]!r} and {arguments[1]!r}.")
-        model, files = (arguments[0] if arguments else None), []
+        model, file = (arguments[0] if arguments else None), None
     else:
-        model, files = model_and_plans(arguments)
-    if len(files) > 1:
-        raise UsageError(f"name one plan to export, got {files[0]!r} and {files[1]!r}.")
+        model, file = model_and_plan(arguments, "export")
     if out is None:
         raise UsageError("say where to write: --out PATH.")
     bound = None if memory is None else byte_count(memory, "--memory")
@@ -60,7 +58,7 @@ def export(
         if to is None:
             raise UsageError(f"say the format: --to {' or '.join(EXPORTERS.available())}.")
         EXPORTERS.get(to)  # an unknown one is told before the network is loaded
-        plan = Plan.load(files[0]) if files else None
+        plan = None if file is None else Plan.load(file)
         loaded = load(
             model,
             weights=weights,
@@ -71,8 +69,8 @@ def export(
             size=size,
             resize=resize,
         )
-        if plan is not None and plan.model.get("digest") not in (None, loaded.digest()):
-            say(f"{files[0]} was made for other weights of this network.", quiet=quiet)
+        if plan is not None and file is not None:
+            tell_other_weights(file, plan, loaded, quiet=quiet)
         made = api.export_model(
             loaded,
             plan,
@@ -86,7 +84,7 @@ def export(
             learning=None if steps is None else Learning(steps=steps),
             activation_range=activation_range,  # type: ignore[arg-type]
             samples=api.DEFAULT_SAMPLES if samples is None else samples,
-            seed=0 if seed is None else seed,
+            seed=seed,
             memory=bound,
             cache_dir=score_cache(cache_dir, no_cache=no_cache),
             progress=progress,

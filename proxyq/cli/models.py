@@ -61,7 +61,7 @@ def models(
 ) -> None:
     """List the models that can be named."""
     notes: list[str] = []
-    with working(computes=False, no_cache=True, quiet=True):
+    with working(computes=False, no_cache=True, quiet=quiet):
         found = ["digits", *_torchvision(notes), *_timm(notes)]
     if json:
         print_json(found)

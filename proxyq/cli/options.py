@@ -34,8 +34,8 @@ ModelName = Annotated[
         metavar="MODEL",
         autocompletion=completion.models,
         show_default=False,
-        help="digits (the default), torchvision:NAME\\[@WEIGHTS], timm:NAME\\[@WEIGHTS] or "
-        "path/to/file.py:factory; @none for random weights.",
+        help="digits (the default), torchvision:NAME\\[@WEIGHTS], timm:NAME\\[@WEIGHTS], "
+        "hf:FOLDER, hf:NAME or path/to/file.py:factory; @none for random weights.",
     ),
 ]
 ModelAndPlans = Annotated[
@@ -107,13 +107,13 @@ ProxyName = Annotated[
     ),
 ]
 Effort = Annotated[
-    str,
+    str | None,
     _option(
         "--effort",
         metavar="LEVEL",
         panel=METHOD,
         help="How far auto goes: low (a few forward passes), medium (every layer at every "
-        "bit-width), high (and refined, on more images).",
+        "bit-width), high (and refined, on more images). Default: medium.",
     ),
 ]
 TimeBudget = Annotated[
@@ -357,8 +357,8 @@ SolverName = Annotated[
         "--solver",
         metavar="NAME",
         panel=BUDGETS,
-        help="auto, ilp, iqp, dp, lp, greedy or exhaustive. Default: auto (exact), or the "
-        "recipe's.",
+        help="auto, ilp, iqp, dp, lp, greedy, mutation or exhaustive. Default: auto (exact), or "
+        "the recipe's.",
     ),
 ]
 TimeLimit = Annotated[
@@ -389,7 +389,8 @@ CalibrationData = Annotated[
         metavar="DATA",
         panel=IMAGES,
         help="Calibration images: digits, FILE.npz\\[:IMAGES,LABELS], dir:PATH, "
-        "torchvision:NAME@ROOT, hf:ID or random. Labels are read by proxies of the loss alone, "
+        "torchvision:NAME@ROOT, hf:ID or random; for networks of text text:FILE, or FILE.npz with "
+        "their inputs by name. Labels are read by proxies of the loss alone, "
         "and must be the model's classes (else: --option labels=predicted).",
     ),
 ]
@@ -481,7 +482,8 @@ Steps = Annotated[
         "--steps",
         metavar="N",
         panel=METHOD,
-        help="Steps of learning for each layer or block. Default: 1000.",
+        help="Steps of learning for each layer or block, with --reconstruct adaround or block. "
+        "Default: 1000.",
     ),
 ]
 ActivationRanges = Annotated[
@@ -924,19 +926,18 @@ Plot = Annotated[
     str | None,
     _option(
         "--plot",
-        metavar="FILE",
+        metavar="FILE.png|svg|pdf",
         panel=RESULT,
-        help="Draw the plan: .png, .svg or .pdf.",
+        help="Draw the plan.",
     ),
 ]
 PlotFront = Annotated[
     str | None,
     _option(
         "--plot",
-        metavar="FILE",
+        metavar="FILE.png|svg|pdf",
         panel=RESULT,
-        help="Draw cost, and accuracy where it was measured, against the budget: .png, .svg or "
-        ".pdf.",
+        help="Draw cost, and accuracy where it was measured, against the budget.",
     ),
 ]
 
@@ -950,6 +951,16 @@ Seed = Annotated[
         callback=_check_seed,
         help="Draw calibration images (and whatever is random) from this seed. Default: the "
         "first images.",
+    ),
+]
+LearningSeed = Annotated[
+    int,
+    _option(
+        "--seed",
+        metavar="N",
+        panel=RUN,
+        callback=_check_seed,
+        help="Of the order in which learned rounding (--reconstruct) takes the images.",
     ),
 ]
 Memory = Annotated[

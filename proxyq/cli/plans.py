@@ -1,10 +1,11 @@
-"""What commands that make a plan have in common: where it is written, and how it is shown."""
+"""What commands that make or take plans have in common: how plans are named, written and shown."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from proxyq.cli.output import print_blocks, print_text, say
+from proxyq.errors import UsageError
 
 
 def check_results(*files: str | None, plot: str | None = None) -> None:
@@ -17,6 +18,38 @@ def check_results(*files: str | None, plot: str | None = None) -> None:
         check_format(plot)
     for file in filter(None, (*files, plot)):
         check_writable(file)
+
+
+def model_and_plans(
+    arguments: Sequence[str], use: str, *, packed: bool = False
+) -> tuple[str | None, list[str]]:
+    """The model, where one argument names it, and the files of the plans to `use` (a verb).
+
+    What ends in `.json` is a plan, and in `.safetensors`, where they may stand, a `packed` network.
+    """
+    ends = (".json", ".safetensors") if packed else (".json",)
+    files = f"files that end in {' or '.join(f'`{end}`' for end in ends)}"
+    plans = [argument for argument in arguments if argument.endswith(ends)]
+    others = [argument for argument in arguments if not argument.endswith(ends)]
+    if len(others) > 1:
+        raise UsageError(f"name one model, got {others[0]!r} and {others[1]!r}: plans are {files}.")
+    if not plans:
+        raise UsageError(f"name at least one plan to {use}: plans are {files}.")
+    return (others[0] if others else None), plans
+
+
+def model_and_plan(arguments: Sequence[str], use: str) -> tuple[str | None, str]:
+    """The same of a command that takes one plan."""
+    model, plans = model_and_plans(arguments, use)
+    if len(plans) > 1:
+        raise UsageError(f"name one plan to {use}, got {plans[0]!r} and {plans[1]!r}.")
+    return model, plans[0]
+
+
+def tell_other_weights(file: str, plan: Any, model: Any, *, quiet: bool) -> None:
+    """Say where a plan was made for the network with other weights: it is applied all the same."""
+    if plan.model.get("digest") not in (None, model.digest()):
+        say(f"{file} was made for other weights of this network.", quiet=quiet)
 
 
 def save_plan(plan: Any, out: str | None, plot: str | None) -> None:

@@ -18,7 +18,7 @@ def proxies(
     device: o.UnusedDevice = None,
 ) -> None:
     """List the proxies, or tell all about one."""
-    with working(computes=False, no_cache=True, quiet=True):
+    with working(computes=False, no_cache=True, quiet=quiet):
         from proxyq.proxies import COST_CLASSES, PROXIES
         from proxyq.proxies.formula.binding import shelf_formulas
 

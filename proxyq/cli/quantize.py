@@ -4,11 +4,10 @@ from typing import Any
 
 from proxyq.cli import options as o
 from proxyq.cli.arguments import byte_count
-from proxyq.cli.evaluate import model_and_plans
 from proxyq.cli.models import load
-from proxyq.cli.output import print_json, print_text, say
+from proxyq.cli.output import print_json, print_text
+from proxyq.cli.plans import model_and_plan, tell_other_weights
 from proxyq.cli.runtime import score_cache, working
-from proxyq.errors import UsageError
 
 
 def quantize(
@@ -28,7 +27,7 @@ def quantize(
     correction: o.PlanCorrection = None,
     eval_data: o.EvalData = None,
     out: o.OutFolder = "quantized",
-    seed: o.Seed = None,
+    seed: o.LearningSeed = 0,
     memory: o.Memory = None,
     json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -41,9 +40,7 @@ def quantize(
 
     The folder gets packed.safetensors, with weights at their true bit-width, and plan.json.
     """
-    model, files = model_and_plans(arguments)
-    if len(files) > 1:
-        raise UsageError(f"name one plan to apply, got {files[0]!r} and {files[1]!r}.")
+    model, file = model_and_plan(arguments, "apply")
     bound = None if memory is None else byte_count(memory, "--memory")
     with working(
         device=device, devices=devices, cache_dir=cache_dir, no_cache=no_cache, quiet=quiet
@@ -52,8 +49,7 @@ def quantize(
         from proxyq.ptq.reconstruct import Learning
         from proxyq.search.allocate.plan import Plan
 
-        learning = Learning() if steps is None else Learning(steps=steps)
-        plan = Plan.load(files[0])
+        plan = Plan.load(file)
         loaded = load(
             model,
             weights=weights,
@@ -64,8 +60,7 @@ def quantize(
             size=size,
             resize=resize,
         )
-        if plan.model.get("digest") not in (None, loaded.digest()):
-            say(f"{files[0]} was made for other weights of this network.", quiet=quiet)
+        tell_other_weights(file, plan, loaded, quiet=quiet)
         made = api.pack(
             loaded,
             plan,
@@ -73,10 +68,10 @@ def quantize(
             out=out,
             correction=correction,
             reconstruction=reconstruct,
-            learning=learning,
+            learning=None if steps is None else Learning(steps=steps),
             activation_range=activation_range,  # type: ignore[arg-type]
             samples=api.DEFAULT_SAMPLES if samples is None else samples,
-            seed=0 if seed is None else seed,
+            seed=seed,
             memory=bound,
             cache_dir=score_cache(cache_dir, no_cache=no_cache),
             eval_data=eval_data,

@@ -14,7 +14,7 @@ def recipes(
     device: o.UnusedDevice = None,
 ) -> None:
     """List the recipes: published methods as a whole."""
-    with working(computes=False, no_cache=True, quiet=True):
+    with working(computes=False, no_cache=True, quiet=quiet):
         from proxyq.search.recipes import available_recipes, load_recipe
 
         found = [load_recipe(name) for name in available_recipes()]

@@ -91,7 +91,7 @@ def score(
             samples=samples,
             seed=seed,
             memory=bound,
-            how=executor,
+            executor=executor,
             cache_dir=score_cache(cache_dir, no_cache=no_cache),
             progress=progress,
         )

@@ -15,7 +15,7 @@ def search(
     recipe: o.RecipeName = None,
     option: o.ProxyOptions = None,
     cost: o.Cost = None,
-    effort: o.Effort = "medium",
+    effort: o.Effort = None,
     time_budget: o.TimeBudget = None,
     refine: o.Refine = 0.0,
     bits: o.Bits = None,

@@ -86,7 +86,7 @@ def table(
             eval_samples=eval_samples,
             seed=seed,
             memory=bound,
-            how=executor,
+            executor=executor,
             cache_dir=score_cache(cache_dir, no_cache=no_cache),
             progress=progress,
         )

@@ -6,7 +6,7 @@ import numpy as np
 
 from proxyq.data.data import Data, LazyImages, known_labels
 from proxyq.data.folder import image_array
-from proxyq.errors import MissingExtra, ProxyqError, UsageError, near
+from proxyq.errors import MissingExtra, ProxyqError, UsageError, first_line, near
 
 PARTS = {
     "calibration": ("train", "training"),
@@ -42,9 +42,9 @@ def load_hub(dataset: str, part: str | None, *, split: str, name: str) -> Data:
     except UsageError:
         raise
     except Exception as error:  # the client's own kinds, and those of three HTTP libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ProxyqError(
-            f"cannot load the hub data set {dataset!r} ({reason}): check its name and the network."
+            f"cannot load the hub data set {dataset!r} ({first_line(error)}): check its name and "
+            "the network."
         ) from error
     return from_table(table, name=name)
 

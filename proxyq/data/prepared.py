@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from proxyq.data.archive import Header, read_arrays
-from proxyq.errors import MissingExtra, ProxyqError, UsageError, near
+from proxyq.errors import MissingExtra, ProxyqError, UsageError, first_line, near
 from proxyq.files import digest_arrays, read_bytes
 from proxyq.model.model import Model
 
@@ -38,8 +38,8 @@ class Prepared:
         leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(self.inputs))}
         return {"name": self.name, "images": len(self), "digest": digest_arrays(leaves)}
 
-    def rows(self, rows: Any) -> "Prepared":
-        """Some of the examples."""
+    def subset(self, rows: Any) -> "Prepared":
+        """Some of the examples, as `Data.subset` takes them."""
         return Prepared(
             inputs=jax.tree.map(lambda leaf: leaf[rows], self.inputs),
             labels=None if self.labels is None else self.labels[rows],
@@ -84,7 +84,7 @@ def load_prepared(
       for one or several unnamed inputs `arr_0`, `arr_1`, …, as `numpy.savez(file, a, b)` calls
       them. Labels, where there are any, are called `labels`.
     - `text:FILE`: a text a line, UTF-8, cut and padded to the model's length by its tokenizer.
-    - `random`: normal numbers; tokens uniform over the vocabulary.
+    - `random`: normal numbers; tokens uniform over the vocabulary; `samples` of them, by `seed`.
 
     **Raises** `UsageError` or `ProxyqError`, one sentence each.
     """
@@ -168,9 +168,8 @@ def _text(path: Path, spec: str, model: Model) -> Prepared:
     try:
         read = AutoTokenizer.from_pretrained(tokenizer)
     except Exception as error:  # transformers and the hub's client raise what they like
-        first = str(error).strip().splitlines()[:1]
         raise ProxyqError(
-            f"the tokenizer of {tokenizer!r} could not be loaded ({''.join(first)[:200]}): store "
+            f"the tokenizer of {tokenizer!r} could not be loaded ({first_line(error)}): store "
             "tokens in an .npz file instead."
         ) from error
     if read.pad_token is None:

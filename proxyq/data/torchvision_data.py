@@ -11,7 +11,7 @@ import numpy as np
 
 from proxyq.data.data import Data, LazyImages, known_labels
 from proxyq.data.folder import image_array, image_files
-from proxyq.errors import MissingExtra, ProxyqError, UsageError, near
+from proxyq.errors import MissingExtra, ProxyqError, UsageError, first_line, near
 
 # What data sets call their parts; each takes its own of these words.
 PARTS = {
@@ -83,21 +83,16 @@ def _open(kind: Any, dataset: str, root: Path, split: str) -> Any:
             except Exception as error:  # no network, a full disk, a server's refusal
                 raise ProxyqError(
                     f"the torchvision data set {dataset!r} is not in {str(root)!r} and cannot be "
-                    f"downloaded ({_line(error)}): put its files there, or go online."
+                    f"downloaded ({first_line(error)}): put its files there, or go online."
                 ) from error
     raise AssertionError("choices are never empty")
 
 
 def _sentence(dataset: str, root: Path, error: Exception) -> str:
     return (
-        f"cannot open the torchvision data set {dataset!r} in {str(root)!r} ({_line(error)}): "
+        f"cannot open the torchvision data set {dataset!r} in {str(root)!r} ({first_line(error)}): "
         "check the folder, or load it in Python and give its arrays."
     )
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
 
 
 def _is_example(example: Any) -> bool:

@@ -19,7 +19,7 @@ from proxyq.engine.segments import NO_EDIT, Edit
 from proxyq.model.model import logits_of
 from proxyq.progress import Progress, silent
 
-Loss = Callable[[np.ndarray, int], Callable[[np.ndarray], np.ndarray]]
+PairLoss = Callable[[np.ndarray, int], Callable[[np.ndarray], np.ndarray]]
 """`(the float network's logits, number of the first image) -> (changed logits -> [images])`.
 
 What belongs to a batch is computed once, however many networks are compared on it.
@@ -46,7 +46,7 @@ def pair_sweep(
     engine: Engine,
     inputs: Any,
     alternatives: Mapping[str, Sequence[Edits]],
-    loss: Loss,
+    loss: PairLoss,
     *,
     inside: Sequence[tuple[int, int]] = (),
     checkpoint: Checkpoint | None = None,
@@ -109,7 +109,7 @@ def pair_row(
     engine: Engine,
     inputs: Any,
     alternatives: Mapping[str, Sequence[Edits]],
-    loss: Loss,
+    loss: PairLoss,
     choice: int,
     *,
     inside: Sequence[tuple[int, int]] = (),
@@ -137,7 +137,7 @@ def pairs_by_row(
     engine: Engine,
     inputs: Any,
     alternatives: Mapping[str, Sequence[Edits]],
-    loss: Loss,
+    loss: PairLoss,
     work: RowWork,
     *,
     inside: Sequence[tuple[int, int]] = (),
@@ -169,7 +169,7 @@ def pairs_by_row(
     return sweep.losses(unchanged, singles, pairs, images)
 
 
-def _measure(engine: Engine, batch: Any, count: int, loss: Loss, chunk: int) -> tuple[Any, Any]:
+def _measure(engine: Engine, batch: Any, count: int, loss: PairLoss, chunk: int) -> tuple[Any, Any]:
     """The float network's logits on a batch, and what measures others against them."""
     reference = np.asarray(logits_of(engine.run(batch)))[:count]
     return reference, loss(reference, chunk * engine.batch_size)

@@ -27,7 +27,7 @@ from proxyq.engine.gradients import GRADIENT_NEEDS, record_gradients
 from proxyq.engine.gram import Gram
 from proxyq.engine.memory import CHANGES_MEMORY, amount
 from proxyq.engine.objectives import LABELS, Targets, objective, objective_for, targets
-from proxyq.engine.pairs import Loss, PairLosses, RowWork, pair_row, pair_sweep, pairs_by_row
+from proxyq.engine.pairs import PairLoss, PairLosses, RowWork, pair_row, pair_sweep, pairs_by_row
 from proxyq.engine.ranges import input_errors
 from proxyq.engine.rounded import rounded_columns
 from proxyq.engine.sweep import Measure, single_layer_sweep
@@ -486,7 +486,7 @@ def _measure(needs: tuple[str, ...], options: TapOptions, aims: Targets | None) 
     return measure
 
 
-def _pair_loss(options: TapOptions, aims: Targets | None) -> Loss:
+def _pair_loss(options: TapOptions, aims: Targets | None) -> PairLoss:
     """What `pairs` measures of a changed network's logits, `[images]`."""
     if options.pair_loss == "kl":
         return lambda reference, start: divergence_from(reference, options.temperature)

@@ -24,10 +24,10 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from proxyq.checkpoint import Checkpoint, tell_unwritable
-from proxyq.devices import current
+from proxyq.devices import cores, current
 from proxyq.engine.segments import text_key
 from proxyq.errors import ProxyqError
-from proxyq.files import digest_arrays, write_atomic
+from proxyq.files import digest_arrays, digest_json, write_atomic
 from proxyq.model.model import Model
 from proxyq.model.network import LAYERS_AT, network
 from proxyq.provenance import provenance
@@ -45,6 +45,11 @@ class Cache:
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, every: float = 10.0):
         self.folder = None if folder is None else Path(folder)
         self.every = every
+
+    @classmethod
+    def of(cls, given: "str | os.PathLike[str] | Cache | None") -> "Cache":
+        """A cache as callers give it: one that is there, its folder, or none."""
+        return given if isinstance(given, Cache) else cls(given)
 
     def facts(
         self, model: Model, *, inputs: Any, labels: Any, rounding: Rounding, **settings: Any
@@ -71,7 +76,7 @@ class Cache:
             "code": code_digest(),
             "versions": provenance()["versions"],
             "device": jax.devices()[0].device_kind,
-            "cores": _cores(),  # sums are split over threads
+            "cores": len(cores()),  # sums are split over threads
             **settings,
         }
 
@@ -80,11 +85,11 @@ class Cache:
         if self.folder is None:
             return ""
         own = {"proxy": proxy.name, "cost": proxy.cost, "options": proxy.check_options(options)}
-        return _digest({**facts, **own, "kernel": _source_digest(proxy.kernel)})
+        return digest_json({**facts, **own, "kernel": _source_digest(proxy.kernel)})
 
     def group_key(self, facts: Mapping[str, Any]) -> str:
         """The name of the checkpoint of taps that several proxies share."""
-        return "" if self.folder is None else _digest(facts)
+        return "" if self.folder is None else digest_json(facts)
 
     def checkpoint(self, key: str, *, batches: bool = True) -> Checkpoint:
         """Where an unfinished computation keeps how far it is.
@@ -107,7 +112,7 @@ class Cache:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             # A disk that lost a page would give wrong numbers, and nobody would know.
-            if metadata["digest"] != _digest([metadata["record"], digest_arrays(arrays)]):
+            if metadata["digest"] != digest_json([metadata["record"], digest_arrays(arrays)]):
                 return None
             record = json.loads(metadata["record"])
             if record.pop("schema") != SCHEMA:
@@ -146,7 +151,7 @@ class Cache:
         try:
             self._file(key).parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(record)
-            digest = _digest([text, digest_arrays(arrays)])
+            digest = digest_json([text, digest_arrays(arrays)])
             write_atomic(self._file(key), save(arrays, {"record": text, "digest": digest}))
         except (OSError, ProxyqError) as error:
             tell_unwritable(self.folder, error)
@@ -154,17 +159,6 @@ class Cache:
     def _file(self, key: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{key}.safetensors"
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def graph_digest(model: Model, batch_norm: str = "running") -> str:
@@ -176,7 +170,7 @@ def graph_digest(model: Model, batch_norm: str = "running") -> str:
     constants = {str(i): np.asarray(value) for i, value in enumerate(graph.constants.values())}
     # Functions inside of equations have no text but where they lie in memory.
     plain = re.sub(r"function#\d+|0x[0-9a-f]+", "", prelude + "\n" + main)
-    return _digest([plain, digest_arrays(constants)])
+    return digest_json([plain, digest_arrays(constants)])
 
 
 @functools.cache
@@ -206,4 +200,4 @@ def _source_digest(function: Any) -> str:
         return uuid.uuid4().hex
     if not all(isinstance(value, (int, float, str, bool, type(None))) for value in held):
         return uuid.uuid4().hex
-    return _digest([hashlib.sha256(source).hexdigest(), function.__qualname__, held])
+    return digest_json([hashlib.sha256(source).hexdigest(), function.__qualname__, held])

@@ -216,15 +216,6 @@ def _able(
     return able
 
 
-def check_images(requests: Sequence[Request], inputs: Any) -> None:
-    """Refuse early when a proxy needs images and there are none."""
-    for proxy, _ in requests:
-        if proxy.needs_images and inputs is None:
-            raise ProxyqError(
-                f"calibration images are needed by {proxy.name!r}: give `data` (--data)."
-            )
-
-
 def _check_labels(labels: Any, inputs: Any) -> None:
     if labels is None or inputs is None:
         return

@@ -1,1 +1,1 @@
-
+"""The search: `allocate` chooses bits, `evolve` makes formulas; recipes, and the files between."""

@@ -17,7 +17,7 @@ from proxyq.files import MOST_LEVELS, deeper_than, read_bytes
 from proxyq.search.allocate.build import AS_WEIGHTS
 from proxyq.search.allocate.lp import ROUNDINGS
 from proxyq.search.allocate.plan import first_problem
-from proxyq.search.allocate.problem import check_bits
+from proxyq.search.allocate.problem import check_widths
 from proxyq.shelf import shelf
 
 FOLDER = "search/recipes"
@@ -34,9 +34,9 @@ def _activation_bits(value: int | list[int] | str | None) -> int | list[int] | s
     if isinstance(value, str) and value != AS_WEIGHTS:
         raise ValueError(f"must be a bit-width, a list of them or 'weights', got {shown(value)}")
     if isinstance(value, int):
-        check_bits([value], "`activation_bits`")
+        check_widths([value], "`activation_bits`")
     elif isinstance(value, list):
-        check_bits(value, "`activation_bits`")
+        check_widths(value, "`activation_bits`")
     return value
 
 
@@ -70,7 +70,7 @@ class Recipe(BaseModel):
     options: dict[str, Option] = {}
     samples: int = Field(32, ge=1)
     cost: str = "linear-bits"
-    bits: Annotated[list[int], AfterValidator(lambda b: list(check_bits(b)))]
+    bits: Annotated[list[int], AfterValidator(lambda b: list(check_widths(b)))]
     activation_bits: Annotated[int | list[int] | str | None, AfterValidator(_activation_bits)] = (
         None
     )

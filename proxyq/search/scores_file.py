@@ -26,7 +26,7 @@ from proxyq.proxies.cost import WeightErrors
 from proxyq.proxies.proxy import MOST
 from proxyq.quantize import Rounding
 from proxyq.search.allocate.plan import Count, Json, first_problem, without_scales
-from proxyq.search.allocate.problem import check_bits
+from proxyq.search.allocate.problem import check_widths
 from proxyq.search.record_file import record_from
 
 SCHEMA = "proxyq/scores/1"
@@ -35,12 +35,12 @@ WIDTH = 240
 
 
 def _widths(value: list[int]) -> list[int]:
-    return list(check_bits(value, "the file"))
+    return list(check_widths(value, "the file"))
 
 
 def _activations(value: Any) -> Any:
     if isinstance(value, list) or (isinstance(value, int) and not isinstance(value, bool)):
-        check_bits(value if isinstance(value, list) else [value], "`activation_bits`")
+        check_widths(value if isinstance(value, list) else [value], "`activation_bits`")
     elif value not in (None, "weights"):
         raise ValueError(
             f"must be a bit-width, a list of them, 'weights' or null, got {shown(value)}"

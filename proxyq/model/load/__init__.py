@@ -10,7 +10,7 @@ from proxyq.model.model import Model
 
 _FORMS = (
     "a model is named `digits`, `torchvision:NAME[@WEIGHTS]`, `timm:NAME[@WEIGHTS]`, "
-    "`hf:FOLDER[@none]` or `path/to/file.py:factory`"
+    "`hf:FOLDER[@none]`, `hf:NAME[@REVISION]` or `path/to/file.py:factory`"
 )
 
 
@@ -55,7 +55,8 @@ def load_model(
     the libraries it came from.
 
     **Raises** `UsageError` for names that do not exist (with near misses) and a missing
-    input shape; `MissingExtra` when torch, torchvision or timm is needed and not installed;
+    input shape; `MissingExtra` when torch, torchvision, timm or transformers is needed and not
+    installed;
     `ProxyqError` for weights that cannot be downloaded, do not fit or hold NaN, and for a
     file that fails.
 

@@ -30,7 +30,7 @@ from proxyq.errors import UsageError, near
 from proxyq.model.live import Step
 from proxyq.search.allocate.budget import Budget, parse_budget
 from proxyq.search.allocate.patterns import Held, matching, split_bits, split_pin
-from proxyq.search.allocate.problem import Pin, Problem, check_bits, exact_integer
+from proxyq.search.allocate.problem import Pin, Problem, check_widths, exact_integer
 from proxyq.search.allocate.usage import Counted, Latencies, limits_of
 
 AS_WEIGHTS = "weights"
@@ -100,7 +100,7 @@ def build_problem(
     **Raises** `UsageError` for whatever is wrong, in one sentence.
     """
     names = [layer.name for layer in layers]
-    bits = check_bits(bits)
+    bits = check_widths(bits)
     table = _table(cost, (len(names), len(bits)), "`cost`", "[layers, bits]")
     groups = _groups(names, ties, shared)
     pinned = _pinned(names, pins, groups)
@@ -249,7 +249,7 @@ def _activations(
     what = "`activation_bits`"
     nothing = np.zeros((len(names), 0))
     if isinstance(given, Sequence) and not isinstance(given, str):
-        found = check_bits(given, what)
+        found = check_widths(given, what)
         if cost is None:
             raise UsageError(
                 f"to choose activation bits among {', '.join(map(str, found))} a cost of each is "
@@ -273,7 +273,7 @@ def _activations(
         values = [given.get(name) for name in names]
     else:
         values = [given] * len(names)
-    fixed = [None if value is None else check_bits([value], what)[0] for value in values]
+    fixed = [None if value is None else check_widths([value], what)[0] for value in values]
     if both:  # One width for all but the layers whose pins say otherwise.
         zero = np.zeros((len(names), 1))
         return _Activations(variable=True, fixed=(), candidates=(fixed[0],), cost=zero)

@@ -54,8 +54,10 @@ def rows(reduced: Reduced, variable: np.ndarray, column: np.ndarray):
     from scipy import sparse
 
     count = len(variable)
+    # scipy before 1.15 hands indices of 64 bits on to a HiGHS that takes 32.
     one_hot = sparse.csr_array(
-        (np.ones(count), (variable, np.arange(count))), shape=(reduced.variables, count)
+        (np.ones(count), (variable.astype(np.int32), np.arange(count, dtype=np.int32))),
+        shape=(reduced.variables, count),
     )
     kept, rooms, scales = [], [], []
     for usage, room in zip(reduced.usage, reduced.room, strict=True):

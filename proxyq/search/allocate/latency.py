@@ -23,7 +23,7 @@ from proxyq.errors import ProxyqError, shown
 from proxyq.files import read_json
 from proxyq.search.allocate.budget import PICOSECONDS
 from proxyq.search.allocate.plan import Bits, Number, first_problem
-from proxyq.search.allocate.problem import check_bits
+from proxyq.search.allocate.problem import check_widths
 
 SCHEMA = "proxyq/latency/1"
 Seconds = Annotated[Number, Field(ge=0, lt=1e6)]
@@ -51,7 +51,7 @@ class _Record(BaseModel):
 
 
 class _Measured(_Record):
-    weight_bits: Annotated[int, AfterValidator(lambda b: check_bits([b], "the table")[0])]
+    weight_bits: Annotated[int, AfterValidator(lambda b: check_widths([b], "the table")[0])]
     activation_bits: Bits = None
     seconds: Seconds
 

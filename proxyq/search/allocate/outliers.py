@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from proxyq.errors import UsageError
-from proxyq.search.allocate.problem import check_bits
+from proxyq.search.allocate.problem import check_widths
 
 
 def without_outliers(values: Any, bits: Sequence[int]) -> np.ndarray:
@@ -25,7 +25,7 @@ def without_outliers(values: Any, bits: Sequence[int]) -> np.ndarray:
 
     `bits` are in the order of the columns, whatever it is. The highest bit-width always stays.
     """
-    bits = check_bits(bits)
+    bits = check_widths(bits)
     table = np.asarray(values, np.float64)
     if table.ndim != 2 or table.shape[1] != len(bits):
         raise UsageError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from proxyq.errors import UsageError, near
-from proxyq.search.allocate.problem import check_bits
+from proxyq.search.allocate.problem import check_widths
 
 # Positions: the first and the last layer in execution order, whatever they are called.
 POSITIONS = {"@first": 0, "@last": -1}
@@ -75,7 +75,7 @@ def split_bits(text: str, option: str) -> tuple[str, tuple[int, ...]]:
         raise UsageError(
             f"{option} must end in bit-widths, like 'PATTERN=8', got {text!r}."
         ) from None
-    return pattern.strip(), check_bits(bits, f"{option} {text!r}")
+    return pattern.strip(), check_widths(bits, f"{option} {text!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def split_pin(text: str) -> Held:
     if activation.strip() == FLOAT:
         return Held(pattern=pattern, bits=bits[0], both=True)
     try:
-        checked = check_bits([int(activation)], f"a pin {text!r}")
+        checked = check_widths([int(activation)], f"a pin {text!r}")
     except ValueError as error:
         if isinstance(error, UsageError):
             raise

@@ -39,7 +39,7 @@ def exact_integer(value: Any, what: str) -> int:
     raise UsageError(f"{what} must be an integer, got {shown(value)}.")
 
 
-def check_bits(
+def check_widths(
     bits: Sequence[int], what: str = "`bits`", *, distinct: bool = True
 ) -> tuple[int, ...]:
     """`bits` as a tuple: at least one, distinct, each 1..8 or 16; else `UsageError`."""
@@ -184,7 +184,7 @@ class Problem:
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "layers", tuple(self.layers))
-        put(self, "bits", check_bits(self.bits, distinct=self.activation_bits is None))
+        put(self, "bits", check_widths(self.bits, distinct=self.activation_bits is None))
         if self.activation_bits is not None:
             put(self, "activation_bits", self._checked_activations(self.activation_bits))
         put(self, "limits", tuple(self.limits))
@@ -221,7 +221,9 @@ class Problem:
 
     def _checked_activations(self, given: Sequence[int | None]) -> tuple[int | None, ...]:
         given = tuple(given)
-        check_bits([b for b in given if b is not None] or [1], "`activation_bits`", distinct=False)
+        check_widths(
+            [b for b in given if b is not None] or [1], "`activation_bits`", distinct=False
+        )
         if len(given) != len(self.bits):
             raise UsageError(
                 f"`activation_bits` must have an entry for each of the {len(self.bits)} columns, "

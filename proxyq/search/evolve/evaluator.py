@@ -26,16 +26,16 @@ Evaluate = Callable[[Sequence[Node]], list[Measured | str]]
 
 
 @contextlib.contextmanager
-def evaluator(folds: Sequence[Fold], objective: str, how: Executor) -> Iterator[Evaluate]:
+def evaluator(folds: Sequence[Fold], objective: str, executor: Executor) -> Iterator[Evaluate]:
     """What measures formulas on tables (see `measure`), with the workers of an executor."""
-    if not how.remote:
+    if not executor.remote:
         yield lambda formulas: [
             one for lot in _lots(formulas) for one in measure(lot, folds, objective)
         ]
         return
     tables = base64.b64encode(save(arrays_of(folds))).decode()
     setup = {"tables": tables, "objective": objective}
-    with how.session("proxyq.search.evolve.evaluator:worker", setup) as work:
+    with executor.session("proxyq.search.evolve.evaluator:worker", setup) as work:
 
         def evaluate(formulas: Sequence[Node]) -> list[Measured | str]:
             tasks = [[str(node) for node in lot] for lot in _lots(formulas)]

@@ -22,7 +22,8 @@ import numpy as np
 
 from proxyq.checkpoint import Checkpoint
 from proxyq.errors import ProxyqError
-from proxyq.executor import Executor, executor
+from proxyq.executor import Executor
+from proxyq.executor import executor as executor_of
 from proxyq.progress import Progress, silent
 from proxyq.proxies.formula import Node
 from proxyq.search.evolve.evaluator import Evaluate, evaluator
@@ -108,13 +109,13 @@ def evolve(
     folds: Sequence[Fold],
     settings: Settings,
     *,
-    how: str | Executor | None = None,
+    executor: str | Executor | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress = silent,
 ) -> State:
     """Run an evolution on tables, or go on with one.
 
-    - `how`: an executor; the answer does not depend on it.
+    - `executor`: as for `proxyq.evolve`; the answer does not depend on it.
     - `checkpoint`: where the state is kept, of a run with these settings and tables.
 
     **Returns** the last state. **Raises** `ProxyqError` when no formula passed the screen.
@@ -123,7 +124,7 @@ def evolve(
     # Where a generation is one child, the state of a whole population is not written for each.
     often = max(1, settings.population // settings.children)
     state = _load(checkpoint, settings) or State.first(settings)
-    with evaluator(folds, settings.objective, executor(how)) as evaluate:
+    with evaluator(folds, settings.objective, executor_of(executor)) as evaluate:
         while not state.finished:
             step(state, settings, evaluate)
             progress("evolve", state.evaluations, settings.evaluations)

@@ -1,19 +1,21 @@
-"""From scores to the program that is solved: costs, outliers, ties, activation bits."""
+"""From scores to the problem that is solved: costs, outliers, ties, activation bits."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from proxyq.api.method import Method
 from proxyq.errors import UsageError
+from proxyq.model.layers import Layer
 from proxyq.proxies import Scores, as_cost
 from proxyq.proxies.cost import WeightErrors
-from proxyq.search.allocate import Problem, build_problem
+from proxyq.search.allocate import SOLVERS, Problem, build_problem
 from proxyq.search.allocate.build import ActivationBits, LayerLike
 from proxyq.search.allocate.outliers import without_outliers
 
 
-def program(
+def problem_from(
     layers: Sequence[LayerLike],
     scores: Scores,
     budget: str | Sequence[str],
@@ -87,6 +89,37 @@ def program(
         **beside,
         **binding,
     )
+
+
+def unscored(layers: Sequence[Layer], method: Method) -> Scores:
+    """Scores of zero by a method: what its budgets, pins and ties allow can be tried with them,
+    before minutes of measuring."""
+    beside = method.activation_choices
+    return Scores(
+        proxy=method.name,
+        layers=tuple(layers),
+        bits=method.bits,
+        values=np.zeros((len(layers), len(method.bits))),
+        activations=np.zeros((len(layers), len(beside))) if method.measures_activations else None,
+        activation_bits=beside,
+    )
+
+
+def trial_solver(method: Method) -> str:
+    """The solver to try budgets with, before there are scores.
+
+    **Raises** `UsageError` where the proxy couples layers and the method's solver takes none.
+    """
+    couples = method.proxy is not None and method.proxy.couples
+    if method.solver == "auto":
+        return "greedy"
+    solver = SOLVERS.get(method.solver)
+    if couples and not solver.couples:
+        raise UsageError(
+            f"the proxy {method.name!r} couples layers, which the solver {method.solver!r} does "
+            "not take: use 'iqp', or a proxy whose costs add up, such as 'kl-delta'."
+        )
+    return "greedy" if couples or solver.draws else method.solver
 
 
 def _of_weights(coupling: np.ndarray, scores: Scores) -> np.ndarray:
