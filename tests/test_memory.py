@@ -12,6 +12,7 @@ from proxyq.api import quantize_model
 from proxyq.engine import Engine, collect
 from proxyq.engine.memory import (
     amount,
+    bytes_per_image,
     bytes_per_image_beside,
     images_beside_each_other,
 )
@@ -62,9 +63,9 @@ def test_what_cannot_be_compared_is_refused_with_what_it_takes():
     engine, x = Engine.build(model, 4, batch_size=4), images(model, 4)
     found, own = of_feature(model)
     least = amount(2 * bytes_per_image_beside(found, own))
-    with pytest.raises(UsageError, match=f"two images take {least}") as caught:
+    with pytest.raises(UsageError, match=f"two images layer by layer takes {least}") as caught:
         collect(engine, x, ("gram",), (4,), memory=1000)
-    assert "give at least" in str(caught.value)
+    assert f"give at least {least}." in str(caught.value)
 
 
 @pytest.mark.slow
@@ -86,12 +87,12 @@ def test_outputs_times_choices_are_bounded():
     needs = ("kl", "coupling")
     whole = collect(engine, x, needs, bits)
     choices, outputs = len(engine.network.names) * len(bits), 10
-    bound = 5 * 4 * choices * outputs
-    bounded = collect(engine, x, needs, bits, memory=bound)
+    per_image = 2 * bytes_per_image(engine.network.graph) + (4 * choices + 96) * outputs
+    bounded = collect(engine, x, needs, bits, memory=5 * per_image)
     assert bounded.correlation is not None and whole.correlation is not None
     np.testing.assert_allclose(bounded.correlation, whole.correlation, rtol=1e-3, atol=1e-3)
-    with pytest.raises(UsageError, match="give that much, or fewer --bits"):
-        collect(engine, x, needs, bits, memory=100)
+    with pytest.raises(UsageError, match=f"give at least {amount(per_image)}, or fewer --bits"):
+        collect(engine, x, needs, bits, memory=per_image - 1)
 
 
 @pytest.mark.slow

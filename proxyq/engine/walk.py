@@ -4,7 +4,7 @@ Large tensors are reduced as soon as they appear, so memory holds one layer's te
 time. One pass serves every need that asks for the same setting.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,13 @@ import numpy as np
 
 from proxyq.engine.engine import Engine, at_least_float32
 from proxyq.engine.gradients import stride
-from proxyq.engine.memory import amount, bytes_per_image_beside, images_beside_each_other
+from proxyq.engine.memory import (
+    bytes_per_image_beside,
+    evenly,
+    images_beside_each_other,
+    too_little,
+)
 from proxyq.engine.segments import NO_EDIT, State, remember, run_site, text_key
-from proxyq.errors import UsageError
 from proxyq.model.examples import Examples, locate, split_examples
 from proxyq.model.features import features
 from proxyq.model.graph import Var
@@ -65,14 +69,26 @@ def record_forward(
     other, and memory holds a single chunk.
     """
     compared = tuple(need for need in needs if need in _COMPARED)
+    rest = tuple(need for need in needs if need not in _COMPARED)
     if compared and not _fit(engine, inputs, feature, memory):
         _record_blocks(
             engine, inputs, compared, recorded,
             feature=feature, centre=centre, memory=memory, progress=progress,
         )  # fmt: skip
-        needs = tuple(need for need in needs if need not in _COMPARED)
-        if not needs:
-            return
+        needs = rest
+    elif memory is not None and compared and rest:  # the two would have room one by one only
+        for some in (compared, rest):
+            record_forward(
+                engine, inputs, some, bits, rounding, recorded,
+                feature=feature, centre=centre, memory=memory, progress=progress,
+            )  # fmt: skip
+        return
+    if not needs:
+        return
+    if memory is not None:
+        _check_whole(engine, inputs, needs, feature, memory)
+        if set(needs) & _OF_ROUNDING:
+            engine = _small_enough(engine, inputs, memory, restored="restored-error" in needs)
     chunks = engine.chunks(inputs)
     walks = [list(chunks)] if set(needs) & _WHOLE else ([chunk] for chunk in chunks)
     total = len(engine.network.sites) * (
@@ -128,6 +144,65 @@ def _fit(engine: Engine, inputs: Any, feature: str, memory: int | None) -> bool:
     return images <= images_beside_each_other(engine.network, own, memory)
 
 
+def _check_whole(
+    engine: Engine, inputs: Any, needs: tuple[str, ...], feature: str, memory: int
+) -> None:
+    """Refuse tensors of all images and layers that `memory` has no room for.
+
+    What nobody reduces is kept as it is, and once more while batches are put together.
+    """
+    network, graph = engine.network, engine.network.graph
+    images, size = len(jax.tree.leaves(inputs)[0]), 0
+    for name in network.names:
+        site = network.sites[network.sites_of(name)[0]]
+        eqn = graph.main[site.position]
+        found = {"input": eqn.invars[1 - site.operand], "output": eqn.outvars[0]}
+        if "feature" in needs:
+            found["feature"] = features(network, feature)[name]
+        size += sum(_bytes([var]) for need, var in found.items() if need in needs)
+    least = 2 * images * size // graph.batch_size
+    if least > memory:
+        asked = ", ".join(need for need in needs if need in _WHOLE - _COMPARED)
+        what = f"keeping tensors of all layers and images (needs {asked})"
+        raise too_little(what, least, memory, ", or fewer images")
+
+
+def _small_enough(engine: Engine, inputs: Any, memory: int, *, restored: bool) -> Engine:
+    """The engine, or one whose batches leave room for measuring what rounding does to them."""
+    per_image = rounding_bytes_per_image(engine, restored=restored)
+    if per_image > memory:
+        raise too_little("comparing a layer's outputs for one image", per_image, memory)
+    images = len(jax.tree.leaves(inputs)[0])
+    if engine.network.batch_norm == "batch":  # all at once, or not at all
+        if images * per_image > memory:
+            what = f"statistics of the batch need all {images} images at once, which"
+            raise too_little(what, images * per_image, memory, ", or fewer images")
+        return engine
+    return engine.with_at_most(evenly(images, memory // per_image, engine.placement.images))
+
+
+def rounding_bytes_per_image(engine: Engine, *, restored: bool) -> float:
+    """What one image takes while the outputs of a site are compared, where it is most.
+
+    The states before and after it; what it reads, as XLA lays it out for the site; and its output,
+    the change of it and what is reduced of both: five times the output, with the moments of each
+    channel (`restored`) six times.
+    """
+    graph, most = engine.network.graph, 0
+    for site, segment in zip(engine.network.sites, engine.segments[1:], strict=True):
+        eqn = graph.main[site.position]
+        data = eqn.invars[1 - site.operand]
+        states = _bytes({*segment.reads, *segment.keeps}) + _bytes({*segment.writes})
+        states += _bytes(segment.keeps)
+        output = (6 if restored else 5) * _bytes(eqn.outvars)
+        most = max(most, states + _bytes([data]) + output)
+    return most / graph.batch_size
+
+
+def _bytes(some: Iterable[Var]) -> int:
+    return sum(var.aval.size * var.aval.dtype.itemsize for var in some)
+
+
 def _record_blocks(
     engine: Engine,
     inputs: Any,
@@ -149,19 +224,17 @@ def _record_blocks(
     room = images_beside_each_other(engine.network, own.values(), memory) // 2
     if room < 1:
         least = 2 * bytes_per_image_beside(engine.network, own.values())
-        raise UsageError(
-            f"two images take {amount(least)} to be compared layer by layer, and `memory` "
-            f"(--memory) allows {amount(memory or 0)}: give at least {amount(least)}."
-        )
+        raise too_little("comparing two images layer by layer", least, memory or 0)
     if engine.network.batch_norm == "batch":
         least = images * bytes_per_image_beside(engine.network, own.values())
-        raise UsageError(
-            f"statistics of the batch need all {images} images at once, which takes "
-            f"{amount(least)}, and `memory` (--memory) has no room for them: give that much, or "
-            "fewer images."
-        )
+        what = f"statistics of the batch need all {images} images at once, which"
+        raise too_little(what, least, memory or 0, ", or fewer images")
     engine = Engine.build(
-        engine.network.model, images, batch_norm=engine.network.batch_norm, batch_size=room
+        engine.network.model,
+        images,
+        batch_norm=engine.network.batch_norm,
+        memory=memory,
+        batch_size=room,
     )
     # The features of the engine of this size are other variables.
     network, size = engine.network, engine.batch_size
@@ -447,8 +520,8 @@ def _rounded_sums(
     first = _over_images(own(y), count)
     parts = [_over_images(changed(x, weight, grid, y), count) for grid in grids]
     positions, channels = y.size // engine.batch_size, len(first["y"]) if restored else 1
-    rows = [[part[name] for part in parts] for name in ("wrong", "after", "after squared")]
-    found = [np.array([count * positions, first["all"], first["all squared"], *sum(rows, [])])]
+    rows = [part[name] for name in ("wrong", "after", "after squared") for part in parts]
+    found = [np.array([count * positions, first["all"], first["all squared"], *rows])]
     if restored:
         columns = [part[name] for name in ("d", "d squared", "y d") for part in parts]
         each = np.full(channels, float(count * positions // channels))
@@ -477,14 +550,13 @@ def _sum_programs(engine: Engine, index: int, restored: bool) -> tuple[Any, Any]
 
     # By axes of the tensor as it lies: flat rows would be a copy of it.
     last = [axis + 1 for axis in site.output_axes]
-    order = [0, *(1 + sorted(last).index(axis) for axis in last)]
 
     def all_of(tensor: Any) -> Any:
         return jnp.sum(tensor, axis=tuple(range(1, tensor.ndim)))
 
     def by_channel(tensor: Any) -> Any:
         rest = tuple(axis for axis in range(1, tensor.ndim) if axis not in last)
-        return jnp.sum(tensor, axis=rest).transpose(order).reshape(batch, -1)
+        return jnp.sum(tensor, axis=rest).reshape(batch, -1)
 
     def split(output: Any) -> Any:
         return split_examples(output, site.examples, batch).astype(jnp.float32)
