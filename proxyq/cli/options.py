@@ -939,8 +939,9 @@ Memory = Annotated[
         "--memory",
         metavar="4GiB",
         panel=RUN,
-        help="Bound on the activations held at once; tune it for speed. Default: 64MiB on "
-        "CPU, 512MiB for derivatives.",
+        help="Bound on what images take at once, beside libraries, weights and the images "
+        "themselves; more is not always faster. Default: 64MiB of activations on CPU, 512MiB "
+        "for derivatives.",
     ),
 ]
 AsJson = Annotated[
