@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -253,7 +254,7 @@ def test_rounding_takes_what_is_planned_for_it(make, restored):
 
 def test_states_that_have_no_room_come_back_from_a_file():
     rng = np.random.default_rng(0)
-    states = [
+    states: list[Any] = [
         {
             "a": jnp.asarray(rng.normal(size=(3, 5)), jnp.float32),
             "b": jnp.asarray(rng.normal(size=(2, 3 + number)), jnp.bfloat16),
@@ -267,7 +268,7 @@ def test_states_that_have_no_room_come_back_from_a_file():
                 shelf.put(number, states[(number + turn) % 4])
             assert shelf.taken <= 200 and len(shelf) == 4
         for number in range(4):
-            back = shelf.get(number)
+            back: Any = shelf.get(number)
             for name, value in states[(number + 1) % 4].items():
                 assert back[name].dtype == value.dtype
                 np.testing.assert_array_equal(back[name], value)
@@ -289,7 +290,8 @@ def test_a_disk_without_room_is_told(monkeypatch):
         pytest.raises(ProxyqError, match=r"\(No space left on device\): allow more memory"),
         Shelf(room=0) as shelf,
     ):
-        shelf.put(0, {"a": jnp.zeros(3)})
+        state: Any = {"a": jnp.zeros(3)}
+        shelf.put(0, state)
 
 
 def test_statistics_are_corrected_alike_from_a_file():
