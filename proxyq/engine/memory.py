@@ -101,13 +101,14 @@ def images_at_once(
         raise UsageError(f"at least one image is needed, got {images}.")
     found = network(model, LAYERS_AT)
     per_image = tape_bytes_per_image(found) if tape else 2 * bytes_per_image(found.graph)
-    bound = memory
+    # Gradients take two thirds of what products with second derivatives do.
+    least, bound = 2 * per_image // 3 if tape else per_image, memory
     if bound is None:
         on_cpu = jax.default_backend() == "cpu"
         bound = TAPE_MEMORY if tape else CPU_MEMORY if on_cpu else ACCELERATOR_MEMORY
-    elif per_image > bound:
+    elif least > bound:
         what = "derivatives of one image" if tape else "one image"
-        raise too_little(f"{what} in the network {model.name!r}", per_image, bound)
+        raise too_little(f"{what} in the network {model.name!r}", least, bound)
     return evenly(images, bound // per_image, parts)
 
 
