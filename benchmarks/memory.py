@@ -28,6 +28,7 @@ PAIRS = ("clado", "gauss-newton", "logit-coupling")
 FEWEST = {"reconstruct": 32, "search": 24}
 COPIES = {"search": 2}
 """How often images are held: `search` keeps those that it fits on apart, and puts them together."""
+PLENTY = "1024GiB"
 COMMANDS = (
     "output-error,restored-error,orthogonality,fisher,hessian-trace,logit-coupling,gauss-newton,"
     "clado,search,statistics,reconstruct,evaluate"
@@ -100,7 +101,7 @@ def command(args, name, samples, memory, folder):
     """What is typed."""
     # Finished scores are kept by their bound and images, so none is met again.
     common = ["--quiet", "--cache-dir", str(folder / "cache")]
-    common += [] if memory is None else ["--memory", memory]
+    common += ["--memory", memory]
     if name == "evaluate":
         file = labelled(args, samples, folder)
         return ["evaluate", args.model, plan_of(args, folder), "--eval-data", file, *common]
@@ -127,7 +128,8 @@ def main():
         for name in args.commands.split(","):
             images = args.pairs if name in PAIRS else args.samples
             least = FEWEST.get(name, 4)
-            alone, code, text, _ = peak(command(args, name, least, None, Path(made)))
+            # With a bound too, for blocks of memory are given back where there is one.
+            alone, code, text, _ = peak(command(args, name, least, PLENTY, Path(made)))
             if code:
                 raise SystemExit(text)
             # As bytes and prepared, in float32.

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -344,12 +345,17 @@ def test_a_process_stays_within_its_bound():
 
     def peak(images, *more):
         code = (
-            "import test_memory as t; from proxyq.proxies import PROXIES; import sys, numpy as np;"
+            "import test_memory as t; from proxyq.proxies import PROXIES; import numpy as np;"
+            "from proxyq.cli.runtime import give_back_large_blocks; give_back_large_blocks();"
             "model = t.big_net(); rng = np.random.default_rng(0);"
             f"x = rng.normal(size=({images}, 96, 96, 8)).astype('f4');"
             f"PROXIES.get('output-error')(model, x, bits=(2, 4, 8){''.join(more)})"
         )
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=os.path.dirname(__file__))
+        here = Path(__file__).parent
+        found = os.pathsep.join((str(here.parent), str(here)))
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": found}
+        )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0
