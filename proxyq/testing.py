@@ -438,6 +438,8 @@ def batches(subject: Subject) -> None:
     assert all(1 < size < IMAGES for size in sizes), f"batches of {sizes}: a fault of this check"
     if subject.settings.get("batch_norm") == "batch" or "batch_norm" in subject.proxy.fixed:
         return  # all images at once, by its method
+    if subject.proxy.cost_class == "training":
+        return  # so are its batches
     scores = subject.score(model, memory=memory)
     scale = np.abs(subject.plain.values).max()
     wrong = np.abs(scores.values - subject.plain.values).max() / scale

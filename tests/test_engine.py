@@ -10,7 +10,7 @@ from proxyq.engine import Edit, Engine, collect, compiled_count, single_layer_sw
 from proxyq.engine.divergence import kl_divergence
 from proxyq.engine.memory import bytes_per_image, images_at_once
 from proxyq.engine.taps import TapOptions
-from proxyq.engine.walk import _channel_sums, _restored
+from proxyq.engine.walk import _restored
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.function_import import from_function
 from proxyq.model.graph import evaluate
@@ -150,7 +150,9 @@ def test_memory_bound_sets_the_batch_size():
     assert per_image >= 4 * 12 * 12 * (8 + 3)
     assert images_at_once(model, 100, memory=2 * per_image * 25) == 25
     assert images_at_once(model, 100, memory=2 * per_image * 30) == 25  # four equal batches
-    assert images_at_once(model, 100, memory=1) == 1
+    assert images_at_once(model, 100, memory=2 * per_image) == 1
+    with pytest.raises(UsageError, match="one image in the network 'small' takes"):
+        images_at_once(model, 100, memory=2 * per_image - 1)
     assert images_at_once(model, 10, memory=1 << 40) == 10
 
 
@@ -213,12 +215,18 @@ def test_restored_error_of_channels_that_rounding_scales_moves_or_silences():
     """A channel that is only scaled costs nothing, one that is gone costs its variance."""
     y = np.random.default_rng(0).normal(3.0, 2.0, (4, 50, 3))
     half, moved, gone = -0.5 * y, np.full_like(y, 7.0), -y
-    sums = _channel_sums(jnp.asarray(y), [jnp.asarray(one) for one in (half, moved, gone)])
-    errors = _restored(sums)
+
+    def sums(y, changes):
+        of_changes = [*changes, *(d * d for d in changes), *(y * d for d in changes)]
+        count = np.full(y.shape[-1], y[..., 0].size)
+        of_images = (part.sum(axis=(0, 1)) for part in (y, y * y, *of_changes))
+        return np.stack([count, *of_images], axis=1)
+
+    errors = _restored(sums(y, [half, moved, gone]))
     share = y.var(axis=(0, 1)).mean() / y.var()
     np.testing.assert_allclose(errors, [0.0, 0.0, share], atol=1e-5)
     # Of channels that never vary there is nothing to lose.
-    assert _restored(_channel_sums(jnp.zeros((4, 5, 2)), [jnp.ones((4, 5, 2))])).tolist() == [0.0]
+    assert _restored(sums(np.zeros((4, 5, 2)), [np.ones((4, 5, 2))])).tolist() == [0.0]
 
 
 def test_batch_statistics_need_all_images_at_once():

@@ -14,8 +14,9 @@ from proxyq.api.inputs import as_data, as_eval_data, as_model, inputs_of, labell
 from proxyq.api.method import DEFAULT_SAMPLES
 from proxyq.devices import several
 from proxyq.engine import Edit, Engine
+from proxyq.engine.memory import less
 from proxyq.engine.ranges import ActivationRange, input_grids
-from proxyq.engine.statistics import correct_statistics, float_moments
+from proxyq.engine.statistics import correct_statistics, fitted_bytes, float_moments
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.files import check_folder, digest_json, write_together
 from proxyq.model.model import Model, logits_of
@@ -104,7 +105,11 @@ def quantize_model(
             )
         wanted = correction or "none"
     images = LAYERS_AT if inputs is None else len(jax.tree.leaves(inputs)[0])
-    engine = Engine.build(model, images, memory=memory)
+    left = memory
+    if wanted in ("auto", "statistics") or reconstruction == "bias":
+        what = f"correcting statistics on {images} images"
+        left = less(memory, fitted_bytes(model, images), what)
+    engine = Engine.build(model, images, memory=left)
     integers = integer_weights(engine, widths, rounding_of(plan))
     grids = {}
     if activations:

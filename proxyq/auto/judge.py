@@ -17,9 +17,11 @@ import numpy as np
 
 from proxyq.engine import Edits, Engine
 from proxyq.engine.loss import BROKEN, Loss, loss_of
-from proxyq.engine.statistics import Moments
+from proxyq.engine.memory import less, outputs_per_image
+from proxyq.engine.statistics import Moments, fitted_bytes
 from proxyq.errors import ProxyqError
 from proxyq.model.model import Model
+from proxyq.model.network import LAYERS_AT, network
 from proxyq.ptq.correct import held_back
 from proxyq.ptq.plan_edits import Choice, PlanEdits
 from proxyq.quantize import Rounding
@@ -63,7 +65,11 @@ class Judge:
         self._looked_at = jax.tree.map(lambda x: x[:looked_at], check)
         self.reserve = jax.tree.map(lambda x: x[looked_at:], check) if looked_at < held else None
         self.rounding, self.correction = rounding or Rounding(), correction
-        self.engine = Engine.build(model, len(jax.tree.leaves(fit)[0]), memory=memory)
+        # Held beside the batches: moments and outputs of `fit`, and the outputs of `check`.
+        least = fitted_bytes(model, fitted)
+        least += 8 * held * outputs_per_image(network(model, LAYERS_AT).graph)
+        what = f"comparing plans on {fitted} images and {held} held back"
+        self.engine = Engine.build(model, fitted, memory=less(memory, least, what))
         self.passes, self.seconds = 0.0, 0.0
         self._plan_edits = PlanEdits(self.engine, fit, self.rounding)
         self.kept: dict[Any, Any] = {}

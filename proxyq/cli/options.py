@@ -18,6 +18,14 @@ def _check_seed(value: int | None) -> int | None:
     return value
 
 
+def _give_back(memory: str | None) -> str | None:
+    if memory is not None:
+        from proxyq.cli.runtime import give_back_large_blocks
+
+        give_back_large_blocks()
+    return memory
+
+
 def _check_resize(value: int | None) -> int | None:
     if value is not None and value < 1:
         raise UsageError(f"--resize must be at least 1, got {value}.")
@@ -969,8 +977,10 @@ Memory = Annotated[
         "--memory",
         metavar="4GiB",
         panel=RUN,
-        help="Bound on the activations held at once; tune it for speed. Default: 64MiB on "
-        "CPU, 512MiB for derivatives.",
+        callback=_give_back,
+        help="Bound on what images take at once, beside libraries, weights and the images "
+        "themselves; more is not always faster. Default: 64MiB of activations on CPU, 512MiB "
+        "for derivatives.",
     ),
 ]
 AsJson = Annotated[

@@ -177,6 +177,9 @@ def _check_range(data: Data, how: Preprocessing) -> None:
         )
 
 
+_AT_ONCE = 32
+
+
 def _convert(
     data: Data,
     where: range,
@@ -201,10 +204,15 @@ def _convert(
     else:
         raw = _fit(data.images[where.start : where.stop], how, channels, data.name)
     mean, std = _statistics(how, raw.shape[-1])
-    out = raw / np.float32(255) if raw.dtype == np.uint8 else raw.astype(np.float32)
-    out -= mean
-    out /= std
-    return np.ascontiguousarray(out.transpose(0, 3, 1, 2)) if layout == "NCHW" else out
+    order = (0, 3, 1, 2) if layout == "NCHW" else (0, 1, 2, 3)
+    out = np.empty([raw.shape[axis] for axis in order], np.float32)
+    for start in range(0, len(raw), _AT_ONCE):  # some at a time: no second copy of all of them
+        part = raw[start : start + _AT_ONCE]
+        part = part / np.float32(255) if part.dtype == np.uint8 else part.astype(np.float32)
+        part -= mean
+        part /= std
+        out[start : start + _AT_ONCE] = part.transpose(order)
+    return out
 
 
 def _statistics(how: Preprocessing, channels: int) -> tuple[np.ndarray, np.ndarray]:

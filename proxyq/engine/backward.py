@@ -285,11 +285,14 @@ class Tape:
 
     # -- products with second derivatives ------------------------------------------------
 
-    def tangents(self, along: Mapping[int, Any], of: str = "weights") -> "Tangents":
+    def tangents(
+        self, along: Mapping[int, Any], of: str = "weights", *, keep: bool = True
+    ) -> "Tangents":
         """Push a stack of directions forwards: `along` maps sites to `[directions, …]`.
 
         Directions are changes `of` the sites' `weights`, of their `inputs` (each site's own
-        reading of a tensor), or of their `outputs`.
+        reading of a tensor), or of their `outputs`. Without `keep` nothing is kept but the logits'
+        tangents, which is enough for Gauss-Newton forms.
         """
         moved = Tangents(tape=self, along=along, of=of)
         known: dict[Var, Any] = {}
@@ -303,7 +306,8 @@ class Tape:
             if of != "inputs" and own is not None:
                 dy = _sum(dy, own if of == "outputs" else self.push(site, self.x(site), own))
             reads = [known.get(var) for var in rest.reads]
-            moved.xs[site], moved.outs[site], moved.reads[site] = dx, dy, reads
+            if keep:
+                moved.xs[site], moved.outs[site], moved.reads[site] = dx, dy, reads
             if dy is not None or any(value is not None for value in reads):
                 program = _program("jvp", rest.key, lambda rest=rest: _jvp_of_rest(rest))
                 writes = program(*self._arguments(site), (dy, reads))

@@ -220,7 +220,7 @@ def _forms(
                 forms[block.layer] += _inner(block, draws, products, inputs_too)
         else:
             for block, draws in directions:
-                moved = tape.tangents(draws, of)
+                moved = tape.tangents(draws, of, keep=not gauss_newton)
                 if gauss_newton:
                     forms[block.layer] += moved.gauss_newton_forms()[0, :count].sum()
                 else:

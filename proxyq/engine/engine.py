@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.devices import current
-from proxyq.engine.memory import images_at_once
+from proxyq.engine.memory import bytes_per_image, images_at_once
 from proxyq.engine.placement import ALONE, Placement, can_split, placement
 from proxyq.engine.segments import NO_EDIT, Edit, Segment, State, call, call_site, cut
 from proxyq.errors import ProxyqError, UsageError
@@ -33,11 +33,13 @@ class Engine:
     """A network ready to run: parameters on the device, segments cut.
 
     `batch_size` images run at once; `chunks` cuts a larger set into batches of just that
-    size, so that nothing is compiled twice. `placement` says how a batch is split among devices.
+    size, so that nothing is compiled twice. `placement` says how a batch is split among devices,
+    `memory` how many bytes of a device images may take, `None` for no bound.
     """
 
     network: Network
     placement: Placement = ALONE
+    memory: int | None = None
 
     @classmethod
     def build(
@@ -60,7 +62,7 @@ class Engine:
         where = placement(devices, batch_size or images, exactly=exactly, apart=apart)
         if batch_size is None:
             batch_size = images_at_once(model, images, memory, tape=tape, parts=where.images)
-        engine = _engine(cls, model, batch_size, batch_norm, where)
+        engine = _engine(cls, model, batch_size, batch_norm, where, memory)
         if all(site.apart for site in engine.network.sites):
             return engine
         if batch_norm == "batch":
@@ -70,12 +72,29 @@ class Engine:
                 "batch_norm='running'."
             )
         # Measured for each image, so one image at a time.
-        return _engine(cls, model, 1, batch_norm, placement(devices, 1))
+        return _engine(cls, model, 1, batch_norm, placement(devices, 1), memory)
 
     @property
     def batch_size(self) -> int:
         """Images in one run."""
         return self.network.graph.batch_size
+
+    def with_at_most(self, images: int) -> "Engine":
+        """This engine, or the same with batches of so many images where its own are larger."""
+        if self.batch_size <= images:
+            return self
+        of = self.network
+        return Engine.build(
+            of.model, images, batch_norm=of.batch_norm, memory=self.memory, batch_size=images
+        )
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that `memory` leaves beside one batch, for what is kept of the others."""
+        if self.memory is None:
+            return None
+        batch = 2 * self.batch_size * bytes_per_image(self.network.graph)
+        return max(0, self.placement.images * self.memory - batch)
 
     @cached_property
     def frontier(self) -> Mapping[Var, Any]:
@@ -292,7 +311,13 @@ def at_least_float32(array: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def _engine(
-    kind: type[Engine], model: Model, batch_size: int, batch_norm: str, where: Placement
+    kind: type[Engine],
+    model: Model,
+    batch_size: int,
+    batch_norm: str,
+    where: Placement,
+    memory: int | None,
 ) -> Engine:
     """Engines are kept, so that folding the same weights again compiles nothing."""
-    return kind(network=network(model, batch_size, batch_norm=batch_norm), placement=where)
+    of = network(model, batch_size, batch_norm=batch_norm)
+    return kind(network=of, placement=where, memory=memory)

@@ -22,6 +22,7 @@ from proxyq.engine.backward import Tape, record
 from proxyq.engine.divergence import log_softmax, two_classes
 from proxyq.engine.engine import Edits, Engine
 from proxyq.engine.gram import Gram
+from proxyq.engine.memory import bytes_per_image
 from proxyq.engine.objectives import Targets, cross_entropy
 from proxyq.engine.segments import NO_EDIT
 from proxyq.progress import Progress, silent
@@ -80,20 +81,41 @@ def gauss_newton(
 
 def _tangents(tape: Tape, alternatives: Sequence[Edits]) -> np.ndarray:
     """`[alternatives, batch, …]`: the logits' derivative along each of one layer's edits."""
-    along = {
-        site: jnp.stack(
-            [
-                tape.engine.site_output(tape.states[site], site, edits.get(site, NO_EDIT))
-                - tape.outs[site]
-                for edits in alternatives
-            ]
-        )
-        for site in alternatives[0]
-    }
-    moved = tape.tangents(along, "outputs").logits
-    if moved is None:  # the logits do not depend on the layer
-        return np.zeros((len(alternatives), *np.shape(tape.logits)))
-    return np.asarray(moved)
+    found, size = [], _at_once(tape.engine, len(alternatives))
+    for start in range(0, len(alternatives), size):
+        some = alternatives[start : start + size]
+        along = {
+            site: jnp.stack(
+                [
+                    tape.engine.site_output(tape.states[site], site, edits.get(site, NO_EDIT))
+                    - tape.outs[site]
+                    for edits in some
+                ]
+            )
+            for site in some[0]
+        }
+        moved = tape.tangents(along, "outputs", keep=False).logits
+        if moved is None:  # the logits do not depend on the layer
+            moved = np.zeros((len(some), *np.shape(tape.logits)))
+        found.append(np.asarray(moved))
+    return np.concatenate(found)
+
+
+def _at_once(engine: Engine, alternatives: int) -> int:
+    """How many alternatives of a layer are pushed together: all of them, or as many as fit into
+    what a tape has for its derivatives, of which it has none here."""
+    if engine.memory is None:
+        return alternatives
+    graph = engine.network.graph
+    outs = sum(
+        graph.main[site.position].outvars[0].aval.size
+        * graph.main[site.position].outvars[0].aval.dtype.itemsize
+        for site in engine.network.sites
+    )
+    images, parts = engine.batch_size, engine.placement.images
+    # The tape's outputs and states stay; a direction takes as much as a batch that runs.
+    room = parts * engine.memory - 2 * outs
+    return int(np.clip(room // (2 * images * bytes_per_image(graph)), 1, alternatives))
 
 
 class _Curved:

@@ -15,7 +15,7 @@ import numpy as np
 
 from proxyq.engine.divergence import two_classes
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 20  # numbers
 
 
 class Gram:
@@ -49,8 +49,9 @@ class Gram:
         """The batch is whole: every choice was added."""
         assert self._changes is not None
         # In float64, a block at a time: a copy of all would be twice as large again.
-        for start in range(0, self._changes.shape[1], _BLOCK):
-            part = self._changes[:, start : start + _BLOCK].astype(np.float64)
+        columns = max(1, _BLOCK // len(self._changes))
+        for start in range(0, self._changes.shape[1], columns):
+            part = self._changes[:, start : start + columns].astype(np.float64)
             self.total += part @ part.T
         self._changes = None
 

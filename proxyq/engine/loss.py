@@ -51,6 +51,8 @@ class Loss(NamedTuple):
         return self.order >= other.order
 
 
+_BLOCK = 1 << 20  # logits
+
 BROKEN = Loss(math.inf, math.inf)
 """Of a network whose outputs are not finite: worse than all others."""
 
@@ -59,5 +61,9 @@ def loss_of(reference: np.ndarray, logits: np.ndarray) -> Loss:
     """The loss of a network's logits against those of the float one, on the same images."""
     if not np.isfinite(logits).all():
         return BROKEN
-    rescaled = float(rescaled_divergence(reference, logits).mean())
-    return Loss(rescaled, float(kl_divergence(reference, logits).mean()))
+    # In float64, which a whole vocabulary for each token of all texts has no room for.
+    size = max(1, _BLOCK // max(1, logits[0].size))
+    blocks = [slice(start, start + size) for start in range(0, len(logits), size)]
+    rescaled = [rescaled_divergence(reference[one], logits[one]) for one in blocks]
+    kl = [kl_divergence(reference[one], logits[one]) for one in blocks]
+    return Loss(float(np.concatenate(rescaled).mean()), float(np.concatenate(kl).mean()))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 
@@ -93,14 +94,51 @@ def images_at_once(
     Two states live at once (the clean one and a perturbed one), hence the factor of two; with
     `tape`, all states that derivatives need. A batch that is split into `parts` divides by them,
     and `memory` is that of one part.
+
+    **Raises** `UsageError` where a `memory` that is given has no room for one image.
     """
     if images < 1:
         raise UsageError(f"at least one image is needed, got {images}.")
     found = network(model, LAYERS_AT)
     per_image = tape_bytes_per_image(found) if tape else 2 * bytes_per_image(found.graph)
-    if memory is None:
+    # Gradients take two thirds of what products with second derivatives do.
+    least, bound = 2 * per_image // 3 if tape else per_image, memory
+    if bound is None:
         on_cpu = jax.default_backend() == "cpu"
-        memory = TAPE_MEMORY if tape else CPU_MEMORY if on_cpu else ACCELERATOR_MEMORY
-    most = parts * max(1, memory // per_image)
-    size = math.ceil(images / math.ceil(images / most))
+        bound = TAPE_MEMORY if tape else CPU_MEMORY if on_cpu else ACCELERATOR_MEMORY
+    elif least > bound:
+        what = "derivatives of one image" if tape else "one image"
+        raise too_little(f"{what} in the network {model.name!r}", least, bound)
+    return evenly(images, bound // per_image, parts)
+
+
+def evenly(images: int, most: float, parts: int = 1) -> int:
+    """The size of as few, equally large batches as have `most` images in each of their `parts`."""
+    size = math.ceil(images / math.ceil(images / (parts * max(1, int(most)))))
     return parts * math.ceil(size / parts)
+
+
+def less(memory: int | None, held: float, what: str) -> int | None:
+    """What is left of `memory` for batches beside what is `held` of all images.
+
+    **Raises** `UsageError` where nothing is.
+    """
+    if memory is None:
+        return None
+    if held >= memory:
+        raise too_little(what, held, memory, ", or fewer images (--samples)")
+    return memory - int(held)
+
+
+def outputs_per_image(graph: Graph) -> int:
+    """How many numbers the first output has for one image."""
+    first: Any = jax.tree.leaves(graph.outputs)[0]
+    return first.aval.size // graph.batch_size
+
+
+def too_little(what: str, least: float, memory: float, instead: str = "") -> UsageError:
+    """The sentence for what a bound on memory has no room for."""
+    return UsageError(
+        f"{what} takes {amount(least)}, and `memory` (--memory) allows {amount(memory)}: give at "
+        f"least {amount(least)}{instead}."
+    )

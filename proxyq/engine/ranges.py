@@ -18,7 +18,7 @@ ActivationRange = Literal["min-max", "percentile", "mse", "moving-average"]
 """How a layer's input gets its range: all values seen, all but a thousandth of them on each side,
 the range with the least squared error, or extremes of batches averaged as they come."""
 
-_SAMPLES = 1 << 16
+_SAMPLES, _LEAST_SAMPLES = 1 << 16, 1 << 12
 _AVERAGED = 32  # images in a batch whose extremes enter the moving average
 _NEW = 0.1  # weight of a new batch in it
 
@@ -26,10 +26,12 @@ _NEW = 0.1  # weight of a new batch in it
 def input_samples(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict[int, np.ndarray]:
     """Values that the named layers' sites read in the float network, by site; of no lookup.
 
-    At most 65,536 values a batch, at a fixed stride that meets all channels, and then the
-    least and the greatest of all, which stay whatever the stride. Padding does not count.
+    At most 65,536 values a batch (fewer where the engine's memory has no room for them), at a
+    fixed stride that meets all channels, and then the least and the greatest of all, which stay
+    whatever the stride. Padding does not count.
     """
     network = engine.network
+    wanted = _samples_of_a_batch(engine, inputs, layers)
     places = locate(network.graph)
     samples: dict[int, list[np.ndarray]] = {}
     extremes: dict[int, list[np.ndarray]] = {}
@@ -41,13 +43,26 @@ def input_samples(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict[in
                 x = np.asarray(state[data] if data in state else engine.frontier[data])
                 if data in places:  # else it is no image's own
                     x = split_examples(x, places[data], engine.batch_size)[:count]
-                samples.setdefault(index, []).append(x.ravel()[:: stride(x.size, _SAMPLES)])
+                # A copy: the view would hold the whole tensor, of every batch and layer.
+                values = x.ravel()[:: stride(x.size, wanted)].copy()
+                samples.setdefault(index, []).append(values)
                 extremes.setdefault(index, []).append(np.array([x.min(), x.max()]))
             state, _ = engine.step(state, index)
     return {
         index: np.concatenate([*parts, [np.min(extremes[index]), np.max(extremes[index])]])
         for index, parts in samples.items()
     }
+
+
+def _samples_of_a_batch(engine: Engine, inputs: Any, layers: Sequence[str]) -> int:
+    """How many values of each site's input to keep of a batch."""
+    room = engine.room
+    if room is None:
+        return _SAMPLES
+    batches = -(-len(jax.tree.leaves(inputs)[0]) // engine.batch_size)
+    sites = sum(site.layer in layers for site in engine.network.sites)
+    # Float32, and once more while a site's are put together.
+    return int(np.clip(room // (8 * sites * batches), _LEAST_SAMPLES, _SAMPLES))
 
 
 def input_grids(

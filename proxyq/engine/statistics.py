@@ -18,6 +18,7 @@ the same table multiplies as well (a tied head), only means are restored there, 
 one grid. `correct_weights` restores each row of a table.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,9 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.engine.engine import Edits, Engine, at_least_float32
+from proxyq.engine.memory import outputs_per_image
 from proxyq.engine.segments import NO_EDIT, Edit
+from proxyq.engine.shelf import Shelf
 from proxyq.model.examples import Examples
 from proxyq.model.layers import columns_of
+from proxyq.model.model import Model
+from proxyq.model.network import LAYERS_AT, network
 from proxyq.progress import Progress, silent
 
 CLAMP = 4.0
@@ -69,13 +74,10 @@ def _sums(
     return jnp.sum(columns, axis=1), jnp.sum(columns * columns, axis=1)
 
 
-def _moments(parts: list[Any], counts: list[int], site: Any, batch: int) -> Moments:
-    sums = [_sums(part, site.feature_axes, site.examples, batch) for part in parts]
-    pairs = list(zip(sums, counts, strict=True))
-    size = parts[0].size // (batch * sums[0][0].shape[1])
-    first = [np.asarray(one, np.float64)[:count] for (one, _), count in pairs]
-    second = [np.asarray(two, np.float64)[:count] for (_, two), count in pairs]
-    return Moments(first=np.concatenate(first), second=np.concatenate(second), positions=size)
+def _moments(output: Any, count: int, site: Any, batch: int) -> Moments:
+    sums = _sums(output, site.feature_axes, site.examples, batch)
+    first, second = (np.asarray(part, np.float64)[:count] for part in sums)
+    return Moments(first=first, second=second, positions=output.size // sums[0].size)
 
 
 def float_moments(
@@ -94,19 +96,32 @@ def float_moments(
         for index, site in enumerate(network.sites):
             out = network.graph.main[site.position].outvars[0]
             state, (output,) = engine.step(state, index, capture=(out,))
-            parts[index].append(_moments([output], [count], site, engine.batch_size))
+            parts[index].append(_moments(output, count, site, engine.batch_size))
         leaf = jax.tree.leaves(engine.outputs(state))[0]
         logits.append(np.asarray(at_least_float32(leaf))[:count])
         progress("float statistics", done + 1, total)
-    joined = [
-        Moments(
-            first=np.concatenate([m.first for m in own]),
-            second=np.concatenate([m.second for m in own]),
-            positions=own[0].positions,
-        )
-        for own in parts
-    ]
-    return joined, np.concatenate(logits)
+    return [_joined(own) for own in parts], np.concatenate(logits)
+
+
+def moments_bytes(moments: Sequence[Moments]) -> int:
+    """What moments of all sites take."""
+    return sum(own.first.nbytes + own.second.nbytes for own in moments)
+
+
+def fitted_bytes(model: Model, images: int) -> int:
+    """What is held of `images` while a network is fitted to the float one: moments of all sites,
+    and its outputs, the float network's and the quantized one's."""
+    found = network(model, LAYERS_AT)
+    channels = sum(math.prod(site.channel_shape) for site in found.sites)
+    return images * (16 * channels + 8 * outputs_per_image(found.graph))
+
+
+def _joined(parts: Sequence[Moments]) -> Moments:
+    return Moments(
+        first=np.concatenate([m.first for m in parts]),
+        second=np.concatenate([m.second for m in parts]),
+        positions=parts[0].positions,
+    )
 
 
 def correct_weights(engine: Engine, edits: Edits) -> dict[int, Edit]:
@@ -145,23 +160,24 @@ def correct_statistics(
 ) -> dict[int, Edit]:
     """Match each output channel's mean and deviation to the float network's, layer by layer.
 
-    `reference` holds the float network's moments on the same `inputs`. States of all images
-    are held at one cut at a time. Costs about two forward passes. With `means_alone` the weights
-    stay as they are: bias correction (Nagel et al. 2019, arXiv:1906.04721, section 4.2).
+    `reference` holds the float network's moments on the same `inputs`. States of all images are
+    held at one cut at a time, in a file as far as the engine's memory has no room. Costs about
+    two forward passes. With `means_alone` the weights stay as they are: bias correction (Nagel et
+    al. 2019, arXiv:1906.04721, section 4.2).
     """
     network = engine.network
-    walk = _Walk(engine, inputs)
     corrected: dict[int, Edit] = {}
-    for index in range(len(network.sites)):
-        edit = edits.get(index)
-        if edit is not None and edit.weight is not None:
-            edit = walk.matched(
-                index, edit, reference[index], shrink=shrink, means_alone=means_alone
-            )
-        if edit is not None:
-            corrected[index] = edit
-        walk.step(index, edit or NO_EDIT)
-        progress("correct", index + 1, len(network.sites))
+    with _Walk(engine, inputs, reference) as walk:
+        for index in range(len(network.sites)):
+            edit = edits.get(index)
+            if edit is not None and edit.weight is not None:
+                edit = walk.matched(
+                    index, edit, reference[index], shrink=shrink, means_alone=means_alone
+                )
+            if edit is not None:
+                corrected[index] = edit
+            walk.step(index, edit or NO_EDIT)
+            progress("correct", index + 1, len(network.sites))
     return corrected
 
 
@@ -182,25 +198,40 @@ def corrected_alternatives(
     and another one for each alternative.
     """
     network, base = engine.network, base or {}
-    walk = _Walk(engine, inputs)
     found = {name: [dict(edits) for edits in own] for name, own in alternatives.items()}
-    for index, site in enumerate(network.sites):
-        for edits in found.get(site.layer, ()):
-            if index in edits:
-                edits[index] = walk.matched(index, edits[index], reference[index], shrink=shrink)
-        walk.step(index, base.get(index, NO_EDIT))
-        progress("correct alternatives", index + 1, len(network.sites))
+    with _Walk(engine, inputs, reference) as walk:
+        for index, site in enumerate(network.sites):
+            for edits in found.get(site.layer, ()):
+                if index in edits:
+                    edits[index] = walk.matched(
+                        index, edits[index], reference[index], shrink=shrink
+                    )
+            walk.step(index, base.get(index, NO_EDIT))
+            progress("correct alternatives", index + 1, len(network.sites))
     return found
 
 
 class _Walk:
-    """All images at one cut, moved on from site to site."""
+    """All images at one cut, moved on from site to site.
 
-    def __init__(self, engine: Engine, inputs: Any):
+    Beside a batch and the `reference`, as many states are held as the engine's memory has room
+    for; the others lie in a file.
+    """
+
+    def __init__(self, engine: Engine, inputs: Any, reference: Sequence[Moments]):
         self.engine = engine
-        chunks = list(engine.chunks(inputs))
-        self.counts = [count for _, count in chunks]
-        self.states = [engine.start(part) for part, _ in chunks]
+        room = engine.room
+        self.states = Shelf(None if room is None else room - moments_bytes(reference))
+        self.counts: list[int] = []
+        for number, (part, count) in enumerate(engine.chunks(inputs)):
+            self.states.put(number, engine.start(part))
+            self.counts.append(count)
+
+    def __enter__(self) -> "_Walk":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.states.__exit__(*error)
 
     def matched(
         self,
@@ -217,8 +248,11 @@ class _Walk:
         if site.lookup:
             return edit
         means_alone = means_alone or network.looked_up(site.layer)
-        raw = [self.engine.site_output(state, index, edit) for state in self.states]
-        rounded = _moments(raw, self.counts, site, self.engine.batch_size)
+        parts = []
+        for number, count in enumerate(self.counts):
+            raw = self.engine.site_output(self.states.get(number), index, edit)
+            parts.append(_moments(raw, count, site, self.engine.batch_size))
+        rounded = _joined(parts)
         ratio, shift = match(reference, rounded, shrink=shrink)
         if means_alone:
             ratio, shift = np.ones_like(ratio), _mean(reference) - _mean(rounded)
@@ -233,7 +267,9 @@ class _Walk:
 
     def step(self, index: int, edit: Edit) -> None:
         """Pass the site, under an edit."""
-        self.states = [self.engine.step(state, index, edit)[0] for state in self.states]
+        for number in range(len(self.counts)):
+            state, _ = self.engine.step(self.states.get(number), index, edit)
+            self.states.put(number, state)
 
 
 def _mean(moments: Moments) -> np.ndarray:

@@ -25,7 +25,13 @@ from proxyq.engine.engine import Engine
 from proxyq.engine.gauss_newton import gauss_newton
 from proxyq.engine.gradients import GRADIENT_NEEDS, record_gradients
 from proxyq.engine.gram import Gram
-from proxyq.engine.memory import CHANGES_MEMORY, amount
+from proxyq.engine.memory import (
+    CHANGES_MEMORY,
+    bytes_per_image,
+    evenly,
+    outputs_per_image,
+    too_little,
+)
 from proxyq.engine.objectives import LABELS, Targets, objective, objective_for, targets
 from proxyq.engine.pairs import PairLoss, PairLosses, RowWork, pair_row, pair_sweep, pairs_by_row
 from proxyq.engine.ranges import input_errors
@@ -290,11 +296,8 @@ def collect(
         if inputs is None:
             raise UsageError("this proxy needs images: give calibration data.")
         images = len(jax.tree.leaves(inputs)[0])
-        if options.batch_norm == "batch" and images > engine.batch_size:
-            raise ProxyqError(
-                f"statistics of the batch need all {images} images at once, but memory allows "
-                f"{engine.batch_size}: give fewer images or more memory."
-            )
+        if options.batch_norm == "batch":
+            _check_batch(engine, images, memory)
     aims = targets(options.labels, labels, seed) if set(needs) & GOVERNS["labels"] else None
     unread = {"pairs"} if options.pair_loss == "kl" else set()  # which needs no targets
     if aims is not None and aims.how == "probes" and set(needs) & _NO_PROBES - unread:
@@ -333,8 +336,9 @@ def collect(
     whole: dict[str, Any] = {}
     if own or set(needs) & set(PAIR_NEEDS):
         beside = tuple(activation_bits)
+        swept = _small_enough(engine, 0, images, memory)
         alternatives = choices(
-            engine,
+            swept,
             inputs,
             bits,
             beside,
@@ -352,7 +356,7 @@ def collect(
         if own or grams:
             own = own or ("kl",)
             table = single_layer_sweep(
-                _small_enough(engine, size * len(grams), images, memory) if grams else engine,
+                _small_enough(engine, size * len(grams), images, memory) if grams else swept,
                 inputs,
                 alternatives,
                 _measure(own, options, aims),
@@ -367,7 +371,7 @@ def collect(
                 whole[OF_ALL[name]] = gram.correlation()
         if "pairs" in needs:
             kept["inside"] = beside_each_other(len(bits), len(beside))
-            given = (engine, inputs, alternatives, _pair_loss(options, aims))
+            given = (swept, inputs, alternatives, _pair_loss(options, aims))
             if pair_work is None:
                 whole[OF_ALL["pairs"]] = pair_sweep(*given, **kept)
             else:
@@ -375,6 +379,8 @@ def collect(
             del kept["inside"]
         if "tangents" in needs:
             taped = _tape_engine(engine, images, memory)
+            if memory is not None:
+                taped = _small_enough(taped, size, images, memory)
             found = gauss_newton(
                 taped, inputs, alternatives, temperature=options.temperature, **kept
             )
@@ -437,30 +443,51 @@ def pair_rows(
     return lambda choice: pair_row(engine, inputs, alternatives, loss, choice, inside=inside)
 
 
+def _check_batch(engine: Engine, images: int, memory: int | None) -> None:
+    """Refuse statistics of a batch that `memory` has no room for."""
+    if images > engine.batch_size:
+        raise ProxyqError(
+            f"statistics of the batch need all {images} images at once, but memory allows "
+            f"{engine.batch_size}: give fewer images or more memory."
+        )
+    least = 2 * images * bytes_per_image(engine.network.graph)
+    if memory is not None and least > memory:
+        what = f"statistics of the batch need all {images} images at once, which"
+        raise too_little(what, least, memory, ", or fewer images")
+
+
 def _tape_engine(engine: Engine, images: int, memory: int | None) -> Engine:
     return Engine.build(engine.network.model, max(images, 1), memory=memory, tape=True)
 
 
 def _small_enough(engine: Engine, choices: int, images: int, memory: int | None) -> Engine:
-    """The engine, or one of smaller batches where the outputs of a batch, times the choices that
-    are held of them, are too many: those of a language model are a vocabulary for each token.
+    """The engine, or one of smaller batches where the outputs of a batch are too many: those of
+    each of the `choices` that are held, and what compares two of them, in float64.
+
+    Those of a language model are a vocabulary for each token.
 
     **Raises** `UsageError` where a single image's are.
     """
     graph = engine.network.graph
-    outputs = jax.tree.leaves(graph.outputs)[0].aval.size / graph.batch_size
-    bound, per_image = CHANGES_MEMORY if memory is None else memory, 4 * choices * outputs
+    outputs = outputs_per_image(graph)
+    bound, per_image = CHANGES_MEMORY, 4 * choices * outputs
+    if memory is not None:
+        bound = memory
+        per_image += 2 * bytes_per_image(graph) + 8 * _COMPARED_AT_ONCE * outputs
     if per_image > bound:
-        raise UsageError(
-            f"what {choices} choices change of the {int(outputs):,} outputs of one image takes "
-            f"{amount(per_image)}, and memory (--memory) allows {amount(bound)}: give that much, "
-            "or fewer --bits."
+        raise too_little(
+            f"what {choices} choices change of the {outputs:,} outputs of one image",
+            per_image,
+            bound,
+            ", or fewer --bits",
         )
-    most = int(bound // per_image)
-    if engine.batch_size <= most:
+    if memory is None and (not per_image or engine.batch_size <= bound // per_image):
         return engine
-    model, norm = engine.network.model, engine.network.batch_norm
-    return Engine.build(model, images, batch_norm=norm, batch_size=most)
+    return engine.with_at_most(evenly(images, bound // per_image, engine.placement.images))
+
+
+_COMPARED_AT_ONCE = 12
+"""Arrays of a batch's outputs that a divergence and its logarithms hold, in float64."""
 
 
 def _measure(needs: tuple[str, ...], options: TapOptions, aims: Targets | None) -> Measure:

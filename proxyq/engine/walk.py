@@ -4,7 +4,7 @@ Large tensors are reduced as soon as they appear, so memory holds one layer's te
 time. One pass serves every need that asks for the same setting.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,18 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proxyq.engine.engine import Engine
+from proxyq.engine.engine import Engine, at_least_float32
 from proxyq.engine.gradients import stride
-from proxyq.engine.memory import amount, bytes_per_image_beside, images_beside_each_other
-from proxyq.engine.rounded import weight_changes
-from proxyq.engine.segments import NO_EDIT, Edit, State
-from proxyq.errors import UsageError
+from proxyq.engine.memory import (
+    bytes_per_image_beside,
+    evenly,
+    images_beside_each_other,
+    too_little,
+)
+from proxyq.engine.segments import NO_EDIT, State, remember, run_site, text_key
 from proxyq.model.examples import Examples, locate, split_examples
 from proxyq.model.features import features
 from proxyq.model.graph import Var
 from proxyq.model.layers import Site
 from proxyq.progress import Progress
-from proxyq.quantize import Rounding
+from proxyq.quantize import Grid, Rounding, fake_quantize
+from proxyq.quantize.integers import fit_columns
 
 FORWARD_NEEDS = {
     "input": "the tensor that the layer reads, [images, …]",
@@ -65,14 +69,26 @@ def record_forward(
     other, and memory holds a single chunk.
     """
     compared = tuple(need for need in needs if need in _COMPARED)
+    rest = tuple(need for need in needs if need not in _COMPARED)
     if compared and not _fit(engine, inputs, feature, memory):
         _record_blocks(
             engine, inputs, compared, recorded,
             feature=feature, centre=centre, memory=memory, progress=progress,
         )  # fmt: skip
-        needs = tuple(need for need in needs if need not in _COMPARED)
-        if not needs:
-            return
+        needs = rest
+    elif memory is not None and compared and rest:  # the two would have room one by one only
+        for some in (compared, rest):
+            record_forward(
+                engine, inputs, some, bits, rounding, recorded,
+                feature=feature, centre=centre, memory=memory, progress=progress,
+            )  # fmt: skip
+        return
+    if not needs:
+        return
+    if memory is not None:
+        _check_whole(engine, inputs, needs, feature, memory)
+        if set(needs) & _OF_ROUNDING:
+            engine = _small_enough(engine, inputs, memory, restored="restored-error" in needs)
     chunks = engine.chunks(inputs)
     walks = [list(chunks)] if set(needs) & _WHOLE else ([chunk] for chunk in chunks)
     total = len(engine.network.sites) * (
@@ -80,6 +96,7 @@ def record_forward(
     )
     sums: dict[int, np.ndarray] = {}
     channel_sums: dict[int, np.ndarray] = {}
+    grids: dict[int, list[Grid]] = {}  # fitted once: that takes longer than many a batch
     parts: dict[tuple[str, str], list[np.ndarray]] = {}
     done = 0
 
@@ -98,6 +115,7 @@ def record_forward(
             recorded,
             sums,
             channel_sums,
+            grids,
             parts,
             tick,
             feature=feature,
@@ -132,6 +150,65 @@ def _fit(engine: Engine, inputs: Any, feature: str, memory: int | None) -> bool:
     return images <= images_beside_each_other(engine.network, own, memory)
 
 
+def _check_whole(
+    engine: Engine, inputs: Any, needs: tuple[str, ...], feature: str, memory: int
+) -> None:
+    """Refuse tensors of all images and layers that `memory` has no room for.
+
+    What nobody reduces is kept as it is, and once more while batches are put together.
+    """
+    network, graph = engine.network, engine.network.graph
+    images, size = len(jax.tree.leaves(inputs)[0]), 0
+    for name in network.names:
+        site = network.sites[network.sites_of(name)[0]]
+        eqn = graph.main[site.position]
+        found = {"input": eqn.invars[1 - site.operand], "output": eqn.outvars[0]}
+        if "feature" in needs:
+            found["feature"] = features(network, feature)[name]
+        size += sum(_bytes([var]) for need, var in found.items() if need in needs)
+    least = 2 * images * size // graph.batch_size
+    if least > memory:
+        asked = ", ".join(need for need in needs if need in _WHOLE - _COMPARED)
+        what = f"keeping tensors of all layers and images (needs {asked})"
+        raise too_little(what, least, memory, ", or fewer images")
+
+
+def _small_enough(engine: Engine, inputs: Any, memory: int, *, restored: bool) -> Engine:
+    """The engine, or one whose batches leave room for measuring what rounding does to them."""
+    per_image = rounding_bytes_per_image(engine, restored=restored)
+    if per_image > memory:
+        raise too_little("comparing a layer's outputs for one image", per_image, memory)
+    images = len(jax.tree.leaves(inputs)[0])
+    if engine.network.batch_norm == "batch":  # all at once, or not at all
+        if images * per_image > memory:
+            what = f"statistics of the batch need all {images} images at once, which"
+            raise too_little(what, images * per_image, memory, ", or fewer images")
+        return engine
+    return engine.with_at_most(evenly(images, memory // per_image, engine.placement.images))
+
+
+def rounding_bytes_per_image(engine: Engine, *, restored: bool) -> float:
+    """What one image takes while the outputs of a site are compared, where it is most.
+
+    The states before and after it; what it reads, as XLA lays it out for the site; and its output,
+    the change of it and what is reduced of both: five times the output, with the moments of each
+    channel (`restored`) six times.
+    """
+    graph, most = engine.network.graph, 0
+    for site, segment in zip(engine.network.sites, engine.segments[1:], strict=True):
+        eqn = graph.main[site.position]
+        data = eqn.invars[1 - site.operand]
+        states = _bytes({*segment.reads, *segment.keeps}) + _bytes({*segment.writes})
+        states += _bytes(segment.keeps)
+        output = (6 if restored else 5) * _bytes(eqn.outvars)
+        most = max(most, states + _bytes([data]) + output)
+    return most / graph.batch_size
+
+
+def _bytes(some: Iterable[Var]) -> int:
+    return sum(var.aval.size * var.aval.dtype.itemsize for var in some)
+
+
 def _record_blocks(
     engine: Engine,
     inputs: Any,
@@ -153,19 +230,17 @@ def _record_blocks(
     room = images_beside_each_other(engine.network, own.values(), memory) // 2
     if room < 1:
         least = 2 * bytes_per_image_beside(engine.network, own.values())
-        raise UsageError(
-            f"two images take {amount(least)} to be compared layer by layer, and `memory` "
-            f"(--memory) allows {amount(memory or 0)}: give at least {amount(least)}."
-        )
+        raise too_little("comparing two images layer by layer", least, memory or 0)
     if engine.network.batch_norm == "batch":
         least = images * bytes_per_image_beside(engine.network, own.values())
-        raise UsageError(
-            f"statistics of the batch need all {images} images at once, which takes "
-            f"{amount(least)}, and `memory` (--memory) has no room for them: give that much, or "
-            "fewer images."
-        )
+        what = f"statistics of the batch need all {images} images at once, which"
+        raise too_little(what, least, memory or 0, ", or fewer images")
     engine = Engine.build(
-        engine.network.model, images, batch_norm=engine.network.batch_norm, batch_size=room
+        engine.network.model,
+        images,
+        batch_norm=engine.network.batch_norm,
+        memory=memory,
+        batch_size=room,
     )
     # The features of the engine of this size are other variables.
     network, size = engine.network, engine.batch_size
@@ -263,7 +338,7 @@ def _errors_and_variances(sums: np.ndarray, bits: int) -> tuple[np.ndarray, np.n
 
 
 def _restored(sums: np.ndarray, means_alone: bool = False) -> np.ndarray:
-    """Relative errors `[bits]` from `[channels, 3 + 3 bits]`: see `_channel_sums`.
+    """Relative errors `[bits]` from `[channels, 3 + 3 bits]`: see `_rounded_sums`.
 
     With y a channel's output, d its change, a = std y / std (y + d), all of them centred:
 
@@ -297,6 +372,7 @@ def _walk(
     recorded: dict[str, dict[str, Any]],
     sums: dict[int, np.ndarray],
     channel_sums: dict[int, np.ndarray],
+    grids: dict[int, list[Grid]],
     parts: dict[tuple[str, str], list[np.ndarray]],
     tick: Callable[[], None],
     *,
@@ -312,15 +388,15 @@ def _walk(
     states: list[State] = [engine.start(inputs) for inputs, _ in chunks]
     counts = [count for _, count in chunks]
     places = locate(graph)
-    measured = bool(set(needs) & _OF_ROUNDING)
+    measured, restored = bool(set(needs) & _OF_ROUNDING), "restored-error" in needs
     for index, site in enumerate(network.sites):
         eqn = graph.main[site.position]
         out, data = eqn.outvars[0], eqn.invars[1 - site.operand]
         made = {var for e in engine.segments[index + 1].eqns for var in e.outvars}
         own = [out] if measured or "output" in needs else []
         capture = tuple(dict.fromkeys([*own, *(var for var in owners if var in made)]))
-        # Convolution and dot are linear: the output's change is that of the weight.
-        deltas = weight_changes(engine, index, bits, rounding) if measured else []
+        if measured and index not in grids:
+            grids[index] = [fit_columns(engine.columns(index), b, rounding) for b in bits]
         captured: dict[Var, list[Any]] = {var: [] for var in capture}
         reads: list[Any] = []
         for chunk, (state, count) in enumerate(zip(states, counts, strict=True)):
@@ -331,19 +407,12 @@ def _walk(
             for var, value in zip(capture, values, strict=True):
                 captured[var].append(value)
             if measured:
-                own_rows = site.rows(captured[out][-1], batch)[:count]
-                moments = _moments(own_rows)
-                changes = _changes(engine, index, state, deltas)
-                wrong = [
-                    _change_moments(site.rows(change, batch)[:count], own_rows)
-                    for change in changes
-                ]
-                sums[index] = sums.get(index, 0) + np.append(moments, np.stack(wrong, axis=1))
-                if "restored-error" in needs:
-                    own_columns = site.output_columns(captured[out][-1], batch)[:count]
-                    columns = [site.output_columns(one, batch)[:count] for one in changes]
-                    found = _channel_sums(own_columns, columns)
-                    channel_sums[index] = channel_sums.get(index, 0) + found
+                x = state[data] if data in state else engine.frontier[data]
+                found = _rounded_sums(
+                    engine, index, x, captured[out][-1], grids[index], count, restored=restored
+                )
+                for table, added in zip((sums, channel_sums), found, strict=False):
+                    table[index] = table.get(index, 0) + added
         if index in first:
             own = recorded[first[index]]
             if "input" in needs:
@@ -433,64 +502,91 @@ def _pooled(feature: Any) -> Any:
     return jnp.mean(jax.nn.relu(feature), axis=1)
 
 
-@jax.jit
-def _row_moments(rows: Any) -> Any:
-    # Sums over one image stay small; images are added in float64 by the caller.
-    rows = rows.astype(jnp.float32)
-    return jnp.sum(rows, axis=1), jnp.sum(rows * rows, axis=1)
+_SUMS: dict[Any, Any] = {}
 
 
-def _moments(rows: Any) -> np.ndarray:
-    """Count, sum and sum of squares, accumulated in float64 over the images."""
-    total, square = _row_moments(rows)
-    sums = (np.sum(np.asarray(part, np.float64)) for part in (total, square))
-    return np.array([rows.size, *sums])
+def _rounded_sums(
+    engine: Engine,
+    index: int,
+    x: Any,
+    y: Any,
+    grids: list[Grid],
+    count: int,
+    *,
+    restored: bool,
+) -> list[np.ndarray]:
+    """What rounding a site's weight does to its output, for the first `count` images of a batch.
 
+    One bit-width at a time, so that one change of the output lives, whatever their number:
 
-@jax.jit
-def _change_sums(change: Any, rows: Any) -> Any:
-    change, rows = change.astype(jnp.float32), rows.astype(jnp.float32)
-    after = rows + change
-    return (
-        jnp.sum(change * change, axis=1),
-        jnp.sum(after, axis=1),
-        jnp.sum(after * after, axis=1),
-    )
-
-
-def _change_moments(change: Any, rows: Any) -> np.ndarray:
-    """Square of a change, sum and square of what it changes, in float64 over the images."""
-    parts = _change_sums(change, rows)
-    return np.array([np.sum(np.asarray(part, np.float64)) for part in parts])
-
-
-@jax.jit
-def _image_sums(y: Any) -> Any:
-    y = y.astype(jnp.float32)
-    return [jnp.sum(part, axis=1) for part in (y, y * y)]
-
-
-@jax.jit
-def _image_change_sums(y: Any, change: Any) -> Any:
-    y, change = y.astype(jnp.float32), change.astype(jnp.float32)
-    return [jnp.sum(part, axis=1) for part in (change, change * change, y * change)]
-
-
-def _channel_sums(y: Any, changes: list[Any]) -> np.ndarray:
-    """`[channels, 3 + 3 bits]`: count, y, y^2, then d, d^2 and y d of each change d.
-
-    `y` and the changes are `[images, positions, channels]`; summed in float64 over the images.
+    - `[3 + 3 bits]`: count, sum and sum of squares of the output; then for the bit-widths the
+      squares of the change, the sums and the squares of what it changes;
+    - with `restored`, `[channels, 3 + 3 bits]`: the count, y and y^2, then d, d^2 and y d of
+      each change d.
     """
+    own, changed = _sum_programs(engine, index, restored)
+    weight = engine.weight(index)
+    first = _over_images(own(y), count)
+    parts = [_over_images(changed(x, weight, grid, y), count) for grid in grids]
+    positions, channels = y.size // engine.batch_size, len(first["y"]) if restored else 1
+    rows = [part[name] for name in ("wrong", "after", "after squared") for part in parts]
+    found = [np.array([count * positions, first["all"], first["all squared"], *rows])]
+    if restored:
+        columns = [part[name] for name in ("d", "d squared", "y d") for part in parts]
+        each = np.full(channels, float(count * positions // channels))
+        found.append(np.stack([each, first["y"], first["y squared"], *columns], axis=1))
+    return found
 
-    def over_images(parts: list[Any]) -> list[np.ndarray]:
-        return [np.sum(np.asarray(part, np.float64), axis=0) for part in parts]
 
-    count = np.full(y.shape[-1], float(y.shape[0] * y.shape[1]))
-    found = [over_images(_image_change_sums(y, change)) for change in changes]
-    own = [count, *over_images(_image_sums(y))]
-    return np.stack([*own, *(one[place] for place in range(3) for one in found)], axis=1)
+def _over_images(sums: dict[str, Any], count: int) -> dict[str, Any]:
+    # Sums over one image stay small; images are added in float64.
+    return {
+        name: np.sum(np.asarray(part, np.float64)[:count], axis=0) for name, part in sums.items()
+    }
 
 
-def _changes(engine: Engine, index: int, state: State, deltas: list[Any]) -> list[Any]:
-    """The change of a site's output, for each changed weight."""
-    return [engine.site_output(state, index, Edit(weight=delta)) for delta in deltas]
+def _sum_programs(engine: Engine, index: int, restored: bool) -> tuple[Any, Any]:
+    """Sums of each image's output, and of its change; jitted once for all equal sites."""
+    network, batch = engine.network, engine.batch_size
+    site = network.sites[index]
+    eqn = network.graph.main[site.position]
+    data = eqn.invars[1 - site.operand]
+    text = text_key([eqn], [data], eqn.outvars, site.operand)
+    key = (text, site.channel_axes, site.output_axes, site.examples, batch, restored)
+    programs = _SUMS.get(key)
+    if programs is not None:
+        return programs
+
+    # By axes of the tensor as it lies: flat rows would be a copy of it.
+    last = [axis + 1 for axis in site.output_axes]
+
+    def all_of(tensor: Any) -> Any:
+        return jnp.sum(tensor, axis=tuple(range(1, tensor.ndim)))
+
+    def by_channel(tensor: Any) -> Any:
+        rest = tuple(axis for axis in range(1, tensor.ndim) if axis not in last)
+        return jnp.sum(tensor, axis=rest).reshape(batch, -1)
+
+    def split(output: Any) -> Any:
+        return split_examples(output, site.examples, batch).astype(jnp.float32)
+
+    @jax.jit
+    def own(y: Any) -> dict[str, Any]:
+        y = split(y)
+        sums = {"all": all_of(y), "all squared": all_of(y * y)}
+        return sums | ({"y": by_channel(y), "y squared": by_channel(y * y)} if restored else {})
+
+    @jax.jit
+    def changed(x: Any, weight: Any, grid: Grid, y: Any) -> dict[str, Any]:
+        columns = at_least_float32(site.columns(weight))
+        wrong = site.from_columns(fake_quantize(columns, grid) - columns, weight.shape)
+        # Convolution and dot are linear: the output's change is that of the weight.
+        d, y = split(run_site(site, eqn, {data: x}, wrong, NO_EDIT)), split(y)
+        after = y + d
+        sums = {"wrong": d * d, "after": after, "after squared": after * after}
+        found = {name: all_of(part) for name, part in sums.items()}
+        if restored:
+            found |= {"d": by_channel(d), "d squared": by_channel(d * d), "y d": by_channel(y * d)}
+        return found
+
+    return remember(_SUMS, key, (own, changed))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from proxyq.engine import Taps
+from proxyq.engine.memory import tape_bytes_per_image, too_little
 from proxyq.engine.step_sizes import train_step_sizes
 from proxyq.proxies.proxy import Result, register
 
@@ -41,6 +42,7 @@ def limpq(
     ends: bool = True,
 ) -> Result:
     """Step sizes learned for all bit-widths together (trains for minutes)."""
+    _check_room(taps, batch_size)
     found = train_step_sizes(
         taps.engine.network.model,
         taps.inputs,
@@ -70,3 +72,13 @@ def limpq(
     # alpha s_w + s_a
     beside = whole(found.activations) if taps.activation_bits else None
     return Result(alpha * whole(found.weights), beside, notes)
+
+
+def _check_room(taps: Taps, batch_size: int) -> None:
+    """Refuse batches that `memory` has no room for: their size is part of the method."""
+    if taps.memory is None:
+        return
+    least = batch_size * tape_bytes_per_image(taps.engine.network)
+    if least > taps.memory:
+        what = f"a step of training (limpq) with {batch_size} images"
+        raise too_little(what, least, taps.memory, ", or a smaller batch_size")

@@ -204,6 +204,17 @@ def held_bytes(engine: Engine, pieces: Sequence[Piece], learning: Learning) -> i
     return -(-most // engine.batch_size)
 
 
+def step_bytes(engine: Engine, pieces: Sequence[Piece]) -> int:
+    """What a step takes beside that: in the dearest piece each tensor of the batch, as it is,
+    its derivative, and one of both as XLA lays it out."""
+
+    def size(piece: Piece) -> int:
+        made = (var for eqn in piece.eqns for var in eqn.outvars)
+        return sum(var.aval.size * var.aval.dtype.itemsize for var in made)
+
+    return 3 * max(map(size, pieces))
+
+
 def _check_room(
     engine: Engine, pieces: Sequence[Piece], inputs: Any, learning: Learning, memory: int | None
 ) -> None:
@@ -212,13 +223,17 @@ def _check_room(
     room, whose = memory, "`memory` (--memory) allows"
     if room is None:
         room, whose = _machine_memory(), "this machine has"
-    if room is None or one * images <= room:
+    if room is None:
         return
-    fits = room // one - room // one % engine.batch_size
+    step = step_bytes(engine, pieces)
+    if one * images + step <= room:
+        return
+    fits = max(0, room - step) // one
+    fits -= fits % engine.batch_size
     remedy = f"give at most {fits} images (--samples)" if fits else "give a smaller batch_size"
     raise UsageError(
-        f"learning the rounding holds {amount(one * images)} of {images} images, and {whose} "
-        f"{amount(room)}: {remedy}, or more memory."
+        f"learning the rounding takes {amount(one * images + step)} for {images} images, and "
+        f"{whose} {amount(room)}: {remedy}, or more memory."
     )
 
 
