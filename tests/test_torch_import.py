@@ -11,6 +11,7 @@ import pytest
 from jax.extend.core import Var
 
 from proxyq.errors import ProxyqError, UsageError
+from proxyq.model.network import network
 from proxyq.model.torch_import import from_torch, import_torchvision, register_aten
 from proxyq.model.torch_import.aten import table
 
@@ -193,6 +194,8 @@ MODULES = {
     "pixel_unshuffle": (lambda: nn.PixelUnshuffle(2), images(2, 3, 4, 6)),
     "channel_shuffle": (lambda: nn.ChannelShuffle(2), MAP),
     "unfold": (lambda: nn.Unfold((3, 2), dilation=2, padding=1, stride=2), MAP),
+    "fold": (lambda: nn.Fold((6, 7), (3, 2), padding=1, stride=2), images(2, 24, 12)),
+    "fold, dilated": (lambda: nn.Fold(7, 2, dilation=3, padding=(0, 1)), images(2, 12, 24)),
     "cosine_similarity": (lambda: nn.CosineSimilarity(dim=1), MAP, MAP),
 }
 
@@ -348,6 +351,12 @@ RESIZES = {
     "bicubic": resize(size=(14, 6), mode="bicubic"),
     "bicubic corners": resize(size=(5, 23), mode="bicubic", align_corners=True),
     "bicubic factor": resize(scale_factor=(0.8, 2.1), mode="bicubic"),
+    "bilinear smoothed": resize(size=(4, 23), mode="bilinear", antialias=True),
+    "bilinear smoothed corners": resize(
+        size=(3, 10), mode="bilinear", antialias=True, align_corners=True
+    ),
+    "bicubic smoothed": resize(size=(4, 23), mode="bicubic", antialias=True),
+    "bicubic smoothed factor": resize(scale_factor=(0.4, 1.3), mode="bicubic", antialias=True),
     "nearest 1d": lambda x: F.interpolate(x[..., 0], 5),
     "linear": lambda x: F.interpolate(x[..., 0], 5, mode="linear"),
     "trilinear": lambda x: F.interpolate(x[:, None], (5, 11, 4), mode="trilinear"),
@@ -545,6 +554,75 @@ Pair = namedtuple("Pair", "first second")
 
 def test_shapes():
     check_all(SHAPES, MAP)
+
+
+FOURIER = {
+    "fft": lambda x: torch.fft.fft(x).abs(),
+    "fft and ifft": lambda x: torch.fft.ifft(torch.fft.fft(x, dim=2) * 2j, 7, 2, "forward").real,
+    "rfft and irfft": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1) + 1, 4, dim=1),
+    "fft2": lambda x: torch.fft.fft2(x, (4, 12)).imag,
+    "rfft2 and irfft2": lambda x: torch.fft.irfft2(
+        torch.fft.rfft2(x, norm="ortho") * torch.complex(x[..., 4:], x[..., :6]),
+        s=(9, 10),
+        norm="ortho",
+    ),
+    "fftn and ifftn": lambda x: torch.fft.ifftn(torch.fft.fftn(x, dim=(1, 3)), dim=(1,)).imag,
+    "rfftn and irfftn": lambda x: torch.fft.irfftn(torch.fft.rfftn(x, dim=(1, 2)), dim=(1, 2)),
+    "shift": lambda x: (torch.fft.fftshift(x), torch.fft.ifftshift(x, dim=(2,))),
+    "polar": lambda x: torch.polar(x, x).conj().imag,
+    "angle": lambda x: (torch.complex(x, x + 1).angle(), x.angle()),
+    "view_as_complex": lambda x: torch.view_as_complex(x.unflatten(3, (5, 2))).sum(1).real,
+    "view_as_real": lambda x: torch.view_as_real(torch.fft.fft(x).mean(-1)),
+    "product of complex": lambda x: (torch.fft.fft(x) @ torch.fft.fft(x).mT).real,
+}
+
+
+def test_fourier_transforms_and_complex_numbers():
+    check_all(FOURIER, MAP)
+
+
+class Recurrent(nn.Module):
+    """Examples first in all that comes out: outputs, last states."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        first = self.inner.batch_first
+        y, states = self.inner(x if first else x.transpose(0, 1))
+        states = states if isinstance(states, tuple) else (states,)
+        return y if first else y.transpose(0, 1), [state.transpose(0, 1) for state in states]
+
+
+RECURRENT = {
+    "lstm": lambda: nn.LSTM(12, 5, 2, batch_first=True, bidirectional=True),
+    "lstm with projection": lambda: nn.LSTM(12, 5, 2, bias=False, proj_size=3),
+    "gru": lambda: nn.GRU(12, 5, 2, bidirectional=True, dropout=0.5),
+    "tanh": lambda: nn.RNN(12, 5, batch_first=True),
+    "relu": lambda: nn.RNN(12, 5, 2, nonlinearity="relu", batch_first=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+def test_recurrent_layers():
+    torch.manual_seed(0)
+    parts = {case: Recurrent(build()) for case, build in RECURRENT.items()}
+    check_all(dict(parts), TOKENS, parts=list(parts.values()))
+
+
+def test_weights_of_recurrent_layers_are_layers():
+    """Of the input in one product over all steps, of the state in one for each step."""
+    torch.manual_seed(0)
+    module = Recurrent(nn.LSTM(12, 6, 2, batch_first=True, bidirectional=True))
+    layers = {layer.name: layer for layer in network(from_torch(module, (5, 12)), 2).layers}
+    assert len(layers) == 8
+    assert layers["inner.weight_ih_l0"].output_shape == (5, 24)
+    assert layers["inner.weight_ih_l1_reverse"].output_shape == (5, 24)
+    assert layers["inner.weight_ih_l1"].macs == 5 * 24 * 12
+    # Step 1 starts from the zeros that torch gives, which are no data.
+    assert layers["inner.weight_hh_l0"].macs == 4 * 24 * 6
+    assert layers["inner.weight_hh_l1_reverse"].weights == 24 * 6
 
 
 def test_raw_batch_norm_has_running_and_batch_statistics():
@@ -940,10 +1018,11 @@ def test_indices_of_pooling_are_refused_but_not_its_values():
     check(Function(lambda x: F.max_pool2d(x, 3, return_indices=True)[0]), MAP)
 
 
-def test_what_cannot_be_exported_is_one_sentence():
+def test_what_cannot_be_exported_is_one_sentence(capfd):
     with pytest.raises(ProxyqError, match=r"torch.export cannot trace Function \(") as caught:
         from_torch(Function(lambda x: x if x.sum() > 0 else -x), (6,))
     assert "\n" not in str(caught.value)
+    assert not capfd.readouterr().err  # torch prints the graph up to the branch
     with pytest.raises(UsageError, match=r"must be a torch\.nn\.Module, got type"):
         from_torch(nn.Linear, (6,))
     with pytest.raises(UsageError, match="positive sizes"):

@@ -79,6 +79,8 @@ def _after(eqn: Equation, known: dict[Any, Examples], batch: int) -> list[Exampl
         return [place._replace(axis=params["broadcast_dimensions"][place.axis])]
     if name in ("reshape", "squeeze", "expand_dims"):
         return [_after_reshape(source, eqn.outvars[0].aval.shape, place, batch)]
+    if name == "stack":  # along a new axis
+        return [place._replace(axis=place.axis + (params["axis"] <= place.axis))]
     if "axes" in params and name.startswith(("reduce_", "arg")):
         axes = params["axes"]
         if place.axis in axes:

@@ -148,7 +148,7 @@ def _broadcast(a: Operand, b: Operand) -> tuple[Array, Array]:
 @register_aten("pow")
 def power(a: Operand, b: Operand) -> Array:
     """a to the power b; small whole exponents by multiplication."""
-    if is_number(b) and not is_number(a):
+    if is_number(b) and not isinstance(b, complex) and not is_number(a):
         if float(b) == int(b) and 0 <= b <= 16 and (is_float(a) or isinstance(b, int)):
             return jax.lax.integer_pow(cast(a, result_type(a, b)), int(b))
         if b == 0.5:

@@ -326,6 +326,31 @@ def im2col(
     return x.reshape(n, channels * x.shape[2] * x.shape[3], -1)
 
 
+@register_aten("col2im")
+def col2im(
+    x: Array,
+    output_size: list[int],
+    kernel_size: list[int],
+    dilation: list[int],
+    padding: list[int],
+    stride: list[int],
+) -> Array:
+    """The transpose of `im2col`: windows added up where they lie, (N, C · kh · kw, windows) ->
+    (N, C, H, W)."""
+    height, width = (size + 2 * p for size, p in zip(output_size, padding, strict=True))
+    (kh, kw), (dh, dw), (sh, sw) = kernel_size, dilation, stride
+    down, across = (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
+    windows = x.reshape(len(x), -1, kh, kw, down, across)
+    y = jnp.zeros((len(x), windows.shape[1], height, width), x.dtype)
+    for i in range(kh):
+        for j in range(kw):
+            rows = slice(i * dh, i * dh + sh * (down - 1) + 1, sh)
+            columns = slice(j * dw, j * dw + sw * (across - 1) + 1, sw)
+            y = y.at[:, :, rows, columns].add(windows[:, :, i, j])
+    top, left = padding
+    return y[:, :, top : top + output_size[0], left : left + output_size[1]]
+
+
 @register_aten("pixel_shuffle")
 def pixel_shuffle(x: Array, factor: int) -> Array:
     """(..., C r², H, W) -> (..., C, H r, W r)."""
