@@ -238,9 +238,12 @@ def test_activations():
 
 UNARY = (
     "abs neg sign floor ceil round trunc frac square exp expm1 sin cos tan atan sinh cosh asinh "
-    "tanh erf erfc isnan isinf isfinite logical_not reciprocal relu"
+    "tanh erf erfc isnan isinf isfinite logical_not reciprocal relu absolute negative positive "
+    "fix arctan arcsinh sinc deg2rad rad2deg"
 ).split()
-UNARY_OF_POSITIVE = "log log2 log10 log1p sqrt rsqrt exp2 acosh".split()
+UNARY_OF_POSITIVE = "log log2 log10 log1p sqrt rsqrt exp2 acosh lgamma digamma".split()
+
+SPECIAL = "erf expm1 exp2 expit".split()
 
 
 def test_functions_of_one_array():
@@ -249,12 +252,16 @@ def test_functions_of_one_array():
         name: lambda x, name=name: getattr(torch, name)(x.abs() + 1) for name in UNARY_OF_POSITIVE
     }
     cases |= {"asin": lambda x: torch.asin(x / 9), "atanh": lambda x: torch.atanh(x / 9)}
+    cases |= {f"special_{f}": lambda x, f=f: getattr(torch.special, f)(x) for f in SPECIAL}
+    cases |= {"erfinv": lambda x: torch.erfinv(x / 9), "arccos": lambda x: torch.arccos(x / 9)}
     check_all(cases, X)
 
 
 BINARY = (
     "add sub mul div maximum minimum atan2 remainder fmod floor_divide eq ne ge gt le lt"
 ).split()
+
+BINARY_OF_FLOATS = "arctan2 hypot copysign logaddexp logaddexp2 fmax fmin xlogy".split()
 
 
 def test_functions_of_two_arrays():
@@ -272,6 +279,9 @@ def test_functions_of_two_arrays():
             cases[f"{name} float, whole number"] = lambda x, i, f=f: f(x, -2)
             cases[f"{name} int, number"] = lambda x, i, f=f: f(i, 2.5)
             cases[f"{name} int, whole number"] = lambda x, i, f=f: f(i, 2)
+    for name in BINARY_OF_FLOATS:
+        f = getattr(torch, name)
+        cases[name] = lambda x, i, f=f: f(x, x[:, :1].abs() + 0.5)
     check_all(cases, X, INT)
 
 
@@ -375,6 +385,11 @@ REDUCTIONS = {
     "prod": lambda x: x.prod(-1),
     "cumsum": lambda x: x.cumsum(2),
     "cumprod": lambda x: x.cumprod(-1),
+    "cummax": lambda x: x.round().cummax(-1),
+    "cummin": lambda x: x.round().cummin(2),
+    "diff": lambda x: (x.diff(2, 1), (x > 0).diff(prepend=x[..., :1] > 1)),
+    "aminmax": lambda x: tuple(x.aminmax(dim=1, keepdim=True)),
+    "count_nonzero": lambda x: (x > 0).count_nonzero((1, 3)),
     "var": lambda x: x.var(1),
     "var biased": lambda x: x.var((2, 3), unbiased=False, keepdim=True),
     "std": lambda x: x.std(-1, correction=2),
@@ -391,6 +406,8 @@ REDUCTIONS = {
     "sort": lambda x: x.sort(1, descending=True),
     "argsort": lambda x: x.argsort(-1),
     "logsumexp": lambda x: x.logsumexp((1, 2)),
+    "histc": lambda x: x[:, 0, 0, :1] * torch.histc(x[:1, 0], 5, -1, 1.5),
+    "histc between extremes": lambda x: x[:, 0, 0, :1] * torch.histc(x[:1, 0], 4),
     "any": lambda x: (x > 2).any(1),
     "all": lambda x: (x > -2).all(-1, keepdim=True),
     "norm": lambda x: x.norm(dim=1),
@@ -529,6 +546,14 @@ SHAPES = {
     "index_select": lambda x: x.index_select(2, torch.tensor([4, 4, 0])),
     "index_put": lambda x: x.index_put((torch.arange(len(x)), torch.tensor(1)), x[:, 0]),
     "take_along_dim": lambda x: x.take_along_dim(x.argsort(1), 1),
+    "index_add": lambda x: x.index_add(1, torch.tensor([2, 2, 0]), x[:, 1:], alpha=0.5),
+    "index_copy": lambda x: x.index_copy(3, torch.tensor([8, 1]), x[..., :2]),
+    "index_fill": lambda x: x.index_fill(2, torch.tensor([8, 1]), 3.0),
+    "searchsorted": lambda x: torch.searchsorted(AX3, x.round(), right=True),
+    "bucketize": lambda x: torch.bucketize(x.round(), AX3),
+    "rot90": lambda x: x.rot90(1, (2, 3)).fliplr().flipud().flipud().swapdims(1, 2),
+    "hstack": lambda x: torch.hstack([x, 2 * x]),
+    "vstack": lambda x: torch.vstack([x, 2 * x])[: len(x)],
     "diagonal": lambda x: x.diagonal(1, 2, 3),
     "tril": lambda x: x.tril(1) - x.triu(-1),
     "unfold": lambda x: x.unfold(3, 4, 3),
@@ -623,6 +648,27 @@ def test_weights_of_recurrent_layers_are_layers():
     # Step 1 starts from the zeros that torch gives, which are no data.
     assert layers["inner.weight_hh_l0"].macs == 4 * 24 * 6
     assert layers["inner.weight_hh_l1_reverse"].weights == 24 * 6
+
+
+@pytest.mark.slow
+def test_experts_of_transformers():
+    """Routed products are run, though their weights are no layers and stay float."""
+    import_torchvision()  # transformers asks for it
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=1,
+        num_local_experts=3,
+        vocab_size=30,
+        use_cache=False,
+    )
+    model = check(transformers.MixtralModel(config), torch.randint(0, 30, (2, 7)), batches=(4,))
+    names = {layer.parameter for layer in network(model, 2).layers}
+    assert "layers.0.mlp.gate.weight" in names and not any("experts" in name for name in names)
 
 
 def test_raw_batch_norm_has_running_and_batch_statistics():
