@@ -11,6 +11,7 @@ import pytest
 from jax.extend.core import Var
 
 from proxyq.errors import ProxyqError, UsageError
+from proxyq.model.explain import kept_float
 from proxyq.model.network import network
 from proxyq.model.torch_import import from_torch, import_torchvision, register_aten
 from proxyq.model.torch_import.aten import table
@@ -667,8 +668,11 @@ def test_experts_of_transformers():
         use_cache=False,
     )
     model = check(transformers.MixtralModel(config), torch.randint(0, 30, (2, 7)), batches=(4,))
-    names = {layer.parameter for layer in network(model, 2).layers}
-    assert "layers.0.mlp.gate.weight" in names and not any("experts" in name for name in names)
+    found = network(model, 2)
+    assert "layers.0.mlp.gate.weight" in {layer.parameter for layer in found.layers}
+    experts = [one for one in kept_float(found) if "experts" in one.parameter]
+    assert [one.weights for one in experts] == [3 * 16 * 48, 3 * 24 * 16]
+    assert {one.why for one in experts} == {"experts that tokens are routed to"}
 
 
 def test_raw_batch_norm_has_running_and_batch_statistics():

@@ -30,7 +30,8 @@ def kept_float(network: Network) -> tuple[Kept, ...]:
     """The parameters that are no layer's weight, in the model's order.
 
     `why` is one of: folded into a layer; a bias or position added to data; a scale of data; rows
-    looked up by tokens (an embedding); the weight of an operation that is no product; not used.
+    looked up by tokens (an embedding); experts that tokens are routed to; the weight of an
+    operation that is no product; not used.
     """
     graph, weights = network.graph, {layer.parameter for layer in network.layers}
     folded: dict[str, str] = {}
@@ -71,6 +72,8 @@ def _roles(network: Network) -> dict[str, str]:
             continue
         if "gather" in inside:
             role = "rows looked up by tokens"
+        elif name.startswith("ragged_dot"):
+            role = "experts that tokens are routed to"
         elif name in _SUMS:
             role = "added to data"
         elif name in _SCALES:
