@@ -599,7 +599,8 @@ FOURIER = {
     "angle": lambda x: (torch.complex(x, x + 1).angle(), x.angle()),
     "view_as_complex": lambda x: torch.view_as_complex(x.unflatten(3, (5, 2))).sum(1).real,
     "view_as_real": lambda x: torch.view_as_real(torch.fft.fft(x).mean(-1)),
-    "product of complex": lambda x: (torch.fft.fft(x) @ torch.fft.fft(x).mT).real,
+    "product of complex": lambda x: torch.view_as_real(torch.fft.fft(x) @ torch.fft.fft(x).mH),
+    "adjoint": lambda x: torch.fft.fft(x).adjoint().imag,
 }
 
 

@@ -63,9 +63,8 @@ def transpose(x: Array, dim0: int, dim1: int) -> Array:
     return jnp.swapaxes(x, dim0, dim1) if x.ndim else x
 
 
-register_aten("t", "numpy_T", "mT", "adjoint")(
-    lambda x: jnp.swapaxes(x, -1, -2) if x.ndim > 1 else x
-)
+register_aten("t", "numpy_T", "mT")(lambda x: jnp.swapaxes(x, -1, -2) if x.ndim > 1 else x)
+register_aten("adjoint", "mH", "matrix_H")(lambda x: jnp.conj(jnp.swapaxes(x, -1, -2)))
 register_aten("permute", "permute_copy")(lambda x, dims: jnp.transpose(x, tuple(dims)))
 register_aten("movedim")(lambda x, source, target: jnp.moveaxis(x, source, target))
 
