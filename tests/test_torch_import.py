@@ -242,7 +242,7 @@ UNARY = (
     "tanh erf erfc isnan isinf isfinite logical_not reciprocal relu absolute negative positive "
     "fix arctan arcsinh sinc deg2rad rad2deg"
 ).split()
-UNARY_OF_POSITIVE = "log log2 log10 log1p sqrt rsqrt exp2 acosh lgamma digamma".split()
+UNARY_OF_POSITIVE = "log log2 log10 log1p sqrt rsqrt exp2 acosh lgamma".split()
 
 SPECIAL = "erf expm1 exp2 expit".split()
 
@@ -254,7 +254,7 @@ def test_functions_of_one_array():
     }
     cases |= {"asin": lambda x: torch.asin(x / 9), "atanh": lambda x: torch.atanh(x / 9)}
     cases |= {f"special_{f}": lambda x, f=f: getattr(torch.special, f)(x) for f in SPECIAL}
-    cases |= {"erfinv": lambda x: torch.erfinv(x / 9), "arccos": lambda x: torch.arccos(x / 9)}
+    cases |= {"arccos": lambda x: torch.arccos(x / 9)}
     check_all(cases, X)
 
 
