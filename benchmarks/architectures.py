@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ def main() -> None:
 
         files = [into / f"{spec.replace(':', '-')}.json" for spec in every()]
         rows = [json.loads(file.read_text()) for file in files if file.is_file()]
-        write_atomic(args.out, "\n".join(table(rows)) + "\n")
+        done = {row["spec"] for row in rows}
+        waiting = [spec for spec in every() if spec not in done]
+        write_atomic(args.out, "\n".join(table(rows, waiting)) + "\n")
 
 
 def every() -> list[str]:
@@ -388,8 +391,8 @@ def first_tensor(outputs: Any) -> Any:
 # -- the page ----------------------------------------------------------------------------
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown from the rows."""
+def table(rows: list[dict[str, Any]], waiting: Sequence[str] = ()) -> list[str]:
+    """Markdown from the rows; `waiting` are specs that are not measured yet."""
     fine = [row for row in rows if "error" not in row]
     close = [row for row in fine if row["parity"] <= 1e-4]
     lines = [
@@ -442,6 +445,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                 f"| {name} | {row['parameters'] / 1e6:.1f} M | {row['layers']} | {kinds} | "
                 f"{parity} | {seconds[0]} | {seconds[1]} |"
             )
+        names = [spec.partition(":")[2] for spec in waiting if spec.startswith(library + ":")]
+        if names:
+            lines += ["", f"Not measured yet: {', '.join(names)}."]
     return lines
 
 

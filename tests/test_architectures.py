@@ -60,7 +60,10 @@ def test_the_page_tells_of_failures():
     )
     assert "CPU seconds of the process, without compiling. `" in page
     assert "unknown / operator" in page
-    assert "brackets" not in page
+    assert "brackets" not in page and "Not measured" not in page
+    waiting = ["timm:three", "transformers:four", "timm:five"]
+    page = "\n".join(benchmark.table(rows, waiting))
+    assert "Not measured yet: three, five." in page and "Not measured yet: four." in page
     rows[0] |= {"parity": 3e-5, "torch_rounding": 2e-5}
     page = "\n".join(benchmark.table(rows))
     assert "| 3.0e-05 (2.0e-05) |" in page and "above 1e-05, torch's own" in page
