@@ -11,6 +11,8 @@ import pytest
 from jax.extend.core import Var
 
 from proxyq.errors import ProxyqError, UsageError
+from proxyq.model.explain import kept_float
+from proxyq.model.network import network
 from proxyq.model.torch_import import from_torch, import_torchvision, register_aten
 from proxyq.model.torch_import.aten import table
 
@@ -193,6 +195,8 @@ MODULES = {
     "pixel_unshuffle": (lambda: nn.PixelUnshuffle(2), images(2, 3, 4, 6)),
     "channel_shuffle": (lambda: nn.ChannelShuffle(2), MAP),
     "unfold": (lambda: nn.Unfold((3, 2), dilation=2, padding=1, stride=2), MAP),
+    "fold": (lambda: nn.Fold((6, 7), (3, 2), padding=1, stride=2), images(2, 24, 12)),
+    "fold, dilated": (lambda: nn.Fold(7, 2, dilation=3, padding=(0, 1)), images(2, 12, 24)),
     "cosine_similarity": (lambda: nn.CosineSimilarity(dim=1), MAP, MAP),
 }
 
@@ -235,9 +239,12 @@ def test_activations():
 
 UNARY = (
     "abs neg sign floor ceil round trunc frac square exp expm1 sin cos tan atan sinh cosh asinh "
-    "tanh erf erfc isnan isinf isfinite logical_not reciprocal relu"
+    "tanh erf erfc isnan isinf isfinite logical_not reciprocal relu absolute negative positive "
+    "fix arctan arcsinh sinc deg2rad rad2deg"
 ).split()
-UNARY_OF_POSITIVE = "log log2 log10 log1p sqrt rsqrt exp2 acosh".split()
+UNARY_OF_POSITIVE = "log log2 log10 log1p sqrt rsqrt exp2 acosh lgamma".split()
+
+SPECIAL = "erf expm1 exp2 expit".split()
 
 
 def test_functions_of_one_array():
@@ -246,12 +253,16 @@ def test_functions_of_one_array():
         name: lambda x, name=name: getattr(torch, name)(x.abs() + 1) for name in UNARY_OF_POSITIVE
     }
     cases |= {"asin": lambda x: torch.asin(x / 9), "atanh": lambda x: torch.atanh(x / 9)}
+    cases |= {f"special_{f}": lambda x, f=f: getattr(torch.special, f)(x) for f in SPECIAL}
+    cases |= {"arccos": lambda x: torch.arccos(x / 9)}
     check_all(cases, X)
 
 
 BINARY = (
     "add sub mul div maximum minimum atan2 remainder fmod floor_divide eq ne ge gt le lt"
 ).split()
+
+BINARY_OF_FLOATS = "arctan2 hypot copysign logaddexp logaddexp2 fmax fmin xlogy".split()
 
 
 def test_functions_of_two_arrays():
@@ -269,6 +280,9 @@ def test_functions_of_two_arrays():
             cases[f"{name} float, whole number"] = lambda x, i, f=f: f(x, -2)
             cases[f"{name} int, number"] = lambda x, i, f=f: f(i, 2.5)
             cases[f"{name} int, whole number"] = lambda x, i, f=f: f(i, 2)
+    for name in BINARY_OF_FLOATS:
+        f = getattr(torch, name)
+        cases[name] = lambda x, i, f=f: f(x, x[:, :1].abs() + 0.5)
     check_all(cases, X, INT)
 
 
@@ -348,6 +362,12 @@ RESIZES = {
     "bicubic": resize(size=(14, 6), mode="bicubic"),
     "bicubic corners": resize(size=(5, 23), mode="bicubic", align_corners=True),
     "bicubic factor": resize(scale_factor=(0.8, 2.1), mode="bicubic"),
+    "bilinear smoothed": resize(size=(4, 23), mode="bilinear", antialias=True),
+    "bilinear smoothed corners": resize(
+        size=(3, 10), mode="bilinear", antialias=True, align_corners=True
+    ),
+    "bicubic smoothed": resize(size=(4, 23), mode="bicubic", antialias=True),
+    "bicubic smoothed factor": resize(scale_factor=(0.4, 1.3), mode="bicubic", antialias=True),
     "nearest 1d": lambda x: F.interpolate(x[..., 0], 5),
     "linear": lambda x: F.interpolate(x[..., 0], 5, mode="linear"),
     "trilinear": lambda x: F.interpolate(x[:, None], (5, 11, 4), mode="trilinear"),
@@ -366,6 +386,11 @@ REDUCTIONS = {
     "prod": lambda x: x.prod(-1),
     "cumsum": lambda x: x.cumsum(2),
     "cumprod": lambda x: x.cumprod(-1),
+    "cummax": lambda x: x.round().cummax(-1),
+    "cummin": lambda x: x.round().cummin(2),
+    "diff": lambda x: (x.diff(2, 1), (x > 0).diff(prepend=x[..., :1] > 1)),
+    "aminmax": lambda x: tuple(x.aminmax(dim=1, keepdim=True)),
+    "count_nonzero": lambda x: (x > 0).count_nonzero((1, 3)),
     "var": lambda x: x.var(1),
     "var biased": lambda x: x.var((2, 3), unbiased=False, keepdim=True),
     "std": lambda x: x.std(-1, correction=2),
@@ -382,6 +407,8 @@ REDUCTIONS = {
     "sort": lambda x: x.sort(1, descending=True),
     "argsort": lambda x: x.argsort(-1),
     "logsumexp": lambda x: x.logsumexp((1, 2)),
+    "histc": lambda x: x[:, 0, 0, :1] * torch.histc(x[:1, 0], 5, -1, 1.5),
+    "histc between extremes": lambda x: x[:, 0, 0, :1] * torch.histc(x[:1, 0], 4),
     "any": lambda x: (x > 2).any(1),
     "all": lambda x: (x > -2).all(-1, keepdim=True),
     "norm": lambda x: x.norm(dim=1),
@@ -520,6 +547,14 @@ SHAPES = {
     "index_select": lambda x: x.index_select(2, torch.tensor([4, 4, 0])),
     "index_put": lambda x: x.index_put((torch.arange(len(x)), torch.tensor(1)), x[:, 0]),
     "take_along_dim": lambda x: x.take_along_dim(x.argsort(1), 1),
+    "index_add": lambda x: x.index_add(1, torch.tensor([2, 2, 0]), x[:, 1:], alpha=0.5),
+    "index_copy": lambda x: x.index_copy(3, torch.tensor([8, 1]), x[..., :2]),
+    "index_fill": lambda x: x.index_fill(2, torch.tensor([8, 1]), 3.0),
+    "searchsorted": lambda x: torch.searchsorted(AX3, x.round(), right=True),
+    "bucketize": lambda x: torch.bucketize(x.round(), AX3),
+    "rot90": lambda x: x.rot90(1, (2, 3)).fliplr().flipud().flipud().swapdims(1, 2),
+    "hstack": lambda x: torch.hstack([x, 2 * x]),
+    "vstack": lambda x: torch.vstack([x, 2 * x])[: len(x)],
     "diagonal": lambda x: x.diagonal(1, 2, 3),
     "tril": lambda x: x.tril(1) - x.triu(-1),
     "unfold": lambda x: x.unfold(3, 4, 3),
@@ -545,6 +580,100 @@ Pair = namedtuple("Pair", "first second")
 
 def test_shapes():
     check_all(SHAPES, MAP)
+
+
+FOURIER = {
+    "fft": lambda x: torch.fft.fft(x).abs(),
+    "fft and ifft": lambda x: torch.fft.ifft(torch.fft.fft(x, dim=2) * 2j, 7, 2, "forward").real,
+    "rfft and irfft": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1) + 1, 4, dim=1),
+    "fft2": lambda x: torch.fft.fft2(x, (4, 12)).imag,
+    "rfft2 and irfft2": lambda x: torch.fft.irfft2(
+        torch.fft.rfft2(x, norm="ortho") * torch.complex(x[..., 4:], x[..., :6]),
+        s=(9, 10),
+        norm="ortho",
+    ),
+    "fftn and ifftn": lambda x: torch.fft.ifftn(torch.fft.fftn(x, dim=(1, 3)), dim=(1,)).imag,
+    "rfftn and irfftn": lambda x: torch.fft.irfftn(torch.fft.rfftn(x, dim=(1, 2)), dim=(1, 2)),
+    "shift": lambda x: (torch.fft.fftshift(x), torch.fft.ifftshift(x, dim=(2,))),
+    "polar": lambda x: torch.polar(x, x).conj().imag,
+    "angle": lambda x: (torch.complex(x, x + 1).angle(), x.angle()),
+    "view_as_complex": lambda x: torch.view_as_complex(x.unflatten(3, (5, 2))).sum(1).real,
+    "view_as_real": lambda x: torch.view_as_real(torch.fft.fft(x).mean(-1)),
+    "product of complex": lambda x: torch.view_as_real(torch.fft.fft(x) @ torch.fft.fft(x).mH),
+    "adjoint": lambda x: torch.fft.fft(x).adjoint().imag,
+}
+
+
+def test_fourier_transforms_and_complex_numbers():
+    check_all(FOURIER, MAP)
+
+
+class Recurrent(nn.Module):
+    """Examples first in all that comes out: outputs, last states."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        first = self.inner.batch_first
+        y, states = self.inner(x if first else x.transpose(0, 1))
+        states = states if isinstance(states, tuple) else (states,)
+        return y if first else y.transpose(0, 1), [state.transpose(0, 1) for state in states]
+
+
+RECURRENT = {
+    "lstm": lambda: nn.LSTM(12, 5, 2, batch_first=True, bidirectional=True),
+    "lstm with projection": lambda: nn.LSTM(12, 5, 2, bias=False, proj_size=3),
+    "gru": lambda: nn.GRU(12, 5, 2, bidirectional=True, dropout=0.5),
+    "tanh": lambda: nn.RNN(12, 5, batch_first=True),
+    "relu": lambda: nn.RNN(12, 5, 2, nonlinearity="relu", batch_first=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+def test_recurrent_layers():
+    torch.manual_seed(0)
+    parts = {case: Recurrent(build()) for case, build in RECURRENT.items()}
+    check_all(dict(parts), TOKENS, parts=list(parts.values()))
+
+
+def test_weights_of_recurrent_layers_are_layers():
+    """Of the input in one product over all steps, of the state in one for each step."""
+    torch.manual_seed(0)
+    module = Recurrent(nn.LSTM(12, 6, 2, batch_first=True, bidirectional=True))
+    layers = {layer.name: layer for layer in network(from_torch(module, (5, 12)), 2).layers}
+    assert len(layers) == 8
+    assert layers["inner.weight_ih_l0"].output_shape == (5, 24)
+    assert layers["inner.weight_ih_l1_reverse"].output_shape == (5, 24)
+    assert layers["inner.weight_ih_l1"].macs == 5 * 24 * 12
+    # Step 1 starts from the zeros that torch gives, which are no data.
+    assert layers["inner.weight_hh_l0"].macs == 4 * 24 * 6
+    assert layers["inner.weight_hh_l1_reverse"].weights == 24 * 6
+
+
+@pytest.mark.slow
+def test_experts_of_transformers():
+    """Routed products are run, though their weights are no layers and stay float."""
+    import_torchvision()  # transformers asks for it
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=1,
+        num_local_experts=3,
+        vocab_size=30,
+        use_cache=False,
+    )
+    model = check(transformers.MixtralModel(config), torch.randint(0, 30, (2, 7)), batches=(4,))
+    found = network(model, 2)
+    assert "layers.0.mlp.gate.weight" in {layer.parameter for layer in found.layers}
+    experts = [one for one in kept_float(found) if "experts" in one.parameter]
+    assert [one.weights for one in experts] == [3 * 16 * 48, 3 * 24 * 16]
+    assert {one.why for one in experts} == {"experts that tokens are routed to"}
 
 
 def test_raw_batch_norm_has_running_and_batch_statistics():
@@ -940,10 +1069,11 @@ def test_indices_of_pooling_are_refused_but_not_its_values():
     check(Function(lambda x: F.max_pool2d(x, 3, return_indices=True)[0]), MAP)
 
 
-def test_what_cannot_be_exported_is_one_sentence():
+def test_what_cannot_be_exported_is_one_sentence(capfd):
     with pytest.raises(ProxyqError, match=r"torch.export cannot trace Function \(") as caught:
         from_torch(Function(lambda x: x if x.sum() > 0 else -x), (6,))
     assert "\n" not in str(caught.value)
+    assert not capfd.readouterr().err  # torch prints the graph up to the branch
     with pytest.raises(UsageError, match=r"must be a torch\.nn\.Module, got type"):
         from_torch(nn.Linear, (6,))
     with pytest.raises(UsageError, match="positive sizes"):

@@ -81,6 +81,8 @@ def _after(
         return [place._replace(axis=params["broadcast_dimensions"][place.axis])]
     if name in ("reshape", "squeeze", "expand_dims"):
         return [_after_reshape(source, eqn.outvars[0].aval.shape, place, batch)]
+    if name == "stack":  # along a new axis
+        return [place._replace(axis=place.axis + (params["axis"] <= place.axis))]
     if "axes" in params and name.startswith(("reduce_", "arg")):
         axes = params["axes"]
         if place.axis in axes:

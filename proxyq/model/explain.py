@@ -34,8 +34,8 @@ def kept_float(network: Network) -> tuple[Kept, ...]:
 
     `why` is one of: folded into a layer; a bias or position added to data; rows of a table at fixed
     places, added to data (positions by number, which no data choose); a scale of data; rows looked
-    up by tokens (an embedding, where these are no layers); the weight of an operation that is no
-    product; not used.
+    up by tokens (an embedding, where these are no layers); experts that tokens are routed to; the
+    weight of an operation that is no product; not used.
     """
     graph, weights = network.graph, {layer.parameter for layer in network.layers}
     folded: dict[str, str] = {}
@@ -77,6 +77,8 @@ def _roles(network: Network) -> dict[str, str]:
             continue
         if "gather" in inside:
             role = LOOKED_UP
+        elif name.startswith("ragged_dot"):
+            role = "experts that tokens are routed to"
         elif name in _SUMS:
             role = ADDED
         elif name in _SCALES:

@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import io
 import logging
 import math
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -33,6 +35,8 @@ _NOISE = (
     (FutureWarning, r".*(treespec|TreeSpec|LeafSpec).*"),
     (DeprecationWarning, r".*"),
     (UserWarning, r".*(deprecated|_maybe_guard_rel|was not a valid FQN|does not reference).*"),
+    # What it thinks of the list in which a recurrent layer keeps its weights.
+    (UserWarning, r"(?s).*_flat_weights.*"),
 )
 
 
@@ -72,6 +76,16 @@ def quiet_export() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def _unprinted_failure() -> Iterator[None]:
+    """Without the graph that torch prints when an export fails; other ways are tried, and one
+    sentence tells of the last failure. What is printed otherwise comes out afterwards."""
+    held = io.StringIO()
+    with contextlib.redirect_stderr(held):
+        yield
+    sys.stderr.write(held.getvalue())
 
 
 class Unexportable(Exception):
@@ -166,7 +180,7 @@ def export(
         for leaf in torch.utils._pytree.tree_leaves(inputs):
             shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
     try:
-        with quiet_export():
+        with quiet_export(), _unprinted_failure():
             exported = torch.export.export(
                 module, args, kwargs, dynamic_shapes=shapes, strict=False
             )
@@ -190,6 +204,8 @@ def numpy_dtype(dtype: Any) -> np.dtype:
         torch.int8: np.int8,
         torch.uint8: np.uint8,
         torch.bool: np.bool_,
+        torch.complex128: np.complex64,
+        torch.complex64: np.complex64,
     }
     if dtype not in known:
         raise ProxyqError(f"the model uses {dtype}, which has no counterpart here.")

@@ -15,6 +15,9 @@ from proxyq.model.torch_import.aten import (
     creation as creation,
 )
 from proxyq.model.torch_import.aten import (
+    fourier as fourier,
+)
+from proxyq.model.torch_import.aten import (
     layers as layers,
 )
 from proxyq.model.torch_import.aten import (
@@ -25,6 +28,9 @@ from proxyq.model.torch_import.aten import (
 )
 from proxyq.model.torch_import.aten import (
     python as python,
+)
+from proxyq.model.torch_import.aten import (
+    recurrent as recurrent,
 )
 from proxyq.model.torch_import.aten import (
     shape as shape,

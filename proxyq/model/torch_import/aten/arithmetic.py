@@ -50,11 +50,20 @@ _FLOATING: dict[str, Callable[[Array], Array]] = {
     "erf": jax.lax.erf,
     "erfc": jax.lax.erfc,
     "special_erf": jax.lax.erf,
+    "special_expm1": jnp.expm1,
+    "special_exp2": jnp.exp2,
+    "special_log1p": jnp.log1p,
+    "special_expit": jax.nn.sigmoid,
+    "lgamma": jax.lax.lgamma,
+    "sinc": jnp.sinc,
+    "deg2rad": jnp.deg2rad,
+    "rad2deg": jnp.rad2deg,
 }
 # Functions of one array that keep its dtype (booleans for the tests).
 _KEEPING: dict[str, Callable[[Array], Array]] = {
     "abs": jnp.abs,
     "neg": jnp.negative,
+    "positive": jnp.positive,
     "sign": jnp.sign,
     "floor": jnp.floor,
     "ceil": jnp.ceil,
@@ -67,6 +76,18 @@ _KEEPING: dict[str, Callable[[Array], Array]] = {
     "logical_not": jnp.logical_not,
     "bitwise_not": jnp.bitwise_not,
 }
+# Other names of the same functions.
+_ALIASES = {
+    "absolute": "abs",
+    "negative": "neg",
+    "fix": "trunc",
+    "arcsin": "asin",
+    "arccos": "acos",
+    "arctan": "atan",
+    "arcsinh": "asinh",
+    "arccosh": "acosh",
+    "arctanh": "atanh",
+}
 # Functions of two operands, promoted and broadcast.
 _BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "mul": jnp.multiply,
@@ -75,6 +96,8 @@ _BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "minimum": jnp.minimum,
     "max.other": jnp.maximum,
     "min.other": jnp.minimum,
+    "fmax": jnp.fmax,
+    "fmin": jnp.fmin,
     "remainder": jnp.remainder,
     "fmod": jnp.fmod,
     "floor_divide": jnp.floor_divide,
@@ -95,6 +118,24 @@ _BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "__xor__": jnp.bitwise_xor,
 }
 
+# Functions of two operands that are floats, or become float32.
+_FLOATING_BINARY: dict[str, Callable[[Array, Array], Array]] = {
+    "atan2": jnp.arctan2,
+    "arctan2": jnp.arctan2,
+    "hypot": jnp.hypot,
+    "copysign": jnp.copysign,
+    "logaddexp": jnp.logaddexp,
+    "logaddexp2": jnp.logaddexp2,
+    "xlogy": jax.scipy.special.xlogy,
+    "special_xlogy": jax.scipy.special.xlogy,
+}
+
+for _name, _function in _FLOATING_BINARY.items():
+    register_aten(_name)(
+        lambda a, b, _function=_function: elementwise(_function, a, b, floating=True)
+    )
+_FLOATING |= {name: _FLOATING[same] for name, same in _ALIASES.items() if same in _FLOATING}
+_KEEPING |= {name: _KEEPING[same] for name, same in _ALIASES.items() if same in _KEEPING}
 for _name, _function in _FLOATING.items():
     register_aten(_name)(lambda x, _function=_function: _function(to_float(x)))
 for _name, _function in _KEEPING.items():
@@ -148,18 +189,12 @@ def _broadcast(a: Operand, b: Operand) -> tuple[Array, Array]:
 @register_aten("pow")
 def power(a: Operand, b: Operand) -> Array:
     """a to the power b; small whole exponents by multiplication."""
-    if is_number(b) and not is_number(a):
+    if is_number(b) and not isinstance(b, complex) and not is_number(a):
         if float(b) == int(b) and 0 <= b <= 16 and (is_float(a) or isinstance(b, int)):
             return jax.lax.integer_pow(cast(a, result_type(a, b)), int(b))
         if b == 0.5:
             return jnp.sqrt(to_float(a))
     return elementwise(jnp.power, a, b)
-
-
-@register_aten("atan2")
-def atan2(a: Operand, b: Operand) -> Array:
-    """The angle of the point (b, a)."""
-    return elementwise(jnp.arctan2, a, b, floating=True)
 
 
 @register_aten("frac")
@@ -271,6 +306,30 @@ def product(
 def cumsum(x: Array, dim: int, *, dtype: np.dtype | None = None) -> Array:
     """Running sum along `dim`."""
     return jnp.cumsum(_summable(x, dtype), axis=dim)
+
+
+def _running(x: Array, dim: int, function: Callable[..., Array]) -> tuple[Array, Array]:
+    """The running extreme along `dim` and the last place where it was met."""
+    axis = dim % x.ndim
+    extreme = function(x, axis=axis)
+    places = jax.lax.broadcasted_iota(INTEGER, x.shape, axis)
+    return extreme, jax.lax.cummax(jnp.where(x == extreme, places, 0), axis=axis)
+
+
+register_aten("cummax")(lambda x, dim: _running(x, dim, jax.lax.cummax))
+register_aten("cummin")(lambda x, dim: _running(x, dim, jax.lax.cummin))
+
+
+@register_aten("diff")
+def diff(
+    x: Array,
+    n: int = 1,
+    dim: int = -1,
+    prepend: Array | None = None,
+    append: Array | None = None,
+) -> Array:
+    """Differences of neighbours along `dim`, n times over."""
+    return jnp.diff(x, n, dim, prepend, append)
 
 
 @register_aten("cumprod")
@@ -400,6 +459,29 @@ def sort(x: Array, dim: int = -1, descending: bool = False) -> tuple[Array, Arra
 def argsort(x: Array, dim: int = -1, descending: bool = False) -> Array:
     """The places of `sort`."""
     return sort(x, dim, descending)[1]
+
+
+@register_aten("aminmax")
+def aminmax(x: Array, *, dim: int | None = None, keepdim: bool = False) -> tuple[Array, Array]:
+    """Smallest and largest value."""
+    return jnp.min(x, axis=dim, keepdims=keepdim), jnp.max(x, axis=dim, keepdims=keepdim)
+
+
+@register_aten("count_nonzero")
+def count_nonzero(x: Array, dim: Axes = None) -> Array:
+    """How many values are not zero."""
+    return jnp.count_nonzero(x, axis=axes_of(dim)).astype(INTEGER)
+
+
+@register_aten("histc")
+def histc(x: Array, bins: int = 100, low: float = 0, high: float = 0) -> Array:
+    """How many values fall into each of `bins` equal parts of [low, high]; equal limits mean
+    the extremes of x."""
+    start, end = (jnp.min(x), jnp.max(x)) if low == high else (low, high)
+    inside = (x >= start) & (x <= end)
+    place = jnp.floor((x - start) / (end - start) * cast(float(bins), x.dtype)).astype(INTEGER)
+    place = jnp.clip(place, 0, bins - 1)  # the highest value belongs to the last part
+    return jnp.zeros(bins, x.dtype).at[place].add(cast(inside, x.dtype))
 
 
 @register_aten("logsumexp", "special_logsumexp")

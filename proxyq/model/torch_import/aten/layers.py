@@ -194,6 +194,14 @@ def bilinear(a: Array, b: Array, weight: Array, bias: Array | None = None) -> Ar
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
+@register_aten("transformers::grouped_mm_fallback")
+def grouped_product(x: Array, weights: Array, ends: Array) -> Array:
+    """Rows of x [rows, in] up to ends[0] times weights[0] [in, out], those up to ends[1] times
+    weights[1], and so on: the experts of transformers, rows sorted by expert."""
+    sizes = jnp.diff(ends, prepend=jnp.zeros(1, ends.dtype))
+    return jax.lax.ragged_dot(x, weights, sizes)
+
+
 @register_aten("embedding")
 def embedding(
     weight: Array,

@@ -1,7 +1,7 @@
 """Pooling and resizing."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -264,6 +264,39 @@ def _cubic_far(t: np.ndarray) -> np.ndarray:
     return ((_A * t - 5 * _A) * t + 8 * _A) * t - 4 * _A
 
 
+def _smoothed(
+    x: Array, plan: list[tuple[int, int, int, float | None]], align_corners: bool, cubic: bool
+) -> Array:
+    """`_interpolated` without aliasing: where an axis shrinks, the kernel widens with it.
+
+    Weights beyond the border are left out and the others brought to the sum 1.
+    """
+    for axis, size, out, factor in plan:
+        if size == out and (align_corners or factor in (None, 1.0)):
+            continue
+        i = np.arange(out, dtype=np.float64)
+        if align_corners:
+            scale = (size - 1) / (out - 1) if out > 1 else 0.0
+        else:
+            scale = 1 / factor if factor else size / out
+        wide = max(scale, 1.0)
+        centre, reach = scale * (i + 0.5), wide * (2 if cubic else 1)
+        place = np.arange(size) + 0.5
+        first = np.maximum((centre - reach + 0.5).astype(int), 0)
+        last = np.minimum((centre + reach + 0.5).astype(int), size)
+        inside = (place > first[:, None]) & (place < last[:, None])
+        t = np.abs(place - centre[:, None]) / wide
+        weights = np.where(inside, _keys(t) if cubic else np.maximum(1 - t, 0), 0)
+        x = _along(x, weights / weights.sum(1, keepdims=True), axis)
+    return x
+
+
+def _keys(t: np.ndarray) -> np.ndarray:
+    """The cubic kernel with the constant -1/2, which torch has where it avoids aliasing."""
+    near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
+    return np.where(t < 1, near, np.where(t < 2, far, 0))
+
+
 def _register_upsample(name: str, rank: int, offset: float) -> None:
     @register_aten(f"{name}.vec")
     def upsample_by_factors(
@@ -278,7 +311,9 @@ def _register_upsample(name: str, rank: int, offset: float) -> None:
         return _nearest(x, plan, offset)
 
 
-def _register_interpolate(name: str, rank: int, cubic: bool) -> None:
+def _register_interpolate(
+    name: str, rank: int, cubic: bool, function: Callable[..., Array] = _interpolated
+) -> None:
     @register_aten(f"{name}.vec")
     def interpolate_by_factors(
         x: Array,
@@ -286,7 +321,7 @@ def _register_interpolate(name: str, rank: int, cubic: bool) -> None:
         align_corners: bool,
         scale_factors: list[float] | None,
     ) -> Array:
-        return _interpolated(x, _resized(x, rank, output_size, scale_factors), align_corners, cubic)
+        return function(x, _resized(x, rank, output_size, scale_factors), align_corners, cubic)
 
     @register_aten(name)
     def interpolate(
@@ -294,7 +329,7 @@ def _register_interpolate(name: str, rank: int, cubic: bool) -> None:
     ) -> Array:
         factors = [s for s in scales if s is not None]
         plan = _resized(x, rank, output_size, factors if len(factors) == rank else None)
-        return _interpolated(x, plan, align_corners, cubic)
+        return function(x, plan, align_corners, cubic)
 
 
 for _rank in (1, 2, 3):
@@ -304,3 +339,5 @@ _register_interpolate("upsample_linear1d", 1, False)
 _register_interpolate("upsample_bilinear2d", 2, False)
 _register_interpolate("upsample_trilinear3d", 3, False)
 _register_interpolate("upsample_bicubic2d", 2, True)
+_register_interpolate("_upsample_bilinear2d_aa", 2, False, _smoothed)
+_register_interpolate("_upsample_bicubic2d_aa", 2, True, _smoothed)

@@ -1,8 +1,8 @@
 """torch's rules for mixed dtypes and shapes, on JAX arrays.
 
 torch ranks operands: arrays with axes decide the dtype, then arrays without axes, then
-Python numbers; a lower rank counts only when its category (bool < integer < float) is
-higher. Everything is made explicit, so the results do not depend on JAX's own settings
+Python numbers; a lower rank counts only when its category (bool < integer < float <
+complex) is higher. Everything is made explicit, so the results do not depend on JAX's own settings
 for promotion.
 """
 
@@ -18,23 +18,26 @@ Array = Any
 FLOAT = np.dtype(np.float32)
 INTEGER = np.dtype(np.int32)
 BOOL = np.dtype(np.bool_)
+COMPLEX = np.dtype(np.complex64)
 
 
 def is_number(value: Any) -> bool:
     """A Python number (or bool), as opposed to an array."""
-    return isinstance(value, bool | int | float)
+    return isinstance(value, bool | int | float | complex)
 
 
 def category(dtype: Any) -> int:
-    """0 for bool, 1 for integers, 2 for floats."""
+    """0 for bool, 1 for integers, 2 for floats, 3 for complex numbers."""
     if dtype == BOOL:
         return 0
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return 3
     return 2 if jnp.issubdtype(dtype, jnp.floating) else 1
 
 
 def is_float(x: Any) -> bool:
-    """Whether an array or a number is a floating-point one."""
-    return isinstance(x, float) if is_number(x) else category(jnp.result_type(x)) == 2
+    """Whether an array or a number is a floating-point or a complex one."""
+    return isinstance(x, float | complex) if is_number(x) else category(jnp.result_type(x)) >= 2
 
 
 def result_type(*operands: Any) -> np.dtype:
@@ -42,7 +45,8 @@ def result_type(*operands: Any) -> np.dtype:
     ranks: list[np.dtype | None] = [None, None, None]
     for operand in operands:
         if is_number(operand):
-            rank, dtype = 2, np.dtype({bool: BOOL, int: INTEGER, float: FLOAT}[type(operand)])
+            kinds = {bool: BOOL, int: INTEGER, float: FLOAT, complex: COMPLEX}
+            rank, dtype = 2, kinds[type(operand)]
         else:
             rank, dtype = (0 if operand.ndim else 1), np.dtype(operand.dtype)
         known = ranks[rank]
@@ -77,7 +81,7 @@ def cast(x: Any, dtype: Any) -> Array:
 
 
 def to_float(x: Any) -> Array:
-    """`x`, as float32 unless it is a floating-point array already."""
+    """`x`, as float32 unless it is a floating-point or complex array already."""
     return cast(x, FLOAT if is_number(x) or not is_float(x) else x.dtype)
 
 
@@ -96,7 +100,7 @@ def same_rank(*arrays: Array) -> list[Array]:
 def elementwise(function: Callable[..., Array], *operands: Any, floating: bool = False) -> Array:
     """`function` on the operands, promoted as torch does (to a float with `floating`)."""
     dtype = result_type(*operands)
-    if floating and category(dtype) != 2:
+    if floating and category(dtype) < 2:
         dtype = FLOAT
     arrays = same_rank(*(cast(operand, dtype) for operand in operands))
     if not any(isinstance(array, jax.Array) for array in arrays):

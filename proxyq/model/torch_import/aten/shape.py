@@ -57,15 +57,14 @@ def unflatten(x: Array, dim: int, sizes: list[int]) -> Array:
     return jnp.reshape(x, (*x.shape[:dim], *sizes, *x.shape[dim + 1 :]))
 
 
-@register_aten("transpose", "swapaxes", "transpose_copy")
+@register_aten("transpose", "swapaxes", "swapdims", "transpose_copy")
 def transpose(x: Array, dim0: int, dim1: int) -> Array:
     """Two axes exchanged."""
     return jnp.swapaxes(x, dim0, dim1) if x.ndim else x
 
 
-register_aten("t", "numpy_T", "mT", "adjoint")(
-    lambda x: jnp.swapaxes(x, -1, -2) if x.ndim > 1 else x
-)
+register_aten("t", "numpy_T", "mT")(lambda x: jnp.swapaxes(x, -1, -2) if x.ndim > 1 else x)
+register_aten("adjoint", "mH", "matrix_H")(lambda x: jnp.conj(jnp.swapaxes(x, -1, -2)))
 register_aten("permute", "permute_copy")(lambda x, dims: jnp.transpose(x, tuple(dims)))
 register_aten("movedim")(lambda x, source, target: jnp.moveaxis(x, source, target))
 
@@ -103,6 +102,10 @@ def cat(tensors: list[Array], dim: int = 0) -> Array:
     return jnp.concatenate([cast(x, dtype) for x in kept], axis=dim)
 
 
+register_aten("hstack")(lambda tensors: cat(tensors, 1 if tensors[0].ndim > 1 else 0))
+register_aten("vstack")(lambda tensors: cat([jnp.atleast_2d(x) for x in tensors], 0))
+
+
 @register_aten("stack")
 def stack(tensors: list[Array], dim: int = 0) -> Array:
     """Arrays along a new axis."""
@@ -123,7 +126,7 @@ def split_with_sizes(x: Array, sizes: list[int], dim: int = 0) -> list[Array]:
     return _pieces(x, sizes, dim)
 
 
-@register_aten("split", "split_copy")
+@register_aten("split", "split_copy", "unsafe_split")
 def split(x: Array, size: int | list[int], dim: int = 0) -> list[Array]:
     """Pieces of one size; the last may be smaller."""
     if not isinstance(size, int):
@@ -133,7 +136,7 @@ def split(x: Array, size: int | list[int], dim: int = 0) -> list[Array]:
     return _pieces(x, [size] * full + [rest] * bool(rest), dim)
 
 
-@register_aten("chunk")
+@register_aten("chunk", "unsafe_chunk")
 def chunk(x: Array, chunks: int, dim: int = 0) -> list[Array]:
     """At most `chunks` pieces of equal size; the last may be smaller."""
     return split(x, -(-x.shape[dim] // chunks), dim)
@@ -207,6 +210,9 @@ def roll(x: Array, shifts: int | list[int], dims: int | list[int] = ()) -> Array
 
 
 register_aten("flip")(lambda x, dims: jnp.flip(x, axis=tuple(dims)))
+register_aten("fliplr")(jnp.fliplr)
+register_aten("flipud")(jnp.flipud)
+register_aten("rot90")(lambda x, k=1, dims=(0, 1): jnp.rot90(x, k, tuple(dims)))
 
 
 @register_aten("repeat", "tile")
@@ -291,6 +297,51 @@ def scatter_add(x: Array, dim: int, where: Array, source: Array) -> Array:
     return jnp.asarray(x).at[_mesh(x, where, dim)].add(cast(source, x.dtype))
 
 
+@register_aten("index_add")
+def index_add(x: Array, dim: int, where: Array, source: Array, *, alpha: float = 1) -> Array:
+    """x with `source` times alpha added at those places along `dim`."""
+    added = cast(source if alpha == 1 else source * alpha, x.dtype)
+    return jnp.asarray(x).at[_at(x, dim, where)].add(added)
+
+
+@register_aten("index_copy")
+def index_copy(x: Array, dim: int, where: Array, source: Array) -> Array:
+    """x with those places along `dim` replaced."""
+    return jnp.asarray(x).at[_at(x, dim, where)].set(cast(source, x.dtype))
+
+
+@register_aten("index_fill")
+def index_fill(x: Array, dim: int, where: Array, value: Any) -> Array:
+    """x with one value at those places along `dim`."""
+    return jnp.asarray(x).at[_at(x, dim, where)].set(cast(value, x.dtype))
+
+
+@register_aten("searchsorted")
+def searchsorted(
+    edges: Array,
+    values: Array,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Array | None = None,
+) -> Array:
+    """Where each value would go among sorted edges of one axis, before or after equals."""
+    if edges.ndim != 1:
+        raise ValueError(f"edges of {edges.ndim} axes: searchsorted takes one axis here")
+    after = right or side == "right"
+    places = jnp.searchsorted(edges, values, side="right" if after else "left", sorter=sorter)
+    return places.astype(np.int32)
+
+
+@register_aten("bucketize")
+def bucketize(
+    values: Array, edges: Array, *, out_int32: bool = False, right: bool = False
+) -> Array:
+    """`searchsorted` with its arguments the other way round."""
+    return searchsorted(edges, values, right=right)
+
+
 @register_aten("diagonal", "diagonal_copy")
 def diagonal(x: Array, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Array:
     """The diagonal of two axes, as the last one."""
@@ -324,6 +375,31 @@ def im2col(
         x = jnp.take(x, places, axis=axis)  # (N, C, kh, H', W) then (N, C, kh, H', kw, W')
     x = jnp.transpose(x, (0, 1, 2, 4, 3, 5))
     return x.reshape(n, channels * x.shape[2] * x.shape[3], -1)
+
+
+@register_aten("col2im")
+def col2im(
+    x: Array,
+    output_size: list[int],
+    kernel_size: list[int],
+    dilation: list[int],
+    padding: list[int],
+    stride: list[int],
+) -> Array:
+    """The transpose of `im2col`: windows added up where they lie, (N, C · kh · kw, windows) ->
+    (N, C, H, W)."""
+    height, width = (size + 2 * p for size, p in zip(output_size, padding, strict=True))
+    (kh, kw), (dh, dw), (sh, sw) = kernel_size, dilation, stride
+    down, across = (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
+    windows = x.reshape(len(x), -1, kh, kw, down, across)
+    y = jnp.zeros((len(x), windows.shape[1], height, width), x.dtype)
+    for i in range(kh):
+        for j in range(kw):
+            rows = slice(i * dh, i * dh + sh * (down - 1) + 1, sh)
+            columns = slice(j * dw, j * dw + sw * (across - 1) + 1, sw)
+            y = y.at[:, :, rows, columns].add(windows[:, :, i, j])
+    top, left = padding
+    return y[:, :, top : top + output_size[0], left : left + output_size[1]]
 
 
 @register_aten("pixel_shuffle")
