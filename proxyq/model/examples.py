@@ -34,13 +34,13 @@ def split_examples(x: Any, where: Examples, batch: int) -> Any:
 def locate(graph: Graph) -> dict[Var, Examples]:
     """The place of the examples in every tensor where it can be told from the equations."""
     known = {var: Examples(0) for var in graph.inputs}
-    _follow(graph.main, known, graph.batch_size, graph.lookups)
+    _follow(graph.main, known, graph.batch_size)
     return known
 
 
-def _follow(eqns: Any, known: dict[Any, Examples], batch: int, lookups: bool) -> None:
+def _follow(eqns: Any, known: dict[Any, Examples], batch: int) -> None:
     for eqn in eqns:
-        where = _after(eqn, known, batch, lookups)
+        where = _after(eqn, known, batch)
         for var, place in zip(eqn.outvars, where, strict=True):
             shape = var.aval.shape
             if place is None or place.axis >= len(shape):
@@ -49,9 +49,7 @@ def _follow(eqns: Any, known: dict[Any, Examples], batch: int, lookups: bool) ->
                 known[var] = place
 
 
-def _after(
-    eqn: Equation, known: dict[Any, Examples], batch: int, lookups: bool
-) -> list[Examples | None]:
+def _after(eqn: Equation, known: dict[Any, Examples], batch: int) -> list[Examples | None]:
     """The place in each output, `None` where it cannot be told."""
     found = [(i, known[v]) for i, v in enumerate(eqn.invars) if _hashable(v) and v in known]
     nowhere: list[Examples | None] = [None] * len(eqn.outvars)
@@ -67,7 +65,7 @@ def _after(
             for var, outer in zip(inner[0].invars, eqn.invars, strict=True)
             if _hashable(outer) and outer in known
         }
-        _follow(inner[0].eqns, own, batch, lookups)
+        _follow(inner[0].eqns, own, batch)
         return [own.get(v) if _hashable(v) else None for v in inner[0].outvars]
     if name == "conv_general_dilated":
         numbers = params["dimension_numbers"]
@@ -88,7 +86,7 @@ def _after(
         if place.axis in axes:
             return nowhere
         return [place._replace(axis=place.axis - sum(a < place.axis for a in axes))] * len(nowhere)
-    if lookups and name == "gather" and [i for i, _ in found] == [1]:
+    if name == "gather" and [i for i, _ in found] == [1]:
         # The axes of the indices, the last one left out, stand where no offsets are.
         offsets = params["dimension_numbers"].offset_dims
         free = [a for a in range(len(eqn.outvars[0].aval.shape)) if a not in offsets]
