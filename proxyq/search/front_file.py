@@ -12,17 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from proxyq.errors import UsageError
 from proxyq.files import read_json, write_atomic
 from proxyq.search.allocate.budget import Budget
 from proxyq.search.allocate.pareto import dominated
 from proxyq.search.allocate.plan import (
-    Bits,
-    Count,
-    Json,
-    Number,
     Plan,
     PlannedBudget,
     PlannedLayer,
@@ -30,16 +26,12 @@ from proxyq.search.allocate.plan import (
     number,
     without_scales,
 )
-from proxyq.search.record_file import record_from
+from proxyq.search.record_file import Bits, Count, Json, Number, Record, line, record_from
 
 SCHEMA = "proxyq/front/1"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-
-
-class FrontLayer(_Record):
+class FrontLayer(Record):
     """What does not change from point to point of a layer."""
 
     weights: Count
@@ -49,7 +41,7 @@ class FrontLayer(_Record):
     scale_bits: Count = 0
 
 
-class BudgetRange(_Record):
+class BudgetRange(Record):
     """The budget that changes: `points` amounts evenly from `first` to `last`, in `unit`.
 
     `low` and `high` are the raw amounts that 0 and 100 % stand for, of a share.
@@ -64,7 +56,7 @@ class BudgetRange(_Record):
     high: Count | None = None
 
 
-class PointMeasured(_Record):
+class PointMeasured(Record):
     """A plan run quantized: top-1 in percent, KL to the float network in nats.
 
     Each is dominated where another measured plan takes no more of the budget, is no worse in it,
@@ -78,7 +70,7 @@ class PointMeasured(_Record):
     kl_dominated: bool = False
 
 
-class FrontPoint(_Record):
+class FrontPoint(Record):
     """One plan, and the budgets at which it is the answer.
 
     - `asked`: these budgets, ascending; `achieved`: what the plan takes, in `unit`.
@@ -108,7 +100,7 @@ class FrontPoint(_Record):
     measured: PointMeasured | None = None
 
 
-class Front(_Record):
+class Front(Record):
     """Plans over a range of budgets, the smallest budget first.
 
     `model`, `method`, `predicted` (the scores) and `provenance` are those of every plan;
@@ -228,7 +220,7 @@ class Front(_Record):
             else:
                 text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
                 text = text.replace("\n", "\n  ")
-            parts.append(f"  {_line(key)}: {text}")
+            parts.append(f"  {line(key)}: {text}")
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
     @classmethod
@@ -340,9 +332,5 @@ def _point(plans: Sequence[Plan], kind: str, unit: str) -> FrontPoint:
 
 def _rows(value: dict[str, Any], indent: str) -> str:
     """An object with a line for each field."""
-    rows = [f"{indent}{_line(key)}: {_line(item)}" for key, item in value.items()]
+    rows = [f"{indent}{line(key)}: {line(item)}" for key, item in value.items()]
     return "{\n" + ",\n".join(rows) + f"\n{indent[:-2]}}}"
-
-
-def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)

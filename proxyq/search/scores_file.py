@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from proxyq.errors import ProxyqError, UsageError, near, shown
 from proxyq.files import read_json, write_atomic
@@ -25,9 +25,9 @@ from proxyq.proxies import COSTS, Scores
 from proxyq.proxies.cost import WeightErrors
 from proxyq.proxies.proxy import MOST
 from proxyq.quantize import Rounding
-from proxyq.search.allocate.plan import Count, Json, first_problem, without_scales
+from proxyq.search.allocate.plan import without_scales
 from proxyq.search.allocate.problem import check_widths
-from proxyq.search.record_file import record_from
+from proxyq.search.record_file import Count, Json, Record, first_problem, record_from
 
 SCHEMA = "proxyq/scores/1"
 WIDTH = 240
@@ -67,11 +67,7 @@ def _is_number(value: Any, *, least: float = -MOST) -> bool:
     return plain and least <= value <= MOST and math.isfinite(value)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-
-
-class ScoredLayer(_Record):
+class ScoredLayer(Record):
     """One layer, as `proxyq.model.layers.Layer`."""
 
     kind: str
@@ -85,7 +81,7 @@ class ScoredLayer(_Record):
     scale_bits: Count = 0
 
 
-class LiveTensor(_Record):
+class LiveTensor(Record):
     """A tensor of one image, as `proxyq.model.live.Tensor`."""
 
     # Below these ends all sums of bits stay exact in 64 bits.
@@ -94,14 +90,14 @@ class LiveTensor(_Record):
     readers: list[str]
 
 
-class ScheduledStep(_Record):
+class ScheduledStep(Record):
     """What is live while a layer runs, as `proxyq.model.live.Step`."""
 
     layer: str | None
     tensors: list[LiveTensor]
 
 
-class ProxyScores(_Record):
+class ProxyScores(Record):
     """What one proxy answers: a number (`layers`) or one a bit-width (`layers bits`) by layer.
 
     - `cost`: how an importance becomes costs unless asked otherwise; null for costs.
@@ -122,14 +118,14 @@ class ProxyScores(_Record):
     notes: Json = {}
 
 
-class StoredErrors(_Record):
+class StoredErrors(Record):
     """`|Q_b(W) - W|^2` for each bit-width and `|W|^2`, by layer."""
 
     squared: dict[str, Any]
     energy: dict[str, Any]
 
 
-class ScoreFile(_Record):
+class ScoreFile(Record):
     """Scores of a network's layers by one or several proxies; see the module's text.
 
     - `bits`, `activation_bits`: what may be chosen from, the latter as `search` takes it.

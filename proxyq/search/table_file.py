@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from proxyq.errors import ProxyqError, shown
 from proxyq.files import read_json, write_atomic
 from proxyq.quantize import Rounding
-from proxyq.search.allocate.plan import Count, Json, Number
-from proxyq.search.record_file import record_from
+from proxyq.search.record_file import Count, Json, Number, Record, line, record_from
 
 SCHEMA = "proxyq/table/1"
 FLOAT_BITS = 32
@@ -26,11 +25,7 @@ Side = Annotated[int, Field(ge=1)]
 Positive = Annotated[Number, Field(gt=0)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-
-
-class TableLayer(_Record):
+class TableLayer(Record):
     """A layer's name, weights, and MACs for one image."""
 
     name: str
@@ -38,7 +33,7 @@ class TableLayer(_Record):
     macs: Count
 
 
-class TablePlan(_Record):
+class TablePlan(Record):
     """A plan that was run: top-1 in percent, mean cross-entropy and KL to float in nats.
 
     `rescaled` is KL up to the scale of each image's logits. What is not finite is `null`.
@@ -53,7 +48,7 @@ class TablePlan(_Record):
     bops: Count
 
 
-class FloatNetwork(_Record):
+class FloatNetwork(Record):
     """The float network on the same images."""
 
     top1: Number
@@ -61,7 +56,7 @@ class FloatNetwork(_Record):
     images: Count
 
 
-class TableImages(_Record):
+class TableImages(Record):
     """What the network reads: the shape of an image as it takes it, and the preprocessing.
 
     See `proxyq.Preprocessing`.
@@ -74,7 +69,7 @@ class TableImages(_Record):
     size: list[Side] | None = Field(min_length=2, max_length=2)
 
 
-class MeasuredTable(_Record):
+class MeasuredTable(Record):
     """Measured plans of one network.
 
     - `model`: name, digest and origin; `images`: how to feed it, `None` where it reads none.
@@ -147,11 +142,11 @@ class MeasuredTable(_Record):
         parts = []
         for key, value in data.items():
             if key in ("layers", "plans"):
-                text = "[\n" + ",\n".join(f"    {_line(one)}" for one in value) + "\n  ]"
+                text = "[\n" + ",\n".join(f"    {line(one)}" for one in value) + "\n  ]"
             else:
                 text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
                 text = text.replace("\n", "\n  ")
-            parts.append(f"  {_line(key)}: {text}")
+            parts.append(f"  {line(key)}: {text}")
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
     @classmethod
@@ -170,7 +165,3 @@ class MeasuredTable(_Record):
 
     def __repr__(self) -> str:
         return f"<MeasuredTable: {len(self.plans)} plans of {self.name}>"
-
-
-def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -7,61 +7,25 @@ order. Read and written again it is the same plan.
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from proxyq.errors import LONGEST, ProxyqError, shown
-from proxyq.files import MOST_LEVELS, deeper_than, read_json, write_atomic
+from proxyq.errors import ProxyqError, shown
+from proxyq.files import read_json, write_atomic
 from proxyq.search.allocate.assignment import Assignment
 from proxyq.search.allocate.budget import SHARE, Budget, parse_budget, raw_budget, share_of
 from proxyq.search.allocate.build import ActivationBits, LayerLike, reads_numbers
 from proxyq.search.allocate.text import elided, wrapped
+from proxyq.search.record_file import Bits, Count, Json, Number, Record, first_problem, line
 
 SCHEMA = "proxyq/plan/1"
 FLOAT_BITS = 32
 
 
-def _bits(value: int | None) -> int | None:
-    if value is not None and not (1 <= value <= 8 or value == 16):
-        raise ValueError(f"a bit-width must be 1 to 8, 16 or null, got {value}")
-    return value
-
-
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """Free-form JSON: finite numbers, text keys, keys sorted at every level."""
-    if deeper_than(value, MOST_LEVELS):
-        raise ValueError(f"must be nested at most {MOST_LEVELS} levels deep")
-    try:
-        text = json.dumps(value, allow_nan=False, sort_keys=True, ensure_ascii=False)
-        text.encode()
-        return json.loads(text)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"must be plain JSON without NaN or infinity ({error})") from None
-
-
-def _usable(value: int | float) -> int | float:
-    """Whole numbers in a file may be longer than any that can be reckoned with."""
-    if not abs(value) <= sys.float_info.max:
-        raise ValueError("input should be a finite number")
-    return value
-
-
-Bits = Annotated[int | None, AfterValidator(_bits)]
-Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Json = Annotated[dict[str, Any], AfterValidator(_plain)]
-# Not `allow_inf_nan`: of a long whole number, that check makes a float first, which fails.
-Number = Annotated[int | float, AfterValidator(_usable)]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-
-
-class PlannedLayer(_Record):
+class PlannedLayer(Record):
     """One layer; `None` bits mean that it stays float.
 
     `scale_bits` is what the scales of its groups of weights take, where it has such.
@@ -83,7 +47,7 @@ class PlannedLayer(_Record):
         return self.weights * self.weight_bits + self.scale_bits
 
 
-class PlannedBudget(_Record):
+class PlannedBudget(Record):
     """A budget and what the plan takes of it, both in `unit`.
 
     In `%`, `low` and `high` are the raw amounts (bits, operations, picoseconds) that 0 and
@@ -115,7 +79,7 @@ class PlannedBudget(_Record):
         return raw_budget(self.name, share_of(self.low, self.high, found.amount))
 
 
-class SolverRecord(_Record):
+class SolverRecord(Record):
     """How the answer was found; `optimal` is proven within the gap limit."""
 
     name: str
@@ -127,7 +91,7 @@ class SolverRecord(_Record):
     notes: list[str] = []
 
 
-class Plan(_Record):
+class Plan(Record):
     """A bit-width for every layer, with its budgets and its origin.
 
     `model`, `method`, `provenance`, `predicted` and `measured` are free-form JSON objects.
@@ -182,14 +146,14 @@ class Plan(_Record):
         parts = []
         for key, value in data.items():
             if key == "layers":
-                rows = [f"    {_line(name)}: {_line(layer)}" for name, layer in value.items()]
+                rows = [f"    {line(name)}: {line(layer)}" for name, layer in value.items()]
                 text = "{\n" + ",\n".join(rows) + "\n  }"
             elif key == "budgets" and value:
-                text = "[\n" + ",\n".join(f"    {_line(item)}" for item in value) + "\n  ]"
+                text = "[\n" + ",\n".join(f"    {line(item)}" for item in value) + "\n  ]"
             else:
                 text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
                 text = text.replace("\n", "\n  ")
-            parts.append(f"  {_line(key)}: {text}")
+            parts.append(f"  {line(key)}: {text}")
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
     @classmethod
@@ -257,32 +221,8 @@ def without_scales(layers: dict[str, dict[str, Any]]) -> None:
             del layer["scale_bits"]
 
 
-def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
 def _shown(bits: int | None) -> str:
     return "float" if bits is None else str(bits)
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first problem of a pydantic error as `'layers.fc.weight_bits': what is wrong`."""
-    problem = error.errors()[0]
-    # Branches of unions and names of wrappers are no part of the path that people know; what
-    # comes first is always a field.
-    wrappers = ("int", "float", "constrained-int")
-    path = ".".join(
-        str(step) for at, step in enumerate(problem["loc"]) if not at or step not in wrappers
-    )[:LONGEST]
-    message = " ".join(problem["msg"].removeprefix("Value error, ").split())[: 2 * LONGEST]
-    got = problem.get("input")
-    if problem["type"] == "missing":
-        return f"{path!r}: it is missing"
-    if problem["type"] == "extra_forbidden":
-        return f"{path!r}: no such field is known"
-    if isinstance(got, (str, int, float, bool)) and "got" not in message:
-        message += f", got {shown(got)}"
-    return f"{path!r}: {message[:1].lower()}{message[1:]}"
 
 
 def plan_from(
