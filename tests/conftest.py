@@ -38,8 +38,12 @@ def _programs_are_kept() -> None:
     jax.jit(lambda x: x + 1)(1.0)
 
 
-# Minutes of the whole, so that they are not the last, with one process left to run them.
-LONG = ("curvature", "torch_import", "conformance", "cifar", "score", "cli", "step_sizes")
+# Twenty seconds and more each, so that they are not the last, with one process left to run them.
+LONG = {
+    *("auto", "cifar", "cli", "conformance", "curvature", "engine", "evolve", "examples"),
+    *("flax_networks", "onnx", "proxy_references", "qwix", "ray", "reconstruct", "score"),
+    *("table", "torch_import", "torchao", "unwritable"),
+}
 
 
 def flags() -> list[str]:
