@@ -74,6 +74,9 @@ NEEDS = {
     "engine": "the network, ready to run, differentiate and change: `taps.engine`, `taps.inputs`",
 }
 
+Recorded = dict[str, dict[str, Any]]
+"""By layer, then by need."""
+
 # Random probes have squares that mean something, and nothing else.
 _NO_PROBES = frozenset(
     {"gradient", "gradient-magnitudes", "input-gradients", "loss-change", "pairs"}
@@ -289,25 +292,18 @@ def collect(
     if unknown := set(needs) - set(NEEDS):
         raise UsageError(f"unknown need {min(unknown)!r}: known are {', '.join(NEEDS)}.")
     network, bits = engine.network, tuple(bits)
-    first = {name: network.sites_of(name)[0] for name in network.names}
-    recorded: dict[str, dict[str, Any]] = {name: {} for name in network.names}
-    images = 0
-    if set(needs) - {"weight"}:
-        if inputs is None:
-            raise UsageError("this proxy needs images: give calibration data.")
-        images = len(jax.tree.leaves(inputs)[0])
-        if options.batch_norm == "batch":
-            _check_batch(engine, images, memory)
+    recorded: Recorded = {name: {} for name in network.names}
+    images = _images(engine, inputs, options, memory) if set(needs) - {"weight"} else 0
     aims = targets(options.labels, labels, seed) if set(needs) & GOVERNS["labels"] else None
     unread = {"pairs"} if options.pair_loss == "kl" else set()  # which needs no targets
     if aims is not None and aims.how == "probes" and set(needs) & _NO_PROBES - unread:
         raise UsageError("labels='probes' are for squared gradients alone: use labels='sampled'.")
-    own = tuple(need for need in needs if need in FORWARD_NEEDS)
-    if own:
+    forward = tuple(need for need in needs if need in FORWARD_NEEDS)
+    if forward:
         record_forward(
             engine,
             inputs,
-            own,
+            forward,
             bits,
             rounding,
             recorded,
@@ -316,13 +312,13 @@ def collect(
             memory=memory,
             progress=progress,
         )
-    own = tuple(need for need in needs if need in GRADIENT_NEEDS)
-    if own:
+    gradients = tuple(need for need in needs if need in GRADIENT_NEEDS)
+    if gradients:
         assert aims is not None
         found = record_gradients(
             _tape_engine(engine, images, memory),
             inputs,
-            own,
+            gradients,
             bits,
             objective_for(options.loss, aims),
             aims,
@@ -332,78 +328,29 @@ def collect(
         )
         for name, values in zip(network.names, found, strict=True):
             recorded[name].update(values)
-    own = tuple(need for need in needs if need in SWEEP_NEEDS)
     whole: dict[str, Any] = {}
-    if own or set(needs) & set(PAIR_NEEDS):
-        beside = tuple(activation_bits)
-        swept = _small_enough(engine, 0, images, memory)
-        alternatives = choices(
-            swept,
+    if set(needs) & {*SWEEP_NEEDS, *PAIR_NEEDS}:
+        whole = _record_changed(
+            engine,
             inputs,
+            needs,
             bits,
-            beside,
+            recorded,
+            activation_bits=tuple(activation_bits),
+            options=options,
+            aims=aims,
             rounding=rounding,
-            correction=options.correction,
+            memory=memory,
+            pair_work=pair_work,
+            checkpoint=checkpoint,
             progress=progress,
         )
-        kept: dict[str, Any] = {"checkpoint": checkpoint, "progress": progress}
-        size = len(network.names) * (len(bits) + len(beside))
-        grams = {
-            name: Gram(size, rescaled=name == "rescaled-coupling")
-            for name in ("coupling", "rescaled-coupling")
-            if name in needs
-        }
-        if own or grams:
-            own = own or ("kl",)
-            table = single_layer_sweep(
-                _small_enough(engine, size * len(grams), images, memory) if grams else swept,
-                inputs,
-                alternatives,
-                _measure(own, options, aims),
-                grams=list(grams.values()),
-                **kept,
-            )
-            for row, name in enumerate(network.names):
-                for i, need in enumerate(own):
-                    recorded[name][need] = table[row, : len(bits), i]
-                    recorded[name]["activation-" + need] = table[row, len(bits) :, i]
-            for name, gram in grams.items():
-                whole[OF_ALL[name]] = gram.correlation()
-        if "pairs" in needs:
-            kept["inside"] = beside_each_other(len(bits), len(beside))
-            given = (swept, inputs, alternatives, _pair_loss(options, aims))
-            if pair_work is None:
-                whole[OF_ALL["pairs"]] = pair_sweep(*given, **kept)
-            else:
-                whole[OF_ALL["pairs"]] = pairs_by_row(*given, pair_work, **kept)
-            del kept["inside"]
-        if "tangents" in needs:
-            taped = _tape_engine(engine, images, memory)
-            if memory is not None:
-                taped = _small_enough(taped, size, images, memory)
-            found = gauss_newton(
-                taped, inputs, alternatives, temperature=options.temperature, **kept
-            )
-            whole[OF_ALL["tangents"]] = found
     if "input-error" in needs:
         widths = tuple(dict.fromkeys([*bits, *activation_bits]))
         for name, values in input_errors(engine, inputs, widths).items():
             errors = dict(zip(widths, values["error"].tolist(), strict=True))
             recorded[name]["input-error"] = {**errors, "variance": float(values["variance"])}
-    owner: dict[Var, str] = {}
-    taps = tuple(
-        LayerTap(
-            layer=layer,
-            engine=engine,
-            site=first[layer.name],
-            recorded=recorded[layer.name],
-            same_feature_as=owner.setdefault(var, layer.name),
-            rounding=rounding,
-        )
-        for layer, var in zip(
-            network.layers, features(network, options.feature).values(), strict=True
-        )
-    )
+    taps = _layer_taps(engine, recorded, options, rounding)
     return Taps(
         taps=taps,
         bits=bits,
@@ -419,6 +366,107 @@ def collect(
         **whole,
         checkpoint=checkpoint,
         progress=progress,
+    )
+
+
+def _images(engine: Engine, inputs: Any, options: TapOptions, memory: int | None) -> int:
+    """How many images there are, which the options can do with."""
+    if inputs is None:
+        raise UsageError("this proxy needs images: give calibration data.")
+    images = len(jax.tree.leaves(inputs)[0])
+    if options.batch_norm == "batch":
+        _check_batch(engine, images, memory)
+    return images
+
+
+def _record_changed(
+    engine: Engine,
+    inputs: Any,
+    needs: Sequence[str],
+    bits: tuple[int, ...],
+    recorded: Recorded,
+    *,
+    activation_bits: tuple[int, ...],
+    options: TapOptions,
+    aims: Targets | None,
+    rounding: Rounding,
+    memory: int | None,
+    pair_work: RowWork | None,
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What is measured with layers changed: each layer's own into `recorded`; **returns** what is
+    of all layers together, as `Taps` names it (`OF_ALL`)."""
+    network, images = engine.network, len(jax.tree.leaves(inputs)[0])
+    kept: dict[str, Any] = {"checkpoint": checkpoint, "progress": progress}
+    whole: dict[str, Any] = {}
+    small = _small_enough(engine, 0, images, memory)
+    alternatives = choices(
+        small,
+        inputs,
+        bits,
+        activation_bits,
+        rounding=rounding,
+        correction=options.correction,
+        progress=progress,
+    )
+    size = len(network.names) * (len(bits) + len(activation_bits))
+    grams = {
+        name: Gram(size, rescaled=name == "rescaled-coupling")
+        for name in ("coupling", "rescaled-coupling")
+        if name in needs
+    }
+    swept = tuple(need for need in needs if need in SWEEP_NEEDS)
+    if swept or grams:
+        swept = swept or ("kl",)  # Gram matrices are taken up by a sweep, which measures something
+        table = single_layer_sweep(
+            _small_enough(engine, size * len(grams), images, memory) if grams else small,
+            inputs,
+            alternatives,
+            _measure(swept, options, aims),
+            grams=list(grams.values()),
+            **kept,
+        )
+        for row, name in enumerate(network.names):
+            for i, need in enumerate(swept):
+                recorded[name][need] = table[row, : len(bits), i]
+                recorded[name]["activation-" + need] = table[row, len(bits) :, i]
+        for name, gram in grams.items():
+            whole[OF_ALL[name]] = gram.correlation()
+    if "pairs" in needs:
+        inside = beside_each_other(len(bits), len(activation_bits))
+        given = (small, inputs, alternatives, _pair_loss(options, aims))
+        if pair_work is None:
+            found = pair_sweep(*given, inside=inside, **kept)
+        else:
+            found = pairs_by_row(*given, pair_work, inside=inside, **kept)
+        whole[OF_ALL["pairs"]] = found
+    if "tangents" in needs:
+        taped = _tape_engine(engine, images, memory)
+        if memory is not None:
+            taped = _small_enough(taped, size, images, memory)
+        whole[OF_ALL["tangents"]] = gauss_newton(
+            taped, inputs, alternatives, temperature=options.temperature, **kept
+        )
+    return whole
+
+
+def _layer_taps(
+    engine: Engine, recorded: Recorded, options: TapOptions, rounding: Rounding
+) -> tuple[LayerTap, ...]:
+    network = engine.network
+    owner: dict[Var, str] = {}
+    handed_on = features(network, options.feature).values()
+    return tuple(
+        LayerTap(
+            layer=layer,
+            engine=engine,
+            site=network.sites_of(layer.name)[0],
+            recorded=recorded[layer.name],
+            same_feature_as=owner.setdefault(var, layer.name),
+            rounding=rounding,
+        )
+        for layer, var in zip(network.layers, handed_on, strict=True)
     )
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from proxyq.checkpoint import Checkpoint
 from proxyq.devices import several
-from proxyq.engine import Engine, TapOptions, collect
+from proxyq.engine import Engine, TapOptions, Taps, collect
 from proxyq.engine.pairs import RowWork
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.model import Model
@@ -88,113 +89,146 @@ def score(
     **Raises** `ProxyqError` when a score would break a solver, naming layer and proxy.
     """
     _check_labels(labels, inputs)
-    cache, rounding = cache or Cache(), rounding or Rounding()
-    facts = cache.facts(
-        model,
+    setting = _Setting(
+        model=model,
         inputs=inputs,
         labels=labels,
-        bits=list(bits),
-        activation_bits=list(activation_bits),
+        bits=tuple(bits),
+        activation_bits=tuple(activation_bits),
         seed=seed,
         memory=memory,
-        rounding=rounding,
+        rounding=rounding or Rounding(),
+        cache=cache or Cache(),
+        failed=failed,
+        pair_work=pair_work,
+        progress=progress,
     )
-    answers: dict[int, Scores] = {}
-    requests = _able(model, requests, failed)
-    for group in grouped(requests):
+    return setting.scores(_able(model, requests, failed))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Setting:
+    """All arguments of `score` but the requests."""
+
+    model: Model
+    inputs: Any
+    labels: Any
+    bits: tuple[int, ...]
+    activation_bits: tuple[int, ...]
+    seed: int
+    memory: int | None
+    rounding: Rounding
+    cache: Cache
+    failed: Callable[[Proxy, ProxyqError], None] | None
+    pair_work: Callable[[TapOptions], RowWork] | None
+    progress: Progress
+
+    def scores(self, requests: Sequence[Request]) -> list[Scores]:
+        """See `score`."""
+        facts = self.cache.facts(
+            self.model,
+            inputs=self.inputs,
+            labels=self.labels,
+            bits=list(self.bits),
+            activation_bits=list(self.activation_bits),
+            seed=self.seed,
+            memory=self.memory,
+            rounding=self.rounding,
+        )
+        answers: dict[int, Scores] = {}
+        for group in grouped(requests):
+            answers |= self._of_group(group, requests, facts)
+        return [answers[index] for index in sorted(answers)]
+
+    def _of_group(
+        self, group: Group, requests: Sequence[Request], facts: Mapping[str, Any]
+    ) -> dict[int, Scores]:
+        """Scores of the group's members, by their places among the requests."""
         # What is recorded together is compiled together, which decides the last digits: an
         # answer from the cache must not depend on what else was asked for back then.
         recorded = {**facts, "tap_options": group.options, "needs": list(group.needs)}
-        keys = {index: cache.key(recorded, *requests[index]) for index in group.members}
-        missing = []
-        for index, key in keys.items():
-            found = cache.load(key, model)
-            if found is None:
-                missing.append(index)
-            else:
-                answers[index] = found
-        if known := [requests[index][0].name for index in keys if index in answers]:
-            logger.info("from the cache: %s", ", ".join(known))
+        keys = {index: self.cache.key(recorded, *requests[index]) for index in group.members}
+        known = {index: self.cache.load(key, self.model) for index, key in keys.items()}
+        answers = {index: found for index, found in known.items() if found is not None}
+        missing = [index for index in keys if index not in answers]
+        if answers:
+            names = (requests[index][0].name for index in answers)
+            logger.info("from the cache: %s", ", ".join(names))
         if not missing:
-            continue
+            return answers
         # All that the group needs, also for those that are done: a run that goes on after a
         # kill compiles the same programs, so its last digits are the same.
-        shared = cache.checkpoint(cache.group_key(recorded))
+        shared = self.cache.checkpoint(self.cache.group_key(recorded))
         started = time.perf_counter()
         try:
-            options = TapOptions(**group.options)
-            number = LAYERS_AT if inputs is None else len(jax.tree.leaves(inputs)[0])
-            engine = Engine.build(
-                model,
-                number,
-                batch_norm=options.batch_norm,
-                memory=memory,
-                batch_size=number if options.batch_norm == "batch" else None,
-            )
-            taps = collect(
-                engine,
-                inputs,
-                tuple(group.needs),
-                bits,
-                labels=labels,
-                activation_bits=activation_bits,
-                options=options,
-                rounding=rounding,
-                seed=seed,
-                memory=memory,
-                checkpoint=shared,
-                pair_work=None if pair_work is None else pair_work(options),
-                progress=progress,
-            )
+            taps = self._taps(group, shared)
         except ProxyqError as error:
-            if failed is None:
+            if self.failed is None:
                 raise
             if len(group.members) == 1:
-                failed(requests[group.members[0]][0], error)
-                continue
+                self.failed(requests[group.members[0]][0], error)
+                return answers
             for index in missing:  # each alone: what one needs must not stop the others
-                alone = score(
-                    model,
-                    [requests[index]],
-                    inputs,
-                    labels=labels,
-                    bits=bits,
-                    activation_bits=activation_bits,
-                    seed=seed,
-                    memory=memory,
-                    rounding=rounding,
-                    cache=cache,
-                    failed=failed,
-                    pair_work=pair_work,
-                    progress=progress,
-                )
-                if alone:
-                    answers[index] = alone[0]
-            continue
+                for alone in self.scores([requests[index]]):
+                    answers[index] = alone
+            return answers
         seconds = time.perf_counter() - started
         if len(missing) > 1:
             names = ", ".join(requests[index][0].name for index in missing)
             logger.debug("%.2f s: passes for %s", seconds, names)
             seconds = 0.0
         for index in missing:
-            proxy, own = requests[index]
-            kept = cache.checkpoint(keys[index])
-            try:
-                found = proxy.on(taps, key=jax.random.key(seed), checkpoint=kept, **own)
-            except ProxyqError as error:
-                if failed is None:
-                    raise
-                failed(proxy, error)
-                continue
-            if (devices := several()) is not None:
-                found = replace(found, notes={**found.notes, "devices": devices})
-            answers[index] = found
-            if (spent := seconds + found.seconds) >= 0.005:
-                logger.debug("%.2f s: %s", spent, proxy.name)
-            cache.save(keys[index], found)
-            kept.clear()
+            found = self._of_proxy(*requests[index], taps, keys[index], seconds)
+            if found is not None:
+                answers[index] = found
         shared.clear()
-    return [answers[index] for index in sorted(answers)]
+        return answers
+
+    def _taps(self, group: Group, checkpoint: Checkpoint) -> Taps:
+        options = TapOptions(**group.options)
+        number = LAYERS_AT if self.inputs is None else len(jax.tree.leaves(self.inputs)[0])
+        engine = Engine.build(
+            self.model,
+            number,
+            batch_norm=options.batch_norm,
+            memory=self.memory,
+            batch_size=number if options.batch_norm == "batch" else None,
+        )
+        return collect(
+            engine,
+            self.inputs,
+            tuple(group.needs),
+            self.bits,
+            labels=self.labels,
+            activation_bits=self.activation_bits,
+            options=options,
+            rounding=self.rounding,
+            seed=self.seed,
+            memory=self.memory,
+            checkpoint=checkpoint,
+            pair_work=None if self.pair_work is None else self.pair_work(options),
+            progress=self.progress,
+        )
+
+    def _of_proxy(
+        self, proxy: Proxy, options: Mapping[str, Any], taps: Taps, key: str, seconds: float
+    ) -> Scores | None:
+        """A proxy's scores, kept under `key`; `seconds` are those of passes that it alone took."""
+        kept = self.cache.checkpoint(key)
+        try:
+            found = proxy.on(taps, key=jax.random.key(self.seed), checkpoint=kept, **options)
+        except ProxyqError as error:
+            if self.failed is None:
+                raise
+            self.failed(proxy, error)
+            return None
+        if (devices := several()) is not None:
+            found = replace(found, notes={**found.notes, "devices": devices})
+        if (spent := seconds + found.seconds) >= 0.005:
+            logger.debug("%.2f s: %s", spent, proxy.name)
+        self.cache.save(key, found)
+        kept.clear()
+        return found
 
 
 def _able(
