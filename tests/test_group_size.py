@@ -11,13 +11,14 @@ from torch_networks import SmallTransformer, plan_of, run_of, weight_of
 
 import proxyq
 from proxyq.api import quantize_model
-from proxyq.engine import Engine
+from proxyq.engine import Engine, collect
 from proxyq.engine.rounded import site_rounding, sized_layers
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.export.compressed_tensors import export_compressed_tensors, load_compressed_tensors
 from proxyq.export.onnx import export_onnx
 from proxyq.export.torchao import export_torchao, load_torchao
 from proxyq.model.network import network
+from proxyq.model.torch_import import import_torchvision
 from proxyq.ptq import unpack as reader
 from proxyq.ptq.deploy import deployed_layers
 from proxyq.ptq.packed import load_packed, save_packed
@@ -101,6 +102,36 @@ def test_groups_hold_where_a_matrix_has_whole_ones():
         one.name: one.scale_bits for one in sized_layers(layers, Rounding(group_size=12))
     }
     assert {name.split(".")[0] for name, bits in by_sixteens.items() if bits} == {"down_proj"}
+
+
+@pytest.mark.parametrize("need", ["output-error", "logit-mse"])
+def test_measuring_rounds_as_running_does(need):
+    """Convolutions have no groups, whatever their fan-in; a transformer's layers have."""
+    bits = (3, 4)
+
+    def measured(model, rounding):
+        x = np.random.default_rng(1).normal(size=(4, *model.input_shape)).astype("f4")
+        engine = Engine.build(model, 4)
+        taps = collect(engine, x, (need,), bits, rounding=rounding)
+        return np.array([tap.recorded[need] for tap in taps]), engine, x
+
+    model = small_net()
+    with_groups, engine, _ = measured(model, BY_EIGHTS)
+    convolutions = [s.layer for s in engine.network.sites if s.summed_axis is None]
+    rows = [engine.network.names.index(name) for name in convolutions]
+    np.testing.assert_allclose(with_groups[rows], measured(model, Rounding())[0][rows], rtol=1e-6)
+    found, engine, x = measured(transformer()[0], BY_EIGHTS)
+    site = engine.network.sites[-1]
+    columns = np.asarray(engine.columns(len(engine.network.sites) - 1))
+    change = np.asarray(quantize_columns(columns, 3, BY_EIGHTS)) - columns
+    # The last layer's input is what the network before it hands on.
+    state = engine.start(x)
+    for index in range(len(engine.network.sites) - 1):
+        state, _ = engine.step(state, index)
+    read = np.asarray(state[engine.network.graph.main[site.position].invars[1 - site.operand]])
+    wrong, right = read @ change, read @ columns
+    expected = np.square(wrong).mean() / (right.var() if need == "output-error" else 1)
+    np.testing.assert_allclose(found[-1, 0], expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("size", [0, 7, -8, 16.0, True, "32"])
@@ -192,8 +223,16 @@ def test_records_of_groups_that_do_not_fit(made, tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
 @pytest.mark.parametrize("form", ["onnx", "torchao", "compressed-tensors"])
 def test_runtimes_have_the_same_groups(made, tmp_path, form):
+    import_torchvision()  # compressed-tensors imports it, and needs help with it
     pytest.importorskip({"onnx": "onnxruntime"}.get(form, form.replace("-", "_")))
-    _, module, plan, quantized, inputs = made
+    model, module, plan, quantized, inputs = made
+    if form == "compressed-tensors":  # it fuses what reads one tensor, which takes equal bits
+        layers = {
+            name: one.model_copy(update={"weight_bits": 4 if "attention" in name else 3})
+            for name, one in plan.layers.items()
+        }
+        plan = plan.model_copy(update={"layers": layers})
+        quantized = quantize_model(model, plan, inputs)
     budget = PlannedBudget(name="size", asked=plan.size_bits / 8192, achieved=0, unit="KiB")
     tight = plan.model_copy(update={"budgets": [budget]})
     path = tmp_path / ("network.onnx" if form == "onnx" else "folder")

@@ -12,6 +12,7 @@ from proxyq.engine import Engine, TapOptions, collect
 from proxyq.engine import backward as backward_module
 from proxyq.engine import gradients as gradients_module
 from proxyq.engine import segments as segments_module
+from proxyq.engine import walk as walk_module
 from proxyq.engine.curvature import hutchinson
 from proxyq.engine.memory import tape_bytes_per_image
 from proxyq.engine.objectives import Targets, cross_entropy
@@ -81,6 +82,8 @@ def counted(monkeypatch):
     spent, compile_segment = [], segments_module._compile
 
     def watched(program):
+        if isinstance(program, tuple):
+            return tuple(map(watched, program))
         if getattr(program, "watched", False):
             return program
 
@@ -100,6 +103,7 @@ def counted(monkeypatch):
         (segments_module, ("_COMPILED", "_SITES")),
         (backward_module, ("_PROGRAMS",)),
         (gradients_module, ("_PER_IMAGE",)),
+        (walk_module, ("_SUMS",)),
     ):
         monkeypatch.setattr(module, "remember", remember)
         for name in names:

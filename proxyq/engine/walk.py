@@ -20,6 +20,7 @@ from proxyq.engine.memory import (
     images_beside_each_other,
     too_little,
 )
+from proxyq.engine.rounded import site_rounding
 from proxyq.engine.segments import NO_EDIT, State, remember, run_site, text_key
 from proxyq.model.examples import Examples, locate, split_examples
 from proxyq.model.features import features
@@ -396,7 +397,8 @@ def _walk(
         own = [out] if measured or "output" in needs else []
         capture = tuple(dict.fromkeys([*own, *(var for var in owners if var in made)]))
         if measured and index not in grids:
-            grids[index] = [fit_columns(engine.columns(index), b, rounding) for b in bits]
+            own = site_rounding(engine.network.sites[index], rounding)
+            grids[index] = [fit_columns(engine.columns(index), b, own) for b in bits]
         captured: dict[Var, list[Any]] = {var: [] for var in capture}
         reads: list[Any] = []
         for chunk, (state, count) in enumerate(zip(states, counts, strict=True)):
