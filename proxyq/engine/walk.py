@@ -397,8 +397,8 @@ def _walk(
         own = [out] if measured or "output" in needs else []
         capture = tuple(dict.fromkeys([*own, *(var for var in owners if var in made)]))
         if measured and index not in grids:
-            own = site_rounding(engine.network.sites[index], rounding)
-            grids[index] = [fit_columns(engine.columns(index), b, own) for b in bits]
+            how = site_rounding(site, rounding)
+            grids[index] = [fit_columns(engine.columns(index), b, how) for b in bits]
         captured: dict[Var, list[Any]] = {var: [] for var in capture}
         reads: list[Any] = []
         for chunk, (state, count) in enumerate(zip(states, counts, strict=True)):
