@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from proxyq.errors import ProxyqError, UsageError
@@ -131,3 +132,22 @@ def cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def main_memory() -> dict[str, int | None]:
+    """Bytes of main memory, `total` and `available`: of the machine, or of the container that this
+    runs in where that has less; `None` where the system does not tell."""
+    total = available = None
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/meminfo") as file:
+        kib = next(line.split()[1] for line in file if line.startswith("MemAvailable:"))
+        available = int(kib) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        most = int((group / "memory.max").read_text())  # "max" is no number
+        used = int((group / "memory.current").read_text())
+        if total is None or most < total:
+            total = most
+            available = min(available or most, max(most - used, 0))
+    return {"total": total, "available": available}

@@ -17,6 +17,7 @@ import numpy as np
 from proxyq.api.quantize import quantize_model
 from proxyq.api.search import search
 from proxyq.data import load_data, model_inputs
+from proxyq.devices import main_memory
 from proxyq.errors import ProxyqError
 from proxyq.installed import NEEDED, OPTIONAL, Package, look_at
 from proxyq.model.load import load_model
@@ -119,7 +120,7 @@ def doctor(
         platform=platform.platform(),
         packages=tuple(packages),
         devices=devices,
-        memory=_memory(),
+        memory=main_memory(),
         cache=None if cache_dir is None else _cache(Path(cache_dir)),
         checks=tuple(checks),
     )
@@ -237,24 +238,6 @@ def _device_bytes(device: Any) -> int | None:
     with contextlib.suppress(Exception):  # not every backend tells
         return int((device.memory_stats() or {})["bytes_limit"])
     return None
-
-
-def _memory() -> dict[str, int | None]:
-    """Of the machine, or of the container that this runs in where that has less."""
-    total = available = None
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/meminfo") as file:
-        kib = next(line.split()[1] for line in file if line.startswith("MemAvailable:"))
-        available = int(kib) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        most = int((group / "memory.max").read_text())  # "max" is no number
-        used = int((group / "memory.current").read_text())
-        if total is None or most < total:
-            total = most
-            available = min(available or most, max(most - used, 0))
-    return {"total": total, "available": available}
 
 
 def _cache(folder: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def choices(
     return found
 
 
-def columns_of(network: Network, alternatives: Mapping[str, Sequence[Edits]]) -> int:
+def alternatives_each(network: Network, alternatives: Mapping[str, Sequence[Edits]]) -> int:
     """How many alternatives every layer has.
 
     **Raises** `UsageError` when a layer is missing or has another number of them.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.checkpoint import Checkpoint
-from proxyq.engine.alternatives import columns_of
+from proxyq.engine.alternatives import alternatives_each
 from proxyq.engine.backward import Tape, record
 from proxyq.engine.divergence import log_softmax, two_classes
 from proxyq.engine.engine import Edits, Engine
@@ -50,7 +50,7 @@ def gauss_newton(
     **Raises** `UsageError` when a layer is missing or has another number of alternatives.
     """
     names = engine.network.names
-    columns = columns_of(engine.network, alternatives)
+    columns = alternatives_each(engine.network, alternatives)
     checkpoint = checkpoint or Checkpoint()
     kept = checkpoint.load("tangents") or {}
     gram = Gram(len(names) * columns)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from proxyq.checkpoint import Checkpoint
-from proxyq.engine.alternatives import columns_of
+from proxyq.engine.alternatives import alternatives_each
 from proxyq.engine.engine import Edits, Engine
 from proxyq.engine.segments import NO_EDIT, Edit
 from proxyq.model.model import logits_of
@@ -190,7 +190,7 @@ class _Sweep:
     ):
         network = engine.network
         self.engine, self.alternatives, self.inside = engine, alternatives, inside
-        self.columns = columns_of(network, alternatives)
+        self.columns = alternatives_each(network, alternatives)
         self.choices = self.columns * len(network.names)
         self.starting = {network.sites_of(name)[0]: row for row, name in enumerate(network.names)}
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from proxyq.checkpoint import Checkpoint
-from proxyq.engine.alternatives import columns_of
+from proxyq.engine.alternatives import alternatives_each
 from proxyq.engine.engine import Edits, Engine
 from proxyq.engine.gram import Gram
 from proxyq.engine.segments import NO_EDIT
@@ -57,7 +57,7 @@ def single_layer_sweep(
     base = base or {}
     # A layer used several times is changed at all its places: its run starts at the first.
     starting = {network.sites_of(name)[0]: row for row, name in enumerate(network.names)}
-    columns = columns_of(network, alternatives)
+    columns = alternatives_each(network, alternatives)
     checkpoint = checkpoint or Checkpoint()
     kept = checkpoint.load("sweep") or {}
     totals = kept.get("totals")

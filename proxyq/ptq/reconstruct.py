@@ -35,7 +35,6 @@ Where ours differs from the papers:
 """
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -47,6 +46,7 @@ import numpy as np
 import optax
 
 from proxyq.checkpoint import Checkpoint
+from proxyq.devices import main_memory
 from proxyq.engine import Edit, Engine
 from proxyq.engine.memory import amount
 from proxyq.engine.pieces import Piece, block_pieces, layer_pieces
@@ -222,7 +222,7 @@ def _check_room(
     one, images = held_bytes(engine, pieces, learning), len(jax.tree.leaves(inputs)[0])
     room, whose = memory, "`memory` (--memory) allows"
     if room is None:
-        room, whose = _machine_memory(), "this machine has"
+        room, whose = main_memory()["total"], "this machine has"
     if room is None:
         return
     step = step_bytes(engine, pieces)
@@ -235,14 +235,6 @@ def _check_room(
         f"learning the rounding takes {amount(one * images + step)} for {images} images, and "
         f"{whose} {amount(room)}: {remedy}, or more memory."
     )
-
-
-def _machine_memory() -> int | None:
-    """Bytes of main memory, where the system tells; of an accelerator, nothing is known here."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def learning_facts(learning: Learning) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from proxyq.errors import UsageError
@@ -38,8 +39,8 @@ class Grid(NamedTuple):
 
 def check_bits(bits: int, name: str = "bits") -> int:
     """Refuse a bit-width that no grid has."""
-    if bits not in BITS:
-        raise UsageError(f"`{name}` must be 1 to 8 or 16, got {bits}.")
+    if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or bits not in BITS:
+        raise UsageError(f"`{name}` must be 1 to 8 or 16, got {bits!r}.")
     return int(bits)
 
 

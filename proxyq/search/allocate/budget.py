@@ -26,14 +26,6 @@ UNITS: dict[str, dict[str, int | None]] = {
     "latency": {**PICOSECONDS, SHARE: None},
     "activation-memory": {**{unit: 8 * count for unit, count in BYTES.items()}, SHARE: None},
 }
-MEANING = {
-    "size": "bits of the quantizable weights and of the scales of groups (those of channels, and "
-    "biases, not counted)",
-    "bops": "MACs × weight bits × activation bits (float activations count as 32)",
-    "macs-bits": "MACs × weight bits",
-    "latency": "seconds of all layers, from the latency table",
-    "activation-memory": "largest sum of live activations of one image, in bits",
-}
 _AMOUNT = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,2})?\s*([A-Za-z]*|%)\s*\Z")
 
 
