@@ -29,7 +29,7 @@ from proxyq.engine.memory import (
 from proxyq.engine.pieces import block_pieces
 from proxyq.engine.ranges import input_samples
 from proxyq.engine.rounded import rounded_weight
-from proxyq.engine.shelf import Shelf
+from proxyq.engine.spill import Spill
 from proxyq.engine.statistics import correct_statistics, float_moments
 from proxyq.engine.walk import rounding_bytes_per_image
 from proxyq.errors import ProxyqError, UsageError
@@ -263,13 +263,13 @@ def test_states_that_have_no_room_come_back_from_a_file():
         }
         for number in range(4)
     ]
-    with Shelf(room=200) as shelf:
+    with Spill(room=200) as spill:
         for turn in range(2):  # each is replaced by one of another size
             for number in range(4):
-                shelf.put(number, states[(number + turn) % 4])
-            assert shelf.taken <= 200 and len(shelf) == 4
+                spill.put(number, states[(number + turn) % 4])
+            assert spill.taken <= 200 and len(spill) == 4
         for number in range(4):
-            back: Any = shelf.get(number)
+            back: Any = spill.get(number)
             for name, value in states[(number + 1) % 4].items():
                 assert back[name].dtype == value.dtype
                 np.testing.assert_array_equal(back[name], value)
@@ -289,10 +289,10 @@ def test_a_disk_without_room_is_told(monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", Full)
     with (
         pytest.raises(ProxyqError, match=r"\(No space left on device\): allow more memory"),
-        Shelf(room=0) as shelf,
+        Spill(room=0) as spill,
     ):
         state: Any = {"a": jnp.zeros(3)}
-        shelf.put(0, state)
+        spill.put(0, state)
 
 
 def test_statistics_are_corrected_alike_from_a_file():

@@ -31,7 +31,7 @@ import numpy as np
 from proxyq.engine.engine import Edits, Engine, at_least_float32
 from proxyq.engine.memory import outputs_per_image
 from proxyq.engine.segments import NO_EDIT, Edit
-from proxyq.engine.shelf import Shelf
+from proxyq.engine.spill import Spill
 from proxyq.model.examples import Examples
 from proxyq.model.layers import columns_of
 from proxyq.model.model import Model
@@ -221,7 +221,7 @@ class _Walk:
     def __init__(self, engine: Engine, inputs: Any, reference: Sequence[Moments]):
         self.engine = engine
         room = engine.room
-        self.states = Shelf(None if room is None else room - moments_bytes(reference))
+        self.states = Spill(None if room is None else room - moments_bytes(reference))
         self.counts: list[int] = []
         for number, (part, count) in enumerate(engine.chunks(inputs)):
             self.states.put(number, engine.start(part))

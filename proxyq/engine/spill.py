@@ -1,4 +1,4 @@
-"""`Shelf`: the states of all batches between two layers, where memory has no room for them.
+"""`Spill`: the states of all batches between two layers, where memory has no room for them.
 
 What walks all images in step, layer by layer, holds a state for each batch. Those that fit are
 kept where they are; the others lie in a file without a name in the folder for temporary files
@@ -19,7 +19,7 @@ from proxyq.errors import ProxyqError
 from proxyq.model.graph import Var
 
 
-class Shelf:
+class Spill:
     """States by the number of their batch, in at most `room` bytes; `None` is any number.
 
     A `with` gives the file back early.
@@ -35,7 +35,7 @@ class Shelf:
         self._file: IO[bytes] | None = None
         self._end = 0
 
-    def __enter__(self) -> "Shelf":
+    def __enter__(self) -> "Spill":
         return self
 
     def __exit__(
