@@ -16,6 +16,7 @@ STAGES = [
         "errors",
         "executor",
         "files",
+        "record_file",
         "installed",
         "checkpoint",
         "progress",

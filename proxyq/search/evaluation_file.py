@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from proxyq.errors import LONGEST, ProxyqError
 from proxyq.files import read_json
-from proxyq.search.record_file import Bits, Count, Number, first_problem
+from proxyq.record_file import Bits, Count, Number, first_problem
 
 Percent = Annotated[Number, Field(ge=0, le=100)]
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from proxyq.errors import UsageError
 from proxyq.files import read_json, write_atomic
+from proxyq.record_file import Bits, Count, Json, Number, Record, line, record_from
 from proxyq.search.allocate.budget import Budget
 from proxyq.search.allocate.pareto import dominated
 from proxyq.search.allocate.plan import (
@@ -26,7 +27,6 @@ from proxyq.search.allocate.plan import (
     number,
     without_scales,
 )
-from proxyq.search.record_file import Bits, Count, Json, Number, Record, line, record_from
 
 SCHEMA = "proxyq/front/1"
 

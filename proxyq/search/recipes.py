@@ -14,10 +14,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from proxyq.errors import ProxyqError, UsageError, near, reason, shown
 from proxyq.files import MOST_LEVELS, deeper_than, read_bytes
+from proxyq.record_file import first_problem
 from proxyq.search.allocate.build import AS_WEIGHTS
 from proxyq.search.allocate.lp import ROUNDINGS
 from proxyq.search.allocate.problem import check_widths
-from proxyq.search.record_file import first_problem
 from proxyq.shelf import shelf
 
 FOLDER = "search/recipes"

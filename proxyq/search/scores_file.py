@@ -25,9 +25,9 @@ from proxyq.proxies import COSTS, Scores
 from proxyq.proxies.cost import WeightErrors
 from proxyq.proxies.proxy import MOST
 from proxyq.quantize import Rounding
+from proxyq.record_file import Count, Json, Record, first_problem, record_from
 from proxyq.search.allocate.plan import without_scales
 from proxyq.search.allocate.problem import check_widths
-from proxyq.search.record_file import Count, Json, Record, first_problem, record_from
 
 SCHEMA = "proxyq/scores/1"
 WIDTH = 240

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from proxyq.errors import ProxyqError, shown
 from proxyq.files import read_json, write_atomic
 from proxyq.quantize import Rounding
-from proxyq.search.record_file import Count, Json, Number, Record, line, record_from
+from proxyq.record_file import Count, Json, Number, Record, line, record_from
 
 SCHEMA = "proxyq/table/1"
 FLOAT_BITS = 32

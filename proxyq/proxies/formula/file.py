@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from proxyq.errors import ProxyqError, UsageError, near, shown
-from proxyq.files import deeper_than, read_json, write_atomic
+from proxyq.files import read_json, write_atomic
 from proxyq.proxies.formula.grammar import Node, rooted
 from proxyq.proxies.formula.text import parse_formula
+from proxyq.record_file import Record, plain_json
 from proxyq.shelf import shelf
 
 SCHEMA = "proxyq/formula/1"
@@ -38,18 +39,10 @@ def _text(text: str) -> str:
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """Free-form JSON, not nested deeply: finite numbers, text keys, keys sorted at every level."""
-    if deeper_than(value, MAX_LEVELS):
-        raise ValueError(f"must be nested at most {MAX_LEVELS} levels deep")
-    try:
-        text = json.dumps(value, allow_nan=False, sort_keys=True, ensure_ascii=False)
-        text.encode()
-        return json.loads(text)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"must be plain JSON without NaN or infinity ({error})") from None
+    return plain_json(value, MAX_LEVELS)
 
 
-class Formula(BaseModel):
+class Formula(Record):
     """A formula with its name, and how its numbers are to be read.
 
     - `total`: whether a plan's score is the `sum` or the `mean` of its layers' numbers.
@@ -58,14 +51,12 @@ class Formula(BaseModel):
     - `origin`: where it comes from, as free JSON: the source, or seed and fitness of a search.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-
     schema_: Literal["proxyq/formula/1"] = Field(SCHEMA, alias="schema")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
     formula: Annotated[str, AfterValidator(_formula)]
     total: Literal["sum", "mean"] = "sum"
     direction: Literal["cost", "importance"]
-    origin: Annotated[dict[str, Any], AfterValidator(_plain)] = {}
+    origin: Annotated[dict[str, Any], AfterValidator(_plain)] = Field(default_factory=dict)
     note: Annotated[str, AfterValidator(_text)] = ""
 
     @cached_property

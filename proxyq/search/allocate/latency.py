@@ -21,9 +21,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from proxyq.errors import ProxyqError, shown
 from proxyq.files import read_json
+from proxyq.record_file import Bits, Number, first_problem
 from proxyq.search.allocate.budget import PICOSECONDS
 from proxyq.search.allocate.problem import check_widths
-from proxyq.search.record_file import Bits, Number, first_problem
 
 SCHEMA = "proxyq/latency/1"
 Seconds = Annotated[Number, Field(ge=0, lt=1e6)]

@@ -15,11 +15,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from proxyq.errors import ProxyqError, shown
 from proxyq.files import read_json, write_atomic
+from proxyq.record_file import Bits, Count, Json, Number, Record, first_problem, line
 from proxyq.search.allocate.assignment import Assignment
 from proxyq.search.allocate.budget import SHARE, Budget, parse_budget, raw_budget, share_of
 from proxyq.search.allocate.build import ActivationBits, LayerLike, reads_numbers
 from proxyq.search.allocate.text import elided, wrapped
-from proxyq.search.record_file import Bits, Count, Json, Number, Record, first_problem, line
 
 SCHEMA = "proxyq/plan/1"
 FLOAT_BITS = 32

@@ -19,10 +19,10 @@ def _bits(value: int | None) -> int | None:
     return value
 
 
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """Free-form JSON: finite numbers, text keys, keys sorted at every level."""
-    if deeper_than(value, MOST_LEVELS):
-        raise ValueError(f"must be nested at most {MOST_LEVELS} levels deep")
+def plain_json(value: dict[str, Any], levels: int = MOST_LEVELS) -> dict[str, Any]:
+    """Free-form JSON: finite numbers, text keys, keys sorted at every one of at most `levels`."""
+    if deeper_than(value, levels):
+        raise ValueError(f"must be nested at most {levels} levels deep")
     try:
         text = json.dumps(value, allow_nan=False, sort_keys=True, ensure_ascii=False)
         text.encode()
@@ -40,7 +40,7 @@ def _usable(value: int | float) -> int | float:
 
 Bits = Annotated[int | None, AfterValidator(_bits)]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Json = Annotated[dict[str, Any], AfterValidator(_plain)]
+Json = Annotated[dict[str, Any], AfterValidator(plain_json)]
 # Not `allow_inf_nan`: of a long whole number, that check makes a float first, which fails.
 Number = Annotated[int | float, AfterValidator(_usable)]
 
