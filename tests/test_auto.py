@@ -18,13 +18,13 @@ from proxyq.auto.portfolio import MEMBERS, curvature_scores, portfolio
 from proxyq.auto.refine import anchored, proposals
 from proxyq.engine.divergence import kl_divergence, rescaled_divergence
 from proxyq.engine.loss import BROKEN, WRECKED, Loss
-from proxyq.engine.ranges import input_grids
+from proxyq.engine.ranges import activation_grids
 from proxyq.engine.statistics import correct_statistics, correct_weights, float_moments
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.function_import import from_function
 from proxyq.proxies import PROXIES, Cache, as_cost, kl_delta, rescaled_coupling
 from proxyq.proxies.cost import weight_errors
-from proxyq.ptq.quantized import round_weights, with_input_grids
+from proxyq.ptq.quantized import round_weights, with_grids
 from proxyq.search.allocate import solve
 from proxyq.search.allocate.assignment import used
 
@@ -57,7 +57,7 @@ def test_the_judge_measures_the_network_that_runs(correction):
     plan = [(b, 4 if i % 2 else None) for i, b in enumerate([2, 3, 6] * 9)][: len(judge.names)]
     edits = round_weights(engine, {n: b for n, (b, _) in zip(judge.names, plan, strict=True)})
     beside = {n: a for n, (_, a) in zip(judge.names, plan, strict=True) if a}
-    edits = with_input_grids(edits, input_grids(engine, beside, judge.fit))
+    edits = with_grids(engine.network, edits, activation_grids(engine, beside, {}, judge.fit))
     if correction == "weights":
         edits = correct_weights(engine, edits)
     elif correction == "statistics":

@@ -8,7 +8,7 @@ from networks import mixer, small_net
 from proxyq.engine import Engine
 from proxyq.engine.divergence import kl_divergence, log_softmax
 from proxyq.engine.loss import Loss
-from proxyq.engine.ranges import input_grids
+from proxyq.engine.ranges import activation_grids
 from proxyq.engine.statistics import (
     CLAMP,
     Moments,
@@ -21,7 +21,7 @@ from proxyq.errors import UsageError
 from proxyq.model.graph import evaluate
 from proxyq.ptq.correct import correct
 from proxyq.ptq.measure import top1
-from proxyq.ptq.quantized import round_weights, with_input_grids
+from proxyq.ptq.quantized import round_weights, with_grids
 
 
 def images(model, count=64, seed=1):
@@ -149,12 +149,12 @@ def test_rounded_inputs_are_used_and_close_at_eight_bits():
     x = images(model, 16)
     engine = Engine.build(model, 16)
     widths = dict.fromkeys(engine.network.names, 8)
-    grids = input_grids(engine, widths, x)
+    grids = activation_grids(engine, widths, {}, x)
     reference = engine.logits(x)
     errors = []
     for bits in (8, 3):
-        grids = input_grids(engine, dict.fromkeys(widths, bits), x)
-        logits = engine.logits(x, with_input_grids({}, grids))
+        grids = activation_grids(engine, dict.fromkeys(widths, bits), {}, x)
+        logits = engine.logits(x, with_grids(engine.network, {}, grids))
         errors.append(np.abs(logits - reference).mean() / np.abs(reference).mean())
     assert 0 < errors[0] < 0.05 < errors[1]
 

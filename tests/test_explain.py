@@ -9,7 +9,7 @@ from commandline import here
 from flax import nnx
 
 from proxyq.errors import MissingOperators
-from proxyq.model.explain import kept_float, products_of_data, summary
+from proxyq.model.explain import kept_float, summary
 from proxyq.model.flax_import import from_nnx
 from proxyq.model.network import network
 
@@ -42,7 +42,7 @@ def test_why_a_parameter_is_no_weight_of_a_layer():
     assert why["spare"] == "not used by the output"
     weights = {layer.parameter for layer in found.layers}
     assert not weights & set(why) and weights | set(why) == set(model.params)
-    assert products_of_data(found) == 2  # queries with keys, attention with values
+    assert len(found.attention) == 2  # queries with keys, attention with values
     count, numbers = summary(kept_float(found))["rows looked up by tokens"]
     assert (count, numbers) == (1, 88)
 

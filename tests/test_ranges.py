@@ -8,7 +8,7 @@ from test_reconstruct import images, plan_of
 
 from proxyq.api import quantize_model
 from proxyq.engine import Engine
-from proxyq.engine.ranges import input_grids
+from proxyq.engine.ranges import activation_grids
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.function_import import from_function
 
@@ -20,7 +20,7 @@ def ends(grid):
 
 
 def grid_of(engine, x, method, bits=8):
-    return input_grids(engine, {"stem": bits}, x, method=method)[0]
+    return activation_grids(engine, {"stem": bits}, {}, x, method=method).inputs[0]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from networks import mixer, small_net
 from proxyq.api import quantize_model
 from proxyq.checkpoint import Checkpoint
 from proxyq.engine import Engine
-from proxyq.engine.pieces import block_pieces, layer_pieces
+from proxyq.engine.pieces import PieceEdits, block_pieces, layer_pieces
 from proxyq.engine.segments import Edit
 from proxyq.errors import UsageError
 from proxyq.model.function_import import from_function
@@ -29,7 +29,7 @@ def images(model, count=32, seed=1):
 def run_pieces(engine, pieces, batch, edits):
     state = dict(zip(engine.network.graph.inputs, jax.tree.leaves(batch), strict=True))
     for piece in pieces:
-        own = [edits.get(i, Edit(weight=engine.weight(i))) for i in piece.sites]
+        own = PieceEdits([edits.get(i, Edit(weight=engine.weight(i))) for i in piece.sites])
         constants = [engine.frontier[var] for var in piece.constants]
         written = piece(own, constants, [state[var] for var in piece.reads])
         state = {var: state[var] for var in piece.keeps} | dict(
@@ -118,7 +118,7 @@ def test_fisher_information_is_that_of_drawn_labels():
 
     def after(count, state):
         for piece in pieces[:count]:
-            own = [edits[i] for i in piece.sites]
+            own = PieceEdits([edits[i] for i in piece.sites])
             constants = [engine.frontier[var] for var in piece.constants]
             written = piece(own, constants, [state[var] for var in piece.reads])
             state = dict(zip(piece.writes, written, strict=True))
@@ -131,7 +131,7 @@ def test_fisher_information_is_that_of_drawn_labels():
     def logits(z):
         state = {var: z}
         for piece in pieces[2:]:
-            own = [edits[i] for i in piece.sites]
+            own = PieceEdits([edits[i] for i in piece.sites])
             constants = [engine.frontier[v] for v in piece.constants]
             written = piece(own, constants, [state[v] for v in piece.reads])
             state = dict(zip(piece.writes, written, strict=True))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from proxyq.api.method import method_of
+from proxyq.api.method import as_attention_bits, method_of
 from proxyq.api.problem import problem_from
 from proxyq.errors import UsageError
 from proxyq.model.layers import Layer
@@ -17,6 +17,7 @@ from proxyq.proxies.cost import NEED_ERRORS, check_cost, cost_name
 from proxyq.search.allocate import Assignment, Problem, solve
 from proxyq.search.allocate.latency import LatencyTable, load_latency
 from proxyq.search.allocate.plan import Plan, plan_from
+from proxyq.search.allocate.products import Multiplied
 from proxyq.search.allocate.together import together
 from proxyq.search.scores_file import ScoreFile
 
@@ -28,6 +29,7 @@ def allocate(
     proxy: str | None = None,
     cost: str | None = None,
     activation_bits: int | str | Sequence[int] | None = None,
+    attention_bits: int | str | None = None,
     pins: Sequence[str] = (),
     ties: Sequence[str] = (),
     unties: Sequence[str] = (),
@@ -43,7 +45,7 @@ def allocate(
 
     - `scores`: what `score` gives, or its file. `proxy`: whose, where there are several.
     - `activation_bits`: as for `search`; `None` is what the scores were measured for, and a
-      list must be of those.
+      list must be of those. `attention_bits`: likewise.
     - All others: as for `search`.
 
     **Returns** the `Plan` that `search` would find by the same method.
@@ -56,6 +58,7 @@ def allocate(
         proxy=proxy,
         cost=cost,
         activation_bits=activation_bits,
+        attention_bits=attention_bits,
         pins=pins,
         ties=ties,
         unties=unties,
@@ -88,6 +91,7 @@ def allocation(
     proxy: str | None = None,
     cost: str | None = None,
     activation_bits: int | str | Sequence[int] | None = None,
+    attention_bits: int | str | None = None,
     pins: Sequence[str] = (),
     ties: Sequence[str] = (),
     unties: Sequence[str] = (),
@@ -115,7 +119,8 @@ def allocation(
     beside = method.activation_bits
     if isinstance(beside, tuple) and found.activations is not None:
         found = _activations_among(found, beside)
-    layers = found.layers
+    layers, products = found.layers, _products(scores, attention_bits)
+    rounded = {own.bits for own in products.values() if own.bits is not None}
     name = cost_name(found, cost)
     joined = together(layers, ties, unties, scores.same_feature)
     problem = problem_from(
@@ -132,6 +137,7 @@ def allocation(
         candidates=candidates,
         latency=load_latency(latency) if isinstance(latency, (str, os.PathLike)) else latency,
         schedule=scores.steps(),
+        attention=products,
     )
     record = {
         "model": scores.model,
@@ -142,15 +148,31 @@ def allocation(
             "cost": name,
             "bits": list(found.bits),
             "activation_bits": list(beside) if isinstance(beside, tuple) else beside,
+            **({"attention_bits": max(rounded)} if rounded else {}),
             "rounding": dict(scores.rounding),
             "correction": method.correction,
             "samples": scores.samples if one.images else 0,
         },
         "activation_bits": None if isinstance(beside, tuple) else beside,
+        "attention": products,
         "provenance": _provenance(scores, one.images),
         "predicted": {"scores": dict(one.values)},
     }
     return Allocation(problem=problem, solver=method.solver, layers=layers, record=record)
+
+
+def _products(scores: ScoreFile, attention_bits: int | str | None) -> dict[str, Multiplied]:
+    """The products of two activations, at the bits that are asked for or else as the file has."""
+    bits = as_attention_bits(attention_bits)
+    if bits is not None and not scores.attention:
+        raise UsageError(
+            "`attention_bits` (--attention-bits) is for products of two activations, and the "
+            "scores are of a network without, or of an older version: leave it out."
+        )
+    return {
+        name: Multiplied(own.macs, own.bits if attention_bits is None else bits)
+        for name, own in scores.attention.items()
+    }
 
 
 def _activations_among(scores: Scores, chosen: tuple[int, ...]) -> Scores:

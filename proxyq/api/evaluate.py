@@ -37,6 +37,7 @@ from proxyq.ptq.quantized import QuantizedModel
 from proxyq.search.allocate import build_problem, solve
 from proxyq.search.allocate.latency import load_latency
 from proxyq.search.allocate.plan import Plan, PlannedLayer
+from proxyq.search.allocate.products import Multiplied
 from proxyq.search.allocate.usage import Latencies
 
 
@@ -392,7 +393,8 @@ def _plan_of(one: Plan | QuantizedModel) -> Plan:
 def _what_runs(plan: Plan) -> tuple[Any, ...]:
     """What of a plan decides the network that runs."""
     layers = ((n, p.weight_bits, p.activation_bits) for n, p in plan.layers.items())
-    return (*layers, plan.method.get("correction"), rounding_of(plan))
+    attention = ((name, own.bits) for name, own in plan.attention.items())
+    return (*layers, *attention, plan.method.get("correction"), rounding_of(plan))
 
 
 def uniform_plan(model: Model, plan: Plan, latency: Latencies | None = None) -> Plan | None:
@@ -408,6 +410,11 @@ def uniform_plan(model: Model, plan: Plan, latency: Latencies | None = None) -> 
     """
     found = network(model, LAYERS_AT)
     layers, steps = sized_layers(found, rounding_of(plan)), schedule(found)
+    products = {
+        one.name: Multiplied(one.macs, own.bits if own is not None else None)
+        for one in found.attention
+        for own in (plan.attention.get(one.name),)
+    }
     pins = [
         f"{glob.escape(name)}={layer.weight_bits}"
         for name, layer in plan.layers.items()
@@ -440,6 +447,7 @@ def uniform_plan(model: Model, plan: Plan, latency: Latencies | None = None) -> 
                 activation_bits=activations,
                 latency=latency,
                 schedule=steps,
+                attention=products,
             )
             solve(problem, "greedy")
         except ProxyqError:

@@ -32,6 +32,7 @@ class Method:
     cost: str
     bits: tuple[int, ...]
     activation_bits: int | tuple[int, ...] | str | None
+    attention_bits: int | None
     rounding: Rounding
     correction: str
     samples: int
@@ -80,6 +81,7 @@ def method_of(
     cost: str | None = None,
     bits: Sequence[int] | None = None,
     activation_bits: int | str | Sequence[int] | None = None,
+    attention_bits: int | str | None = None,
     extra_code: str | None = None,
     group_size: int | None = None,
     correction: str | None = None,
@@ -92,7 +94,8 @@ def method_of(
     """The method that a proxy or a recipe stands for; what is given explicitly wins.
 
     `activation_bits` may be a list to choose from, `"weights"` (those of the layer's weights), or
-    `"float"`, against a recipe that rounds activations.
+    `"float"`, against a recipe that rounds activations. `attention_bits` is a bit-width, or
+    `"float"`, which is the default.
 
     **Raises** `UsageError` for unknown names, both at once, or impossible values.
     """
@@ -105,6 +108,7 @@ def method_of(
     if solver not in (None, "auto"):
         SOLVERS.get(solver)
     activations = _activation_bits(activation_bits)
+    attention = as_attention_bits(attention_bits)
     rounding = as_rounding(extra_code, group_size)
     if bits is not None and not bits:
         raise UsageError("`bits` must name at least one bit-width, got none.")
@@ -127,6 +131,7 @@ def method_of(
             cost=cost or "auto",
             bits=tuple(sorted(set(bits or DEFAULT_BITS))),
             activation_bits=activations,
+            attention_bits=attention,
             rounding=rounding,
             correction=correction or "auto",
             samples=samples or DEFAULT_SAMPLES,
@@ -160,6 +165,7 @@ def method_of(
         activation_bits=(
             _activation_bits(found.activation_bits) if activation_bits is None else activations
         ),
+        attention_bits=attention,
         rounding=rounding,
         correction=correction or found.correction,
         samples=samples or max(found.samples, start.samples if start else 0),
@@ -180,6 +186,15 @@ def check_correction(correction: str | None) -> None:
         raise UsageError(
             f"`correction` must be one of {', '.join(CORRECTIONS)}, got {correction!r}."
         )
+
+
+def as_attention_bits(value: int | str | None) -> int | None:
+    """Bits of both operands of products of two activations; `None` is float."""
+    if value is None or value == FLOAT:
+        return None
+    if isinstance(value, str):
+        raise UsageError(f"`attention_bits` must be a bit-width or 'float', got {value!r}.")
+    return check_bits(value, "attention_bits")
 
 
 def _activation_bits(

@@ -8,7 +8,7 @@ from proxyq.api.allocate import allocation
 from proxyq.api.evaluate import measure
 from proxyq.api.inputs import as_data, as_eval_data, as_model, inputs_of
 from proxyq.api.method import Method, method_of
-from proxyq.api.problem import trial_solver, unscored
+from proxyq.api.problem import products_at, trial_solver, unscored
 from proxyq.api.score import score
 from proxyq.engine.rounded import sized_layers
 from proxyq.errors import UsageError
@@ -39,6 +39,7 @@ def pareto(
     cost: str | None = None,
     bits: Sequence[int] | None = None,
     activation_bits: int | str | Sequence[int] | None = None,
+    attention_bits: int | str | None = None,
     extra_code: str | None = None,
     group_size: int | None = None,
     pins: Sequence[str] = (),
@@ -115,6 +116,7 @@ def pareto(
             cost=cost,
             bits=bits,
             activation_bits=activation_bits,
+            attention_bits=attention_bits,
             extra_code=extra_code,
             group_size=group_size,
             correction=correction,
@@ -132,6 +134,7 @@ def pareto(
             _unscored_file(model, method),
             texts,
             activation_bits=activation_bits,
+            attention_bits=attention_bits,
             **{**binding, "solver": trial_solver(method)},
         )
         solve(trial.problem, trial.solver, time_limit=time_limit)
@@ -144,6 +147,7 @@ def pareto(
             proxies=(method.proxy, method.options),
             bits=bits,
             activation_bits=activation_bits,
+            attention_bits=attention_bits,
             extra_code=extra_code,
             group_size=group_size,
             samples=samples,
@@ -153,7 +157,13 @@ def pareto(
             progress=progress,
         )
     found = allocation(
-        scores, texts, proxy=name, cost=cost, activation_bits=activation_bits, **binding
+        scores,
+        texts,
+        proxy=name,
+        cost=cost,
+        activation_bits=activation_bits,
+        attention_bits=attention_bits,
+        **binding,
     )
     solved = solve_steps(
         found.problem, steps, found.solver, time_limit=time_limit, progress=progress
@@ -214,6 +224,7 @@ def _unscored_file(model: Model, method: Method) -> ScoreFile:
         model={},
         same_feature=layers_by_feature(found),
         schedule=schedule(found),
+        attention=products_at(found, method.attention_bits),
         activation_bits=method.activation_bits,
         errors=None,
         rounding=method.rounding,
@@ -228,7 +239,8 @@ def _inputs(model: Model, data: Any, method: Method, seed: int | None) -> Any:
     calibration = as_data(data, model)
     if calibration is not None:
         return inputs_of(calibration, model, method.samples, seed)
-    if method.correction in ("auto", "statistics") or method.activation_bits is not None:
+    rounds = method.activation_bits is not None or method.attention_bits is not None
+    if method.correction in ("auto", "statistics") or rounds:
         raise UsageError(
             f"calibration images are needed by correction={method.correction!r} and by activation "
             "bits: give `data` (--data)."

@@ -8,11 +8,13 @@ import numpy as np
 from proxyq.api.method import Method
 from proxyq.errors import UsageError
 from proxyq.model.layers import Layer
+from proxyq.model.network import Network
 from proxyq.proxies import Scores, as_cost
 from proxyq.proxies.cost import WeightErrors
 from proxyq.search.allocate import SOLVERS, Problem, build_problem
 from proxyq.search.allocate.build import ActivationBits, LayerLike
 from proxyq.search.allocate.outliers import without_outliers
+from proxyq.search.allocate.products import Multiplied
 
 
 def problem_from(
@@ -89,6 +91,19 @@ def problem_from(
         **beside,
         **binding,
     )
+
+
+def products_at(network: Network, bits: int | None) -> dict[str, Multiplied]:
+    """The network's products of two activations, both operands at `bits` (`None`: float).
+
+    **Raises** `UsageError` for bits where there is no such product.
+    """
+    if bits is not None and not network.attention:
+        raise UsageError(
+            f"`attention_bits` (--attention-bits) is for products of two activations, and "
+            f"{network.model.name!r} has none: leave it out."
+        )
+    return {product.name: Multiplied(product.macs, bits) for product in network.attention}
 
 
 def unscored(layers: Sequence[Layer], method: Method) -> Scores:

@@ -15,7 +15,7 @@ from proxyq.api.method import DEFAULT_SAMPLES
 from proxyq.devices import several
 from proxyq.engine import Edit, Engine
 from proxyq.engine.memory import less
-from proxyq.engine.ranges import ActivationRange, input_grids
+from proxyq.engine.ranges import ActivationGrids, ActivationRange, activation_grids
 from proxyq.engine.statistics import correct_statistics, fitted_bytes, float_moments
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.files import check_folder, digest_json, write_together
@@ -26,7 +26,7 @@ from proxyq.proxies import Cache
 from proxyq.ptq.correct import correct
 from proxyq.ptq.measure import right
 from proxyq.ptq.packed import PackedSize, packed_bytes
-from proxyq.ptq.quantized import QuantizedModel, integer_weights, with_input_grids, with_weights
+from proxyq.ptq.quantized import QuantizedModel, integer_weights, with_grids, with_weights
 from proxyq.ptq.reconstruct import Learning, Level, learning_facts, reconstruct
 from proxyq.quantize import Rounding
 from proxyq.quantize.integers import Integers
@@ -92,6 +92,7 @@ def quantize_model(
         for name, layer in plan.layers.items()
         if layer.activation_bits is not None
     }
+    products = {name: own.bits for name, own in plan.attention.items() if own.bits is not None}
     model = fitting_model(model, plan)
     wanted = correction or str(plan.method.get("correction", "none"))
     if reconstruction != "none":
@@ -111,11 +112,11 @@ def quantize_model(
         left = less(memory, fitted_bytes(model, images), what)
     engine = Engine.build(model, images, memory=left)
     integers = integer_weights(engine, widths, rounding_of(plan))
-    grids = {}
-    if activations:
+    grids = ActivationGrids()
+    if activations or products:
         if inputs is None:
             raise UsageError("activation ranges need calibration images: give `data` (--data).")
-        grids = input_grids(engine, activations, inputs, method=activation_range)
+        grids = activation_grids(engine, activations, products, inputs, method=activation_range)
     offsets: dict[int, np.ndarray | None] = {}
     if level is not None:
         learning = learning or Learning()
@@ -132,6 +133,7 @@ def quantize_model(
             bits=widths,
             activations=activations,
             range=activation_range,
+            **({"attention": products} if products else {}),
         )
         checkpoint = kept.checkpoint(digest_json(facts))
         learned = reconstruct(
@@ -139,7 +141,7 @@ def quantize_model(
             integers,
             inputs,
             level=level,
-            input_grids=grids,
+            grids=grids,
             learning=learning,
             key=jax.random.key(seed),
             memory=memory,
@@ -150,7 +152,7 @@ def quantize_model(
         offsets = {index: found.offset for index, found in learned.items()}
     edits = with_weights(engine, integers)
     edits = {i: e._replace(offset=_or_none(offsets.get(i))) for i, e in edits.items()}
-    edits = with_input_grids(edits, grids)
+    edits = with_grids(engine.network, edits, grids)
     if reconstruction == "bias":
         moments, _ = float_moments(engine, inputs, progress=progress)
         edits, used, notes = (
@@ -171,6 +173,7 @@ def quantize_model(
         edits=edits,
         integers=integers,
         activation_bits=activations,
+        attention_bits=products,
         correction=used,
         reconstruction="nearest" if reconstruction == "none" else reconstruction,
         notes=notes,
@@ -325,8 +328,17 @@ def fitting_model(model: Model, plan: Plan) -> Model:
 
 
 def check_plan_fits(model: Model, plan: Plan) -> None:
-    """Refuse a plan whose layers are not the model's."""
-    found = {layer.name: layer for layer in network(model, LAYERS_AT).layers}
+    """Refuse a plan whose layers, or products of two activations, are not the model's."""
+    traced = network(model, LAYERS_AT)
+    products = [product.name for product in traced.attention]
+    for name in plan.attention:
+        if name not in products:
+            raise ProxyqError(
+                f"the plan is for another model: it names the product {name!r}, which "
+                f"{model.name!r} does not have; "
+                + (near(name, products) if products else "that has none of two activations.")
+            )
+    found = {layer.name: layer for layer in traced.layers}
     for name, layer in plan.layers.items():
         if name not in found:
             raise ProxyqError(

@@ -10,6 +10,7 @@ import jax
 from proxyq.api.inputs import as_data, as_model, calibration_of
 from proxyq.api.method import method_of
 from proxyq.api.model_spec import ModelSpec, check_text
+from proxyq.api.problem import products_at
 from proxyq.devices import several
 from proxyq.engine import Engine, TapOptions, pair_rows
 from proxyq.engine.pairs import RowWork
@@ -43,6 +44,7 @@ def score(
     proxies: Asked | Sequence[Asked],
     bits: Sequence[int] | None = None,
     activation_bits: int | str | Sequence[int] | None = None,
+    attention_bits: int | str | None = None,
     extra_code: str | None = None,
     group_size: int | None = None,
     samples: int | None = None,
@@ -62,6 +64,7 @@ def score(
       are left out.
     - `bits`: candidate bit-widths; `activation_bits`: as for `search`; a list has proxies that
       measure activations do so, for `allocate` to choose.
+    - `attention_bits`: as for `search`; kept for `allocate`, scores are the same.
     - `executor`: who measures pairs of layers (`clado`), all else being done here: `serial`,
       `process:N` or `ray:N`, which need `model` and `data` as text (or a `ModelSpec`).
     - `cache_dir`: where finished scores are kept and long ones go on after a kill.
@@ -75,6 +78,7 @@ def score(
         requests[0][0],
         bits=bits,
         activation_bits=activation_bits,
+        attention_bits=attention_bits,
         extra_code=extra_code,
         group_size=group_size,
         samples=samples,
@@ -89,6 +93,7 @@ def score(
         check_text(model, data, None)
     model = as_model(model)
     found = network(model, LAYERS_AT)
+    products = products_at(found, method.attention_bits)
     readers = [proxy.name for proxy, _ in requests if proxy.needs_images]
     calibration = as_data(data, model) if readers else None
     if readers and calibration is None:
@@ -145,6 +150,7 @@ def score(
         model=model.record(),
         same_feature=layers_by_feature(found),
         schedule=schedule(found),
+        attention=products,
         activation_bits=method.activation_bits,
         errors=weight_errors(model, method.bits, method.rounding) if mapped else None,
         rounding=method.rounding,

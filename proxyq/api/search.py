@@ -11,7 +11,7 @@ import numpy as np
 from proxyq.api.evaluate import measure
 from proxyq.api.inputs import Prepared, as_data, as_eval_data, as_model, calibration_of
 from proxyq.api.method import AUTO, Method, method_of
-from proxyq.api.problem import problem_from, trial_solver, unscored
+from proxyq.api.problem import problem_from, products_at, trial_solver, unscored
 from proxyq.auto import HELD_BACK, Judge, check_effort, choose, halves, improve
 from proxyq.data import Data
 from proxyq.devices import several
@@ -47,6 +47,7 @@ def search(
     budget: str | Sequence[str] | None = None,
     bits: Sequence[int] | None = None,
     activation_bits: int | str | Sequence[int] | None = None,
+    attention_bits: int | str | None = None,
     extra_code: str | None = None,
     group_size: int | None = None,
     correction: str | None = None,
@@ -95,6 +96,9 @@ def search(
     - `activation_bits`: bits of every layer's input; several to choose from, by a proxy that
       measures activations too; `"weights"`, as many as the layer's weights; or `"float"`. `None`
       is the recipe's, else float.
+    - `attention_bits`: bits of both operands of every product of two activations, such as those of
+      attention (`Network.attention`); `None` leaves them float. Plans are measured so; the scores
+      that they are chosen by are of the network with these products in float.
     - `extra_code`: on which side of zero a weight grid has its odd code: `negative` (two's
       complement, the default) or `either`, whichever rounds a channel better.
     - `group_size`: so many weights of an output channel share a grid (32, 64, 128), in layers that
@@ -117,6 +121,7 @@ def search(
         cost=cost,
         bits=bits,
         activation_bits=activation_bits,
+        attention_bits=attention_bits,
         extra_code=extra_code,
         group_size=group_size,
         correction=correction,
@@ -211,6 +216,7 @@ class _Task:
             "candidates": candidates,
             "latency": latency,
             "schedule": schedule(found),
+            "attention": products_at(found, method.attention_bits),
         }
         return cls(model=model, method=method, layers=layers, budget=budget, binding=binding)
 
@@ -355,7 +361,7 @@ def _plan(found: _Found, run: _Run, *, seed: int | None, data: Mapping[str, Any]
     predicted = {**found.told, "scores": _by_layer(scores)}
     if told := {k: v for k, v in scores.notes.items() if isinstance(v, (str, int, float))}:
         predicted["notes"] = told  # tables of numbers are for `score`
-    chosen = method.activation_choices
+    chosen, attention = method.activation_choices, method.attention_bits
     return plan_from(
         found.answer,
         run.task.layers,
@@ -367,6 +373,7 @@ def _plan(found: _Found, run: _Run, *, seed: int | None, data: Mapping[str, Any]
             "cost": cost_name(scores, method.cost),
             "bits": list(method.bits),
             "activation_bits": list(chosen) or method.activation_bits,
+            **({} if attention is None else {"attention_bits": attention}),
             "rounding": asdict(method.rounding),
             "correction": found.correction,
             "samples": run.images.samples,
@@ -374,6 +381,7 @@ def _plan(found: _Found, run: _Run, *, seed: int | None, data: Mapping[str, Any]
         activation_bits=None
         if isinstance(method.activation_bits, tuple)
         else method.activation_bits,
+        attention=run.task.binding["attention"],
         provenance=provenance(seed=seed, data=data, devices=several()),
         predicted=predicted,
     )
@@ -436,7 +444,14 @@ class Images:
 
     def judge(self, model: Model, method: Method, memory: int | None) -> Judge:
         """What measures plans on them."""
-        return Judge(model, self.inputs, self.held_back, rounding=method.rounding, memory=memory)
+        return Judge(
+            model,
+            self.inputs,
+            self.held_back,
+            rounding=method.rounding,
+            attention_bits=method.attention_bits,
+            memory=memory,
+        )
 
 
 def _effort(method: Method, effort: str | None, time_budget: float | None, refine: float) -> str:
@@ -462,7 +477,8 @@ def _effort(method: Method, effort: str | None, time_budget: float | None, refin
 
 
 def _runs_on_images(method: Method) -> bool:
-    return method.correction in ("auto", "statistics") or method.activation_bits is not None
+    rounds = method.activation_bits is not None or method.attention_bits is not None
+    return method.correction in ("auto", "statistics") or rounds
 
 
 def _by_layer(scores: Scores) -> dict[str, Any]:

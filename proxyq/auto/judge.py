@@ -44,6 +44,7 @@ class Judge:
     are for the last few: the best of a hundred plans is flattered by the images it was found on.
 
     - `correction`: `none`, `weights` or `statistics`; may be changed between plans.
+    - `attention_bits`: of all products of two activations, in every plan.
     - `passes`: forward passes of all `fit` images spent so far, about; `seconds` that those of
       plans took.
     - `kept`: what was measured once and serves plans for any budget.
@@ -57,6 +58,7 @@ class Judge:
         *,
         rounding: Rounding | None = None,
         correction: str = "none",
+        attention_bits: int | None = None,
         memory: int | None = None,
     ):
         self.fit, self.check, self.memory = fit, check, memory
@@ -71,7 +73,7 @@ class Judge:
         what = f"comparing plans on {fitted} images and {held} held back"
         self.engine = Engine.build(model, fitted, memory=less(memory, least, what))
         self.passes, self.seconds = 0.0, 0.0
-        self._plan_edits = PlanEdits(self.engine, fit, self.rounding)
+        self._plan_edits = PlanEdits(self.engine, fit, self.rounding, attention_bits)
         self.kept: dict[Any, Any] = {}
         self._fitted: dict[tuple[Any, ...], Loss] = {}
         self._verdicts: dict[tuple[Any, ...], Verdict] = {}

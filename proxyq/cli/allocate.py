@@ -2,6 +2,7 @@
 
 from proxyq.cli import options as o
 from proxyq.cli.arguments import activation_bits as parse_activation_bits
+from proxyq.cli.arguments import attention_bits as parse_attention_bits
 from proxyq.cli.plans import check_results, save_plan, show_plan, tell_unused_pins
 from proxyq.cli.runtime import working
 
@@ -12,6 +13,7 @@ def allocate(
     proxy: o.WhoseScores = None,
     cost: o.Cost = None,
     activation_bits: o.ActivationBits = None,
+    attention_bits: o.AttentionBits = None,
     pin: o.Pins = None,
     tie: o.Ties = None,
     untie: o.Unties = None,
@@ -34,6 +36,7 @@ def allocate(
     The plan is the one that `proxyq search` finds by the same proxy.
     """
     activations = parse_activation_bits(activation_bits)
+    attention = parse_attention_bits(attention_bits)
     check_results(out, plot=plot)
 
     with working(computes=False, no_cache=True, quiet=quiet):
@@ -47,6 +50,7 @@ def allocate(
             proxy=proxy,
             cost=cost,
             activation_bits=activations,
+            attention_bits=attention,
             pins=pin or (),
             ties=tie or (),
             unties=untie or (),

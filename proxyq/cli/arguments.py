@@ -43,6 +43,19 @@ def activation_bits(text: str | None) -> int | tuple[int, ...] | str | None:
     return values[0] if len(values) == 1 else values
 
 
+def attention_bits(text: str | None) -> int | str | None:
+    """`8` or `float`."""
+    if text in (None, "float"):
+        return text
+    try:
+        (value,) = numbers(text, "--attention-bits")
+    except (UsageError, ValueError):
+        raise UsageError(
+            f"--attention-bits must be one bit-width or 'float', got {text!r}."
+        ) from None
+    return value
+
+
 def key_values(texts: Iterable[str] | None, option: str) -> dict[str, Any]:
     """`KEY=VALUE` texts to a dictionary; values that look like numbers or truths are those."""
     found: dict[str, Any] = {}

@@ -249,6 +249,16 @@ ActivationBits = Annotated[
         "recipe's.",
     ),
 ]
+AttentionBits = Annotated[
+    str | None,
+    _option(
+        "--attention-bits",
+        metavar="8|float",
+        panel=LAYERS,
+        help="Bits of both operands of every product of two activations, such as those of "
+        "attention. Default: float.",
+    ),
+]
 ExtraCode = Annotated[
     str | None,
     _option(

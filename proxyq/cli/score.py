@@ -5,6 +5,7 @@ from typing import Any
 
 from proxyq.cli import options as o
 from proxyq.cli.arguments import activation_bits as parse_activation_bits
+from proxyq.cli.arguments import attention_bits as parse_attention_bits
 from proxyq.cli.arguments import byte_count, key_values, numbers
 from proxyq.cli.models import named
 from proxyq.cli.output import print_blocks, print_text, say
@@ -21,6 +22,7 @@ def score(
     option: o.ScoreOptions = None,
     bits: o.Bits = None,
     activation_bits: o.ActivationBits = None,
+    attention_bits: o.AttentionBits = None,
     extra_code: o.ExtraCode = None,
     group_size: o.GroupSize = None,
     data: o.CalibrationData = None,
@@ -49,6 +51,7 @@ def score(
     """
     widths = None if bits is None else numbers(bits, "--bits")
     activations = parse_activation_bits(activation_bits)
+    attention = parse_attention_bits(attention_bits)
     settings = key_values(option, "--option")
     bound = None if memory is None else byte_count(memory, "--memory")
     checkpoint_seconds()  # a wrong one is told before anything is loaded
@@ -86,6 +89,7 @@ def score(
             proxies=asked,
             bits=widths,
             activation_bits=activations,
+            attention_bits=attention,
             extra_code=extra_code,
             group_size=group_size,
             samples=samples,

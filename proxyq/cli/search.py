@@ -2,6 +2,7 @@
 
 from proxyq.cli import options as o
 from proxyq.cli.arguments import activation_bits as parse_activation_bits
+from proxyq.cli.arguments import attention_bits as parse_attention_bits
 from proxyq.cli.arguments import byte_count, key_values, numbers
 from proxyq.cli.models import load
 from proxyq.cli.output import say
@@ -20,6 +21,7 @@ def search(
     refine: o.Refine = 0.0,
     bits: o.Bits = None,
     activation_bits: o.ActivationBits = None,
+    attention_bits: o.AttentionBits = None,
     extra_code: o.ExtraCode = None,
     group_size: o.GroupSize = None,
     pin: o.Pins = None,
@@ -59,6 +61,7 @@ def search(
     """
     widths = None if bits is None else numbers(bits, "--bits")
     activations = parse_activation_bits(activation_bits)
+    attention = parse_attention_bits(attention_bits)
     settings = key_values(option, "--option")
     bound = None if memory is None else byte_count(memory, "--memory")
     check_results(out, plot=plot)
@@ -86,6 +89,7 @@ def search(
             budget=budget or None,
             bits=widths,
             activation_bits=activations,
+            attention_bits=attention,
             extra_code=extra_code,
             group_size=group_size,
             correction=correction,

@@ -1,7 +1,7 @@
 """A network in pieces that are differentiable in their weights: layers, or blocks.
 
 A piece is a run of equations, a function of the tensors that it reads and of its sites' weights,
-offsets and input grids. Cut before every layer, pieces are single layers with what follows them;
+offsets and grids. Cut before every layer, pieces are single layers with what follows them;
 cut where one tensor alone lives, they are blocks: what stands between two points that everything
 flows through, such as a residual block. Equal pieces share compiled programs by their `key`.
 """
@@ -9,12 +9,21 @@ flows through, such as a residual block. Equal pieces share compiled programs by
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-from proxyq.engine.segments import Edit, run_site, text_key
+from proxyq.engine.segments import Edit, rounding_products, run_site, text_key
+from proxyq.model.attention import Product
 from proxyq.model.graph import Env, Equation, Var, evaluate, is_literal
-from proxyq.model.lowering import run
 from proxyq.model.network import Network
+from proxyq.quantize import Grid
+
+
+class PieceEdits(NamedTuple):
+    """How a piece runs: `sites` have a weight each; `attention`: the grids of the operands of its
+    products of two activations, one pair or `None` for each, or `()`."""
+
+    sites: Sequence[Edit]
+    attention: Sequence[tuple[Grid, Grid] | None] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,6 +31,7 @@ class Piece:
     """Main equations from one cut to the next.
 
     - `sites`: indices of the sites inside, in order.
+    - `attention`: indices in `network.attention` of the products inside, in order.
     - `constants`: frontier variables read, but for the sites' own weights; `reads`: tensors of
       earlier pieces read; `writes`: what later pieces (or the outputs) read.
     - `keeps`: tensors of earlier pieces that later ones read still.
@@ -30,6 +40,7 @@ class Piece:
     network: Network
     sites: tuple[int, ...]
     eqns: tuple[Equation, ...]
+    attention: tuple[int, ...]
     constants: tuple[Var, ...]
     reads: tuple[Var, ...]
     writes: tuple[Var, ...]
@@ -37,26 +48,32 @@ class Piece:
     key: str
 
     def __call__(
-        self, edits: Sequence[Edit], constants: Sequence[Any], reads: Sequence[Any]
+        self, edits: PieceEdits, constants: Sequence[Any], reads: Sequence[Any]
     ) -> list[Any]:
-        """What it writes; `edits` hold a weight for each of its sites."""
+        """What it writes."""
         env: Env = dict(zip(self.constants, constants, strict=True))
         env.update(zip(self.reads, reads, strict=True))
         mine = {id(self.network.graph.main[self.network.sites[i].position]): i for i in self.sites}
-        beside = dict(zip(self.sites, edits, strict=True))
+        beside = dict(zip(self.sites, edits.sites, strict=True))
+        products = [self.network.graph.main[p.position] for p in self._products]
+        rule = rounding_products(products, edits.attention)
         plain: list[Equation] = []
         for eqn in self.eqns:
             index = mine.get(id(eqn))
             if index is None:
                 plain.append(eqn)
                 continue
-            evaluate(plain, env, run)
+            evaluate(plain, env, rule)
             plain = []
             edit = beside[index]
             site = self.network.sites[index]
             env[eqn.outvars[0]] = run_site(site, eqn, env, edit.weight, edit)
-        evaluate(plain, env, run)
+        evaluate(plain, env, rule)
         return [env[var] for var in self.writes]
+
+    @property
+    def _products(self) -> list[Product]:
+        return [self.network.attention[i] for i in self.attention]
 
 
 def layer_pieces(network: Network) -> tuple[Piece, ...]:
@@ -113,11 +130,14 @@ def _pieces(network: Network, cuts: Sequence[int]) -> tuple[Piece, ...]:
             f"{network.sites[i].position - start}:{own_of}"
             for i, own_of in zip(sites, own.values(), strict=True)
         )
+        inside = [i for i, p in enumerate(network.attention) if start <= p.position < stop]
+        where += "".join(f" x{network.attention[i].position - start}" for i in inside)
         pieces.append(
             Piece(
                 network=network,
                 sites=sites,
                 eqns=eqns,
+                attention=tuple(inside),
                 constants=constants,
                 reads=reads,
                 writes=writes,

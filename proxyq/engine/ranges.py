@@ -1,8 +1,8 @@
 """What layers read: samples of their inputs, grids that fit them, and the error of rounding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from proxyq.engine.engine import Engine
 from proxyq.engine.gradients import stride
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.examples import locate, split_examples
+from proxyq.model.graph import Var
+from proxyq.model.network import Network
 from proxyq.quantize import Grid, Range, fake_quantize, fit_grid
 
 ActivationRange = Literal["min-max", "percentile", "mse", "moving-average"]
@@ -23,6 +25,23 @@ _AVERAGED = 32  # images in a batch whose extremes enter the moving average
 _NEW = 0.1  # weight of a new batch in it
 
 
+P = TypeVar("P", bound=int | tuple[int, int])
+Point = int | tuple[int, int]
+"""Where values are rounded: a site, by its index, at its input; or an operand of a product of two
+activations, by the product's index in `network.attention` and the operand's (0 is the left one)."""
+
+
+class ActivationGrids(NamedTuple):
+    """The grids of all that is rounded beside weights.
+
+    `inputs` of sites, by site; `attention`: of both operands of products of two activations, by
+    the product's index in `network.attention`.
+    """
+
+    inputs: Mapping[int, Grid] = {}
+    attention: Mapping[int, tuple[Grid, Grid]] = {}
+
+
 def input_samples(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict[int, np.ndarray]:
     """Values that the named layers' sites read in the float network, by site; of no lookup.
 
@@ -30,94 +49,159 @@ def input_samples(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict[in
     fixed stride that meets all channels, and then the least and the greatest of all, which stay
     whatever the stride. Padding does not count.
     """
-    network = engine.network
-    wanted = _samples_of_a_batch(engine, inputs, layers)
-    places = locate(network.graph)
-    samples: dict[int, list[np.ndarray]] = {}
-    extremes: dict[int, list[np.ndarray]] = {}
-    for batch, count in engine.chunks(inputs):
-        state = engine.start(batch)
-        for index, site in enumerate(network.sites):
-            data = network.graph.main[site.position].invars[1 - site.operand]
-            if site.layer in layers and not site.lookup:
-                x = np.asarray(state[data] if data in state else engine.frontier[data])
-                if data in places:  # else it is no image's own
-                    x = split_examples(x, places[data], engine.batch_size)[:count]
-                # A copy: the view would hold the whole tensor, of every batch and layer.
-                values = x.ravel()[:: stride(x.size, wanted)].copy()
-                samples.setdefault(index, []).append(values)
-                extremes.setdefault(index, []).append(np.array([x.min(), x.max()]))
-            state, _ = engine.step(state, index)
+    return _samples(engine, inputs, _inputs_of(engine, layers))
+
+
+def attention_samples(
+    engine: Engine, inputs: Any, products: Sequence[str]
+) -> dict[tuple[int, int], np.ndarray]:
+    """The same of both operands of the named products of two activations."""
+    return _samples(engine, inputs, _operands_of(engine, products))
+
+
+def _inputs_of(engine: Engine, layers: Sequence[str]) -> list[int]:
+    sites = enumerate(engine.network.sites)
+    return [index for index, site in sites if site.layer in layers and not site.lookup]
+
+
+def _operands_of(engine: Engine, products: Sequence[str]) -> list[tuple[int, int]]:
+    known = enumerate(engine.network.attention)
+    return [(index, side) for index, p in known if p.name in products for side in (0, 1)]
+
+
+def _samples(engine: Engine, inputs: Any, points: Sequence[P]) -> dict[P, np.ndarray]:
+    wanted = _samples_of_a_batch(engine, inputs, len(points))
+    samples: dict[P, list[np.ndarray]] = {}
+    extremes: dict[P, list[np.ndarray]] = {}
+    for point, x, _ in _values(engine, inputs, points):
+        # A copy: the view would hold the whole tensor, of every batch and layer.
+        values = x.ravel()[:: stride(x.size, wanted)].copy()
+        samples.setdefault(point, []).append(values)
+        extremes.setdefault(point, []).append(np.array([x.min(), x.max()]))
     return {
-        index: np.concatenate([*parts, [np.min(extremes[index]), np.max(extremes[index])]])
-        for index, parts in samples.items()
+        point: np.concatenate([*parts, [np.min(extremes[point]), np.max(extremes[point])]])
+        for point, parts in samples.items()
     }
 
 
-def _samples_of_a_batch(engine: Engine, inputs: Any, layers: Sequence[str]) -> int:
-    """How many values of each site's input to keep of a batch."""
+def _values(
+    engine: Engine, inputs: Any, points: Sequence[P]
+) -> Iterator[tuple[P, np.ndarray, bool]]:
+    """What is read at points in the float network: batch after batch, in execution order.
+
+    Yields the point, its values without padding, and whether their first axis is the images'.
+    """
+    network = engine.network
+    places = locate(network.graph)
+    at: dict[int, list[P]] = {}
+    for point in points:
+        own = point if isinstance(point, int) else network.attention[point[0]].site
+        at.setdefault(own, []).append(point)
+    for batch, count in engine.chunks(inputs):
+        state = engine.start(batch)
+        for index, site in enumerate(network.sites):
+            found: list[tuple[P, Var, Any]] = []
+            inside: list[tuple[P, Var]] = []
+            for point in at.get(index, ()):
+                if isinstance(point, tuple):
+                    product, side = point
+                    inside.append((point, network.attention[product].operands[side]))
+                    continue
+                data = network.graph.main[site.position].invars[1 - site.operand]
+                value = state[data] if data in state else engine.frontier[data]
+                found.append((point, data, np.asarray(value)))
+            state, recorded = engine.step(state, index, capture=tuple(var for _, var in inside))
+            found += [(*own, value) for own, value in zip(inside, recorded, strict=True)]
+            for point, var, value in found:
+                x = np.asarray(value)
+                if var in places:  # else it is no image's own
+                    x = split_examples(x, places[var], engine.batch_size)[:count]
+                yield point, x, var in places
+
+
+def _samples_of_a_batch(engine: Engine, inputs: Any, points: int) -> int:
+    """How many values of each point to keep of a batch."""
     room = engine.room
     if room is None:
         return _SAMPLES
     batches = -(-len(jax.tree.leaves(inputs)[0]) // engine.batch_size)
-    sites = sum(site.layer in layers for site in engine.network.sites)
-    # Float32, and once more while a site's are put together.
-    return int(np.clip(room // (8 * sites * batches), _LEAST_SAMPLES, _SAMPLES))
+    # Float32, and once more while those of a point are put together.
+    return int(np.clip(room // (8 * max(points, 1) * batches), _LEAST_SAMPLES, _SAMPLES))
 
 
-def input_grids(
-    engine: Engine, bits: Mapping[str, int], inputs: Any, *, method: ActivationRange = "mse"
-) -> dict[int, Grid]:
-    """A grid for each named layer's input: asymmetric, one for the tensor, by site.
+def activation_grids(
+    engine: Engine,
+    layers: Mapping[str, int],
+    products: Mapping[str, int],
+    inputs: Any,
+    *,
+    method: ActivationRange = "mse",
+) -> ActivationGrids:
+    """Grids for the inputs of the named layers and the operands of the named products.
 
-    A lookup has none. **Raises** `UsageError` for an unknown method, and `ProxyqError` for a layer
-    that reads nothing but zeros: any range of it would be made up.
+    Both are named with their bits. Each grid is asymmetric, one for the tensor; a lookup has none.
+
+    **Raises** `UsageError` for an unknown method, and `ProxyqError` where nothing but zeros is
+    read: any range of it would be made up.
     """
     if method not in get_args(ActivationRange):
         known = ", ".join(get_args(ActivationRange))
         raise UsageError(f"the range of activations must be one of {known}, got {method!r}.")
-    samples = input_samples(engine, inputs, tuple(bits))
-    for index, x in samples.items():
+    network = engine.network
+    points: list[Point] = [
+        *_inputs_of(engine, tuple(layers)),
+        *_operands_of(engine, tuple(products)),
+    ]
+    samples = _samples(engine, inputs, points) if points else {}
+    for point, x in samples.items():
         if not np.any(x):
-            name = engine.network.sites[index].layer
             raise ProxyqError(
-                f"the layer {name!r} reads nothing but zeros on the calibration data, so its "
-                "activations have no range: give other data, or leave its activations float."
+                f"{_reader(network, point)} reads nothing but zeros on the calibration data, so "
+                "its activations have no range: give other data, or leave its activations float."
             )
     fit: Range = "mse"
     if method == "moving-average":
-        samples, fit = _moving_averages(engine, inputs, tuple(bits)), "absmax"
+        samples, fit = _moving_averages(engine, inputs, points), "absmax"
     elif method != "mse":
         fit = "absmax" if method == "min-max" else "percentile"
-    return {
-        index: fit_input_grid(x, bits[engine.network.sites[index].layer], method=fit)
-        for index, x in samples.items()
-    }
+    found: dict[Point, Grid] = {}
+    for point, x in samples.items():
+        if isinstance(point, int):
+            bits = layers[network.sites[point].layer]
+        else:
+            bits = products[network.attention[point[0]].name]
+        found[point] = fit_input_grid(x, bits, method=fit)
+    return ActivationGrids(
+        {point: grid for point, grid in found.items() if isinstance(point, int)},
+        {
+            point[0]: (grid, found[point[0], 1])
+            for point, grid in found.items()
+            if isinstance(point, tuple) and point[1] == 0
+        },
+    )
 
 
-def _moving_averages(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict[int, np.ndarray]:
-    """Least and greatest input of the named layers' sites, `[2]` each, averaged over batches.
+def _reader(network: Network, point: Point) -> str:
+    if isinstance(point, int):
+        return f"the layer {network.sites[point].layer!r}"
+    return f"the product {network.attention[point[0]].name!r}"
+
+
+def _moving_averages(
+    engine: Engine, inputs: Any, points: Sequence[Point]
+) -> dict[Point, np.ndarray]:
+    """Least and greatest value at points, `[2]` each, averaged over batches.
 
     The images come in their order, 32 at a time (Jacob et al. 2018, arXiv:1712.05877, section
     3.1), however many run at once.
     """
-    network, places = engine.network, locate(engine.network.graph)
-    found: dict[int, list[np.ndarray]] = {}
-    for batch, count in engine.chunks(inputs):
-        state = engine.start(batch)
-        for index, site in enumerate(network.sites):
-            data = network.graph.main[site.position].invars[1 - site.operand]
-            if site.layer in layers and not site.lookup:
-                x = np.asarray(state[data] if data in state else engine.frontier[data])
-                split = x[None]
-                if data in places:
-                    split = split_examples(x, places[data], engine.batch_size)[:count]
-                rows = split.reshape(len(split), -1)
-                ends = np.stack([rows.min(axis=1), rows.max(axis=1)], axis=1)
-                found.setdefault(index, []).append(ends)
-            state, _ = engine.step(state, index)
+    found: dict[Point, list[np.ndarray]] = {}
+    for point, x, apart in _values(engine, inputs, points):
+        rows = x.reshape(len(x) if apart else 1, -1)
+        ends = np.stack([rows.min(axis=1), rows.max(axis=1)], axis=1)
+        found.setdefault(point, []).append(ends)
     averages = {}
-    for index, parts in found.items():
+    for point, parts in found.items():
         ends = np.concatenate(parts).astype(np.float64)
         average: Any = None
         for start in range(0, len(ends), _AVERAGED):
@@ -125,7 +209,7 @@ def _moving_averages(engine: Engine, inputs: Any, layers: Sequence[str]) -> dict
             new = np.array([some[:, 0].min(), some[:, 1].max()])
             # r <- r + 0.1 (new - r)
             average = new if average is None else average + _NEW * (new - average)
-        averages[index] = average
+        averages[point] = average
     return averages
 
 

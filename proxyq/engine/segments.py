@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from proxyq.model.graph import Env, Equation, Var, evaluate, is_literal, read
+from proxyq.model.graph import Env, Equation, Rule, Var, evaluate, is_literal, read
 from proxyq.model.lowering import run
 from proxyq.model.network import Network
 from proxyq.quantize import Grid, fake_quantize
@@ -26,11 +26,14 @@ class Edit(NamedTuple):
     - `weight`: the new weight, of the same shape as the old.
     - `offset`: a vector `[channels]` added to the site's output.
     - `input_grid`: the grid that the site's data operand is rounded to.
+    - `attention`: for each product of two activations between this site and the next, in order,
+      the grids that its operands are rounded to; `()` leaves all of them alone.
     """
 
     weight: Any = None
     offset: Any = None
     input_grid: Grid | None = None
+    attention: tuple[tuple[Grid, Grid] | None, ...] = ()
 
 
 NO_EDIT = Edit()
@@ -42,6 +45,7 @@ class Segment:
 
     - `constants`: frontier variables read; `reads`: state variables read; `writes`: what
       later segments (or the outputs) read. All in a fixed order.
+    - `attention`: where in `eqns` the products of two activations are.
     - `keeps`: state variables that are still needed afterwards.
     """
 
@@ -50,6 +54,7 @@ class Segment:
     constants: tuple[Var, ...]
     reads: tuple[Var, ...]
     writes: tuple[Var, ...]
+    attention: tuple[int, ...]
     keeps: frozenset[Var]
     key: str
 
@@ -78,6 +83,12 @@ def cut(network: Network) -> tuple[Segment, ...]:
             again = any(weight in eqn.invars for eqn in eqns[1:])
             constants = [var for var in constants if var is not weight or again]
         keeps = frozenset(needed - made)
+        attention = tuple(
+            p.position - cuts[index]
+            for p in network.attention
+            if site is not None and p.site == site
+        )
+        key = text_key(eqns, (*constants, *reads), writes, _operand(network, site))
         segments.append(
             Segment(
                 site=site,
@@ -85,8 +96,9 @@ def cut(network: Network) -> tuple[Segment, ...]:
                 constants=tuple(constants),
                 reads=reads,
                 writes=writes,
+                attention=attention,
                 keeps=keeps,
-                key=text_key(eqns, (*constants, *reads), writes, _operand(network, site)),
+                key=f"{attention}{key}" if attention else key,
             )
         )
         needed = set(keeps) | set(reads)
@@ -143,7 +155,8 @@ def _compile(network: Network, segment: Segment, capture: tuple[Var, ...], stack
         if site is not None:
             env[eqns[0].outvars[0]] = run_site(site, eqns[0], env, weight, edit)
             eqns = eqns[1:]
-        evaluate(eqns, env, run)
+        products = [segment.eqns[place] for place in segment.attention]
+        evaluate(eqns, env, rounding_products(products, edit.attention))
         return [env[var] for var in segment.writes], [read(env, var) for var in capture]
 
     if stacked is not None:
@@ -182,6 +195,24 @@ def run_site(site: Any, eqn: Equation, env: Mapping[Var, Any], weight: Any, edit
     values = [x, weight] if site.operand == 1 else [weight, x]
     (out,) = run(eqn, values)
     return out if edit.offset is None else out + site.on_output(edit.offset).astype(out.dtype)
+
+
+def rounding_products(
+    products: Sequence[Equation], grids: Sequence[tuple[Grid, Grid] | None]
+) -> Rule:
+    """How equations run where both operands of some are rounded, those without grids left alone."""
+    pairs = zip(products, grids, strict=True) if grids else ()
+    known = {id(eqn): own for eqn, own in pairs if own is not None}
+
+    def rule(eqn: Equation, values: Sequence[Any]) -> Sequence[Any]:
+        own = known.get(id(eqn))
+        if own is not None:
+            values = [
+                fake_quantize(x, grid).astype(x.dtype) for x, grid in zip(values, own, strict=True)
+            ]
+        return run(eqn, values)
+
+    return rule
 
 
 def _positions(segment: Segment) -> dict[Var, int]:

@@ -67,7 +67,7 @@ def check_agreement(
     ours, note = quantized.logits(examples), None
     found = differences(ours, run(examples))
     largest = float(found.max())
-    if all(edit.input_grid is None for edit in quantized.edits.values()):
+    if not any(edit.input_grid or edit.attention for edit in quantized.edits.values()):
         counts, allowed = largest, TOLERANCE
     else:
         counts, allowed = float(np.median(found)), ROUNDED_TOLERANCE
@@ -102,6 +102,25 @@ def with_float_inputs(
         for i, edit in quantized.edits.items()
     }
     return replace(quantized, edits=edits)
+
+
+def with_float_attention(
+    quantized: QuantizedModel, *, strict: bool, format: str
+) -> tuple[QuantizedModel, tuple[str, ...]]:
+    """The network with products of two activations in float, and what is to be told of it.
+
+    **Raises** `ProxyqError` where `strict` and the plan rounds any.
+    """
+    count = len(quantized.attention_bits)
+    if not count:
+        return quantized, ()
+    told = f"{format} rounds what layers read alone, not products of two activations (attention)"
+    if strict:
+        raise ProxyqError(f"{told}: search without --attention-bits, or leave --strict out.")
+    edits = {i: edit._replace(attention=()) for i, edit in quantized.edits.items()}
+    return replace(quantized, edits=edits, attention_bits={}), (
+        f"{told}: {count} of them stay float.",
+    )
 
 
 def module_runner(module: Any) -> Callable[[Any], np.ndarray]:

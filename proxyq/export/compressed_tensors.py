@@ -26,6 +26,7 @@ from proxyq.export.agreement import (
     check_agreement,
     examples_of,
     module_runner,
+    with_float_attention,
     with_float_inputs,
 )
 from proxyq.export.exported import Exported, check_strict
@@ -80,6 +81,9 @@ def export_compressed_tensors(
     """
     ct = _compressed_tensors()
     torch = import_torch()
+    quantized, left_float = with_float_attention(
+        quantized, strict=strict, format="compressed-tensors"
+    )
     module = quantized.model.source if module is None else module
     graph = network(quantized.model, LAYERS_AT).layers
     check_fused(graph, quantized.bits, quantized.activation_bits)
@@ -141,7 +145,7 @@ def export_compressed_tensors(
         },
         check,
     )
-    notes = [f"the weights' file takes {size:,} bytes.", *([note] if note else [])]
+    notes = [*left_float, f"the weights' file takes {size:,} bytes.", *([note] if note else [])]
     if unrounded:
         notes.append(
             f"inputs of {', '.join(unrounded)} stay float: compressed-tensors rounds those of "

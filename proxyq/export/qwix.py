@@ -31,7 +31,13 @@ from safetensors.numpy import load, save
 
 from proxyq.engine import Engine
 from proxyq.errors import MissingExtra, ProxyqError, UsageError, reason, shown
-from proxyq.export.agreement import LOOSEST_TOLERANCE, TOLERANCE, differences, examples_of
+from proxyq.export.agreement import (
+    LOOSEST_TOLERANCE,
+    TOLERANCE,
+    differences,
+    examples_of,
+    with_float_attention,
+)
 from proxyq.export.exported import (
     Exported,
     check_strict,
@@ -96,6 +102,7 @@ def export_qwix(
     """
     import_qwix()
     check_folder(path)
+    quantized, left_float = with_float_attention(quantized, strict=strict, format="qwix")
     module = quantized.model.source if module is None else module
     _check_kind(module)
     integers, stacks = unfolded_integers(quantized), quantized.model.stacks
@@ -119,6 +126,7 @@ def export_qwix(
     sizes = raised_and_sizes(layers, stored)
     check_strict(sizes["raised"], strict=strict, format="qwix")
     notes = [
+        *left_float,
         *(
             f"{why}: {', '.join(names)} stay float, on their grids."
             for why, names in reasons.items()

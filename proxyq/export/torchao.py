@@ -24,7 +24,12 @@ from typing import Any
 import numpy as np
 
 from proxyq.errors import MissingExtra, ProxyqError, reason
-from proxyq.export.agreement import check_agreement, examples_of, module_runner
+from proxyq.export.agreement import (
+    check_agreement,
+    examples_of,
+    module_runner,
+    with_float_attention,
+)
 from proxyq.export.exported import Exported, check_strict
 from proxyq.export.stored import Raised, exported, widths
 from proxyq.export.torch_folder import (
@@ -93,9 +98,10 @@ def export_torchao(
     layer is stored otherwise, when the folder cannot be written, or when its network differs.
     """
     ao = _torchao()
+    quantized, left_float = with_float_attention(quantized, strict=strict, format="torchao")
     module = quantized.model.source if module is None else module
     applied = _applied(quantized, module)
-    raised, notes = applied.raised, list(applied.notes)
+    raised, notes = applied.raised, [*left_float, *applied.notes]
     check_strict(widths(raised), strict=strict, format="torchao")
     made = applied.module
     tensors, metadata = _flattened(ao, made)

@@ -55,17 +55,6 @@ def kept_float(network: Network) -> tuple[Kept, ...]:
     return tuple(found)
 
 
-def products_of_data(network: Network) -> int:
-    """How many products have data on both sides, such as those of attention."""
-    graph, at = network.graph, {site.position for site in network.sites}
-    return sum(
-        eqn.primitive.name == "dot_general"
-        and index not in at
-        and all(graph.is_data(atom) for atom in eqn.invars[:2])
-        for index, eqn in enumerate(graph.main)
-    )
-
-
 def _roles(network: Network) -> dict[str, str]:
     """What main does with each parameter that it reads, by its first use."""
     graph, at = network.graph, {site.position for site in network.sites}

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 class Tensor:
     """An activation of ONE image: `elements`, and `bits` of each in the float network.
 
-    `readers` are the layers that read it as their data, in network order.
+    `readers` are the layers that read it as their data, in network order, and `products` the
+    products of two activations (`Network.attention`) that do.
     """
 
     elements: int
     bits: int
     readers: tuple[str, ...] = ()
+    products: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

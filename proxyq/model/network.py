@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from proxyq.errors import ProxyqError, UsageError
+from proxyq.model.attention import Product, find_products
 from proxyq.model.fold import fold, foldable
 from proxyq.model.graph import Graph, trace
 from proxyq.model.groups import grouped
@@ -21,9 +22,9 @@ depends on the batch."""
 class Network:
     """A traced model: `graph` (batch norm folded), `sites` in execution order, `layers`.
 
-    `folded` counts the equations after each site that went into its weight. `batch_norm` tells
-    whether normalisation uses the `running` statistics or those of the
-    `batch` (then nothing can be folded).
+    `attention` holds the products of two activations. `folded` counts the equations after each
+    site that went into its weight. `batch_norm` tells whether normalisation uses the `running`
+    statistics or those of the `batch` (then nothing can be folded).
     """
 
     model: Model
@@ -31,6 +32,7 @@ class Network:
     sites: tuple[Site, ...]
     layers: tuple[Layer, ...]
     folded: tuple[int, ...]
+    attention: tuple[Product, ...] = ()
     batch_norm: str = "running"
 
     @property
@@ -115,5 +117,6 @@ def network(model: Model, batch_size: int, *, batch_norm: str = "running") -> Ne
         sites=sites,
         layers=grouped(graph, sites, layers),
         folded=lengths,
+        attention=find_products(graph, sites),
         batch_norm=batch_norm,
     )

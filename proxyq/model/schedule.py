@@ -24,6 +24,10 @@ def schedule(network: Network) -> tuple[Step, ...]:
             continue
         data = graph.main[site.position].invars[1 - site.operand]
         readers.setdefault(origin(graph, data), {})[site.layer] = None
+    multiplied: dict[Var, dict[str, None]] = {}
+    for product in network.attention:
+        for operand in product.operands:
+            multiplied.setdefault(origin(graph, operand), {})[product.name] = None
 
     def tensor(var: Var) -> Tensor:
         return Tensor(
@@ -31,6 +35,7 @@ def schedule(network: Network) -> tuple[Step, ...]:
             elements=-(-var.aval.size // graph.batch_size),
             bits=8 * var.aval.dtype.itemsize,
             readers=tuple(readers.get(var, ())),
+            products=tuple(multiplied.get(var, ())),
         )
 
     # When each variable is made (the inputs before anything) and when it is read last.

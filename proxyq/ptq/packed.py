@@ -19,11 +19,16 @@ from proxyq.engine import Edit, Engine
 from proxyq.errors import ProxyqError
 from proxyq.files import read_bytes, write_atomic
 from proxyq.model.model import Model
-from proxyq.model.network import LAYERS_AT, with_embeddings
+from proxyq.model.network import LAYERS_AT, network, with_embeddings
 from proxyq.model.origin import parameter_indices, trailing_bias
 from proxyq.provenance import provenance
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers
-from proxyq.ptq.quantized import QuantizedModel, with_weights
+from proxyq.ptq.quantized import (
+    QuantizedModel,
+    attention_grids,
+    with_attention,
+    with_weights,
+)
 from proxyq.ptq.unpack import SCHEMA, grid_of, pack, read, unpack
 from proxyq.quantize import Grid
 from proxyq.quantize.integers import Integers, groups_of
@@ -102,16 +107,13 @@ def packed_bytes(
             record["bias"] = _bias_tensor(layer)
             add(record["bias"], layer.bias, "scales")
         if layer.inputs is not None:
-            record["inputs"] = {
-                "bits": layer.activation_bits,
-                "scale": float(np.float32(layer.inputs.scale)),
-                "zero": float(np.float32(layer.inputs.zero)),
-            }
+            record["inputs"] = {"bits": layer.activation_bits, **_grid_record(layer.inputs)}
         records[layer.name] = record
     gone = {name for layer in layers for name in (layer.parameter, *layer.absorbed)}
     for name, value in quantized.model.params.items():
         if name not in gone and name not in tensors:
             add(name, np.asarray(value), "unquantized")
+    attention = _products(quantized)
     header = {
         "schema": SCHEMA,
         "model": {
@@ -120,6 +122,7 @@ def packed_bytes(
             **({"embeddings": True} if quantized.model.embeddings else {}),
         },
         "layers": records,
+        **({"attention": attention} if attention else {}),
         "correction": quantized.correction,
         "reconstruction": quantized.reconstruction,
         "plan": None if quantized.plan is None else json.loads(quantized.plan.to_json()),
@@ -128,6 +131,28 @@ def packed_bytes(
     text = json.dumps(header, ensure_ascii=False, allow_nan=False, sort_keys=True)
     content = save(tensors, {"proxyq": text})
     return content, PackedSize(header=len(content) - sum(sizes.values()), **sizes)
+
+
+def _products(quantized: QuantizedModel) -> dict[str, Any]:
+    """The products of two activations that are rounded: bits, and the grids of both operands."""
+    products = network(quantized.model, LAYERS_AT).attention
+    grids = attention_grids(products, quantized.edits)
+    return {
+        products[index].name: {
+            "bits": quantized.attention_bits[products[index].name],
+            "operands": [_grid_record(grid) for grid in own],
+        }
+        for index, own in grids.items()
+    }
+
+
+def _grid_record(grid: Grid) -> dict[str, float]:
+    return {name: float(np.float32(getattr(grid, name))) for name in ("scale", "zero")}
+
+
+def _grid(record: Mapping[str, Any], bits: int) -> Grid:
+    lower, upper = jnp.float32(0), jnp.float32(2.0**bits - 1)
+    return Grid(jnp.float32(record["scale"]), jnp.float32(record["zero"]), lower, upper)
 
 
 def _bias_tensor(layer: DeployedLayer) -> str:
@@ -150,20 +175,20 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
     records, plan = header["layers"], header.get("plan")
     model = with_embeddings(model, bool(_model_of(header).get("embeddings")))
     engine = Engine.build(model, LAYERS_AT, batch_size=LAYERS_AT)
-    network, indices = engine.network, parameter_indices(engine.network)
+    traced, indices = engine.network, parameter_indices(engine.network)
     integers: dict[int, Integers] = {}
     edits: dict[int, Edit] = {}
     activations: dict[str, int] = {}
     used = set()
-    for layer in network.layers:
+    for layer in traced.layers:
         own = [f"{layer.name}#{n}" if n > 1 else layer.name for n in range(1, 99)]
         entries = [name for name in own if name in records]
         used.update(entries)
-        for place, index in enumerate(network.sites_of(layer.name)):
+        for place, index in enumerate(traced.sites_of(layer.name)):
             if not entries:
                 continue
             record = records[entries[min(place, len(entries) - 1)]]
-            site = network.sites[index]
+            site = traced.sites[index]
             whole = _integers(record, tensors)
             where = indices[index]
             if record.get("computed"):
@@ -180,7 +205,7 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
             integers[index] = Integers(codes, _once(scale), _once(zero), whole.bits)
             edit = Edit()
             if "bias" in record and not site.lookup:
-                added, _ = trailing_bias(network, site, engine.frontier)
+                added, _ = trailing_bias(traced, site, engine.frontier)
                 bias = tensors[record["bias"]]
                 bias = _slice(bias, where, site) if len(bias) != scale.shape[1] else bias
                 if len(bias) != scale.shape[1]:
@@ -188,30 +213,31 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
                 offset = bias if added is None else bias - added
                 edit = edit._replace(offset=jnp.asarray(offset, jnp.float32))
             if record.get("inputs") is not None:
-                grid = record["inputs"]
-                activations[layer.name] = int(grid["bits"])
+                activations[layer.name] = int(record["inputs"]["bits"])
             if record.get("inputs") is not None and not site.lookup:
-                edit = edit._replace(
-                    input_grid=Grid(
-                        jnp.float32(grid["scale"]),
-                        jnp.float32(grid["zero"]),
-                        jnp.float32(0),
-                        jnp.float32(2.0 ** grid["bits"] - 1),
-                    )
-                )
+                grid = record["inputs"]
+                edit = edit._replace(input_grid=_grid(grid, int(grid["bits"])))
             edits[index] = edit
     if set(records) - used:
         raise _other(path, min(set(records) - used))
+    attention, products = {}, header.get("attention") or {}
+    for place, product in enumerate(traced.attention):
+        if (record := products.get(product.name)) is not None:
+            left, right = (_grid(own, int(record["bits"])) for own in record["operands"])
+            attention[place] = (left, right)
+    if missing := set(products) - {traced.attention[place].name for place in attention}:
+        raise _other(path, min(missing))
     return QuantizedModel(
         model=model,
         bits={
             layer.name: records[layer.name]["bits"]
-            for layer in network.layers
+            for layer in traced.layers
             if layer.name in records
         },
-        edits=with_weights(engine, integers, edits),
+        edits=with_attention(traced.attention, with_weights(engine, integers, edits), attention),
         integers=integers,
         activation_bits=activations,
+        attention_bits={name: int(own["bits"]) for name, own in products.items()},
         correction=str(header.get("correction", "none")),
         reconstruction=str(header.get("reconstruction", "nearest")),
         plan=None if plan is None else Plan.from_json(plan, f"plan in {str(Path(path))!r}"),
@@ -245,6 +271,5 @@ def _once(columns: np.ndarray) -> np.ndarray:
 
 def _other(path: str | os.PathLike[str], layer: str) -> ProxyqError:
     return ProxyqError(
-        f"the packed network {str(Path(path))!r} is of another model: its layer {layer!r} does "
-        "not fit."
+        f"the packed network {str(Path(path))!r} is of another model: its {layer!r} does not fit."
     )

@@ -1,6 +1,7 @@
 """Apply bits to a network: which site gets which rounded weight, offset and input grid."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.engine import Edit, Edits, Engine
+from proxyq.engine.ranges import ActivationGrids
 from proxyq.engine.rounded import site_rounding
 from proxyq.errors import UsageError, near
+from proxyq.model.attention import Product
 from proxyq.model.model import Model
+from proxyq.model.network import Network
 from proxyq.quantize import Grid, Rounding, check_bits
 from proxyq.quantize.integers import Integers, to_integers
 from proxyq.search.allocate.plan import Plan
@@ -22,7 +26,8 @@ class QuantizedModel:
     """A model with rounded weights (and, if asked, rounded inputs of its layers).
 
     - `bits`: weight bits by layer; layers that are not named stay in floating point.
-      `activation_bits`: of the inputs that are rounded.
+      `activation_bits`: of the inputs that are rounded; `attention_bits`: of the operands of
+      products of two activations, by the product.
     - `integers`: each site's weight as whole numbers `[fan_in, channels]`, by the site's index in
       the network; its edit holds just their values.
     - `edits`: what replaces each site's weight and input, and what is added to its output; they
@@ -37,6 +42,7 @@ class QuantizedModel:
     edits: Edits
     integers: Mapping[int, Integers] = field(default_factory=dict)
     activation_bits: Mapping[str, int] = field(default_factory=dict)
+    attention_bits: Mapping[str, int] = field(default_factory=dict)
     correction: str = "none"
     reconstruction: str = "nearest"
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -86,7 +92,32 @@ def with_weights(
     return found
 
 
-def with_input_grids(edits: Edits, grids: Mapping[int, Grid]) -> dict[int, Edit]:
-    """The edits, with inputs rounded too."""
-    indices = sorted({*edits, *grids})
-    return {i: edits.get(i, Edit())._replace(input_grid=grids.get(i)) for i in indices}
+def with_grids(network: Network, edits: Edits, grids: ActivationGrids) -> dict[int, Edit]:
+    """The edits, with inputs and operands of products of two activations rounded too."""
+    indices = sorted({*edits, *grids.inputs})
+    found = {i: edits.get(i, Edit())._replace(input_grid=grids.inputs.get(i)) for i in indices}
+    return with_attention(network.attention, found, grids.attention)
+
+
+def with_attention(
+    products: Sequence[Product], edits: Edits, grids: Mapping[int, tuple[Grid, Grid]]
+) -> dict[int, Edit]:
+    """The edits, with operands of `products` rounded; `grids` by the product's index."""
+    by_site: dict[int, list[tuple[Grid, Grid] | None]] = {}
+    for index, product in enumerate(products):
+        by_site.setdefault(product.site, []).append(grids.get(index))
+    own = {site: tuple(pairs) for site, pairs in by_site.items() if any(pairs)}
+    indices = sorted({*edits, *own})
+    return {i: edits.get(i, Edit())._replace(attention=own.get(i, ())) for i in indices}
+
+
+def attention_grids(products: Sequence[Product], edits: Edits) -> dict[int, tuple[Grid, Grid]]:
+    """The inverse: the grids of the operands of `products` in edits, by the product's index."""
+    found, place = {}, Counter[int]()
+    for index, product in enumerate(products):
+        own = edits.get(product.site, Edit()).attention
+        pair = own[place[product.site]] if own else None
+        place[product.site] += 1
+        if pair is not None:
+            found[index] = pair
+    return found

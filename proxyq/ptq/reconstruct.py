@@ -49,13 +49,13 @@ from proxyq.checkpoint import Checkpoint
 from proxyq.devices import main_memory
 from proxyq.engine import Edit, Engine
 from proxyq.engine.memory import amount
-from proxyq.engine.pieces import Piece, block_pieces, layer_pieces
+from proxyq.engine.pieces import Piece, PieceEdits, block_pieces, layer_pieces
+from proxyq.engine.ranges import ActivationGrids
 from proxyq.engine.segments import remember
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.examples import locate
 from proxyq.model.graph import Var
 from proxyq.progress import Progress, silent
-from proxyq.quantize import Grid
 from proxyq.quantize.integers import Integers
 
 Level = Literal["layer", "block"]
@@ -120,7 +120,7 @@ def reconstruct(
     inputs: Any,
     *,
     level: Level = "block",
-    input_grids: Mapping[int, Grid] | None = None,
+    grids: ActivationGrids | None = None,
     learning: Learning | None = None,
     key: Any,
     memory: int | None = None,
@@ -136,7 +136,7 @@ def reconstruct(
     - `inputs`: unlabelled calibration inputs, `[images, …]`. All tensors that live between two
       pieces are held for all of them, twice: in float and quantized (`held_bytes` says how much).
     - `level`: `layer` (AdaRound) or `block` (BRECQ).
-    - `input_grids`: grids of the sites' inputs, by site.
+    - `grids`: of what is rounded beside weights.
     - `memory`: bound in bytes on what is held of the images; without one, what the machine has.
     - `checkpoint`: finished pieces are kept there; a run that was stopped goes on after them, to
       the same bytes.
@@ -152,7 +152,7 @@ def reconstruct(
     pieces = (block_pieces if level == "block" else layer_pieces)(engine.network)
     _check_room(engine, pieces, inputs, learning, memory)
     walk = _Walk(engine, inputs)
-    grids = input_grids or {}
+    grids = grids or ActivationGrids()
     learned: dict[int, Rounded] = {}
     by_weight: dict[Var, Rounded] = {}  # a weight used again is the same numbers
     for index, piece in enumerate(pieces):
@@ -253,8 +253,8 @@ def _forward(piece: Piece) -> Any:
 
 
 def _edits(
-    engine: Engine, piece: Piece, learned: Mapping[int, Rounded], grids: Mapping[int, Grid]
-) -> list[Edit]:
+    engine: Engine, piece: Piece, learned: Mapping[int, Rounded], grids: ActivationGrids
+) -> PieceEdits:
     """The piece's sites as far as they are learned, float where they are not."""
     edits = []
     for index in piece.sites:
@@ -263,12 +263,13 @@ def _edits(
             own = learned[index]
             weight = site.from_columns(jnp.asarray(own.integers.values()), weight.shape)
             offset = None if own.offset is None else jnp.asarray(own.offset)
-        edits.append(Edit(weight=weight, offset=offset, input_grid=grids.get(index)))
-    return edits
+        edits.append(Edit(weight=weight, offset=offset, input_grid=grids.inputs.get(index)))
+    products = tuple(grids.attention.get(index) for index in piece.attention)
+    return PieceEdits(edits, products if any(products) else ())
 
 
-def _float_edits(engine: Engine, piece: Piece) -> list[Edit]:
-    return [Edit(weight=engine.weight(index)) for index in piece.sites]
+def _float_edits(engine: Engine, piece: Piece) -> PieceEdits:
+    return PieceEdits([Edit(weight=engine.weight(index)) for index in piece.sites])
 
 
 class _Walk:
@@ -293,7 +294,7 @@ class _Walk:
     def constants(self, piece: Piece) -> list[Any]:
         return [self.engine.frontier[var] for var in piece.constants]
 
-    def _pass(self, piece: Piece, edits: list[Edit], states: list[dict[Var, Any]]) -> None:
+    def _pass(self, piece: Piece, edits: PieceEdits, states: list[dict[Var, Any]]) -> None:
         """Replace states by those after the piece, one by one: both are never held of all."""
         run, constants = _forward(piece), self.constants(piece)
         for index, state in enumerate(states):
@@ -306,7 +307,7 @@ class _Walk:
         self._pass(piece, _float_edits(self.engine, piece), self.exact)
         return self.exact
 
-    def advance(self, piece: Piece, edits: list[Edit]) -> None:
+    def advance(self, piece: Piece, edits: PieceEdits) -> None:
         """Pass the piece in the quantized network."""
         self._pass(piece, edits, self.rounded)
 
@@ -344,7 +345,7 @@ def _learn(
     new: Sequence[int],
     start: Mapping[int, Integers],
     before: Mapping[int, Rounded],
-    grids: Mapping[int, Grid],
+    grids: ActivationGrids,
     walk: _Walk,
     targets: list[dict[Var, Any]],
     later: Sequence[Piece],
@@ -463,11 +464,11 @@ def _step(piece: Piece, new: tuple[int, ...], owner: tuple[int, ...], how: Learn
         columns = [
             _columns(own, fix, up) for own, fix, up in zip(learned, fixed, soft, strict=True)
         ]
-        edits = list(known)
+        edits = list(known.sites)
         for p, i, site, shape, offset in zip(place, index, sites, shapes, offsets, strict=True):
             weight = site.from_columns(columns[i], shape)
             edits[p] = edits[p]._replace(weight=weight, offset=offset)
-        found = piece(edits, constants, reads)
+        found = piece(known._replace(sites=edits), constants, reads)
         error = sum(
             _weighted(y, t, w) / u for y, t, w, u in zip(found, wanted, weights, unit, strict=True)
         )

@@ -17,7 +17,8 @@ fewer than the weights there, stand for `size` weights each.
 All other tensors are as they are. The metadata's entry `proxyq` is JSON: `layers` tells of each
 layer which tensor is its `weight` and its `bias`, the `shape`, the `bits`, and which parameters of
 the original network are `absorbed` in the two; `inputs`, where it is there, is the grid of what
-the layer reads, in the same formula, with codes from 0 to `2^bits - 1`.
+the layer reads, in the same formula, with codes from 0 to `2^bits - 1`. `attention`, where it is
+there, names products of two activations: their `bits`, and such a grid for each of both `operands`.
 """
 
 import json
@@ -73,6 +74,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.nda
         tensors = {name: _tensor(data, entry) for name, entry in table.items()}
         for name, layer in header["layers"].items():
             _check(name, layer, tensors)
+        for name, product in (header.get("attention") or {}).items():
+            left, right = product["operands"]
+            for grid in (left, right):
+                _check_grid(grid, product["bits"], f"operands of the product {name!r}")
         weights = [layer["weight"] for layer in header["layers"].values()]
         if len(set(weights)) < len(weights):
             raise ValueError("two layers have one weight")
@@ -140,13 +145,16 @@ def _check(name: str, layer: dict[str, Any], tensors: dict[str, np.ndarray]) -> 
     if "bias" in layer and tensors[layer["bias"]].ndim != 1:
         raise ValueError(f"the bias of the layer {name!r} has the wrong shape")
     grid = layer.get("inputs")
-    if grid is None:
-        return
+    if grid is not None:
+        _check_grid(grid, grid["bits"], f"inputs of the layer {name!r}")
+
+
+def _check_grid(grid: dict[str, Any], bits: Any, what: str) -> None:
     numbers = [grid[part] for part in ("scale", "zero")]
-    if type(grid["bits"]) is not int or not 1 <= grid["bits"] <= 16:
-        raise ValueError(f"the inputs of the layer {name!r} have the wrong bits")
+    if type(bits) is not int or not 1 <= bits <= 16:
+        raise ValueError(f"the {what} have the wrong bits")
     if any(type(one) not in (int, float) or not abs(one) < 1e30 for one in numbers):
-        raise ValueError(f"the inputs of the layer {name!r} have no grid")
+        raise ValueError(f"the {what} have no grid")
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -616,14 +616,14 @@ def network_table(network: "Network") -> Table:
 
 def kept_table(network: "Network") -> Table:
     """What stays float in any plan, and why: a line for each reason."""
-    from proxyq.model.explain import kept_float, looked_up_float, products_of_data, summary
+    from proxyq.model.explain import kept_float, looked_up_float, summary
 
     found = summary(kept_float(network))
     columns = [
         Column(head="tensors", cells=[str(count) for count, _ in found.values()]),
         Column(head="numbers", cells=[f"{numbers:,}" for _, numbers in found.values()]),
     ]
-    products = products_of_data(network)
+    products = len(network.attention)
     captions = [f"{products} products have data on both sides"] if products else []
     if not network.model.embeddings and (tables := looked_up_float(network)):
         one = len(tables) == 1

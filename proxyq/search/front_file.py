@@ -23,6 +23,7 @@ from proxyq.search.allocate.plan import (
     Plan,
     PlannedBudget,
     PlannedLayer,
+    PlannedProduct,
     SolverRecord,
     number,
     without_scales,
@@ -103,9 +104,9 @@ class FrontPoint(Record):
 class Front(Record):
     """Plans over a range of budgets, the smallest budget first.
 
-    `model`, `method`, `predicted` (the scores) and `provenance` are those of every plan;
-    `notes` tell what was left out. `measured` holds the float network's accuracy, where plans
-    were run.
+    `model`, `method`, `attention`, `predicted` (the scores) and `provenance` are those of every
+    plan; `notes` tell what was left out. `measured` holds the float network's accuracy, where
+    plans were run.
     """
 
     schema_: Literal["proxyq/front/1"] = Field(SCHEMA, alias="schema")
@@ -115,6 +116,7 @@ class Front(Record):
     notes: list[str] = []
     points: list[FrontPoint] = Field(min_length=1)
     layers: dict[str, FrontLayer] = Field(min_length=1)
+    attention: dict[str, PlannedProduct] = {}
     measured: Json | None = None
     predicted: Json | None = None
     provenance: Json = {}
@@ -157,6 +159,7 @@ class Front(Record):
             model=self.model,
             method=self.method,
             layers=layers,
+            attention=self.attention,
             budgets=[budget, *one.budgets],
             solver=SolverRecord(
                 name=one.solver,
@@ -201,6 +204,8 @@ class Front(Record):
             if data[optional] is None:
                 del data[optional]
         without_scales(data["layers"])
+        if not self.attention:
+            del data["attention"]
         for end in ("low", "high"):
             if data["budget"][end] is None:
                 del data["budget"][end]
@@ -215,7 +220,7 @@ class Front(Record):
         for key, value in data.items():
             if key == "points":
                 text = "[\n" + ",\n".join(f"    {_rows(one, '      ')}" for one in value) + "\n  ]"
-            elif key == "layers":
+            elif key in ("layers", "attention"):
                 text = _rows(value, "    ")
             else:
                 text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
@@ -296,6 +301,7 @@ def front_of(
             )
             for name, one in first.layers.items()
         },
+        attention=first.attention,
         predicted=first.predicted,
         provenance=first.provenance,
     )

@@ -26,8 +26,9 @@ from proxyq.proxies.cost import WeightErrors
 from proxyq.proxies.proxy import MOST
 from proxyq.quantize import Rounding
 from proxyq.record_file import Count, Json, Record, first_problem, record_from
-from proxyq.search.allocate.plan import without_scales
+from proxyq.search.allocate.plan import PlannedProduct, without_scales
 from proxyq.search.allocate.problem import check_widths
+from proxyq.search.allocate.products import Attention
 
 SCHEMA = "proxyq/scores/1"
 WIDTH = 240
@@ -88,6 +89,7 @@ class LiveTensor(Record):
     elements: Annotated[int, Field(ge=0, lt=2**40)]
     bits: Annotated[int, Field(ge=1, le=128)]
     readers: list[str]
+    products: list[str] = []
 
 
 class ScheduledStep(Record):
@@ -130,6 +132,8 @@ class ScoreFile(Record):
 
     - `bits`, `activation_bits`: what may be chosen from, the latter as `search` takes it.
     - `same_feature`: sets of layers that hand on one tensor.
+    - `attention`: the products of two activations, with the bits that budgets count them at; files
+      of networks without, and of older versions, have none.
     - `schedule`: which tensors are live when; files of older versions have none.
     - `samples`: how many calibration images there were.
     """
@@ -140,6 +144,7 @@ class ScoreFile(Record):
     activation_bits: Annotated[Any, AfterValidator(_activations)] = None
     layers: dict[str, ScoredLayer] = Field(min_length=1)
     same_feature: list[list[str]] = []
+    attention: dict[str, PlannedProduct] = {}
     schedule: list[ScheduledStep] | None = Field(None, min_length=1)
     scores: list[ProxyScores] = Field(min_length=1)
     weight_errors: StoredErrors | None = None
@@ -160,6 +165,9 @@ class ScoreFile(Record):
             for name in (step.layer, *(name for one in step.tensors for name in one.readers)):
                 if name is not None and name not in self.layers:
                     raise ValueError(f"'schedule' names the layer {name!r}, which is not there")
+            for name in (name for one in step.tensors for name in one.products):
+                if name not in self.attention:
+                    raise ValueError(f"'schedule' names the product {name!r}, which is not there")
         beside = self.activation_bits if isinstance(self.activation_bits, list) else []
         for one in self.scores:
             where, per_bit = f"the scores of {one.proxy!r}", one.shape == "layers bits"
@@ -236,7 +244,12 @@ class ScoreFile(Record):
             Step(
                 layer=step.layer,
                 tensors=tuple(
-                    Tensor(elements=one.elements, bits=one.bits, readers=tuple(one.readers))
+                    Tensor(
+                        elements=one.elements,
+                        bits=one.bits,
+                        readers=tuple(one.readers),
+                        products=tuple(one.products),
+                    )
                     for one in step.tensors
                 ),
             )
@@ -292,6 +305,12 @@ class ScoreFile(Record):
         if self.schedule is None:
             del data["schedule"]
         without_scales(data["layers"])
+        if not self.attention:
+            del data["attention"]
+        for step in data.get("schedule") or ():
+            for tensor in step["tensors"]:
+                if not tensor["products"]:
+                    del tensor["products"]
         return _text(data, "") + "\n"
 
     @classmethod
@@ -323,6 +342,7 @@ def score_file(
     model: Mapping[str, Any],
     same_feature: Sequence[Sequence[str]],
     schedule: Sequence[Step],
+    attention: Attention,
     activation_bits: Any,
     errors: WeightErrors | None,
     rounding: Rounding,
@@ -384,6 +404,9 @@ def score_file(
             for layer in layers
         },
         same_feature=[list(together) for together in same_feature],
+        attention={
+            name: PlannedProduct(bits=own.bits, macs=own.macs) for name, own in attention.items()
+        },
         schedule=[_scheduled(step) for step in schedule],
         scores=records,
         weight_errors=None
@@ -398,7 +421,12 @@ def score_file(
 
 def _scheduled(step: Step) -> ScheduledStep:
     tensors = [
-        LiveTensor(elements=one.elements, bits=one.bits, readers=list(one.readers))
+        LiveTensor(
+            elements=one.elements,
+            bits=one.bits,
+            readers=list(one.readers),
+            products=list(one.products),
+        )
         for one in step.tensors
     ]
     return ScheduledStep(layer=step.layer, tensors=tensors)

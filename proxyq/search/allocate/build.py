@@ -31,6 +31,7 @@ from proxyq.model.live import Step
 from proxyq.search.allocate.budget import Budget, parse_budget
 from proxyq.search.allocate.patterns import Held, matching, split_bits, split_pin
 from proxyq.search.allocate.problem import Pin, Problem, check_widths, exact_integer
+from proxyq.search.allocate.products import Attention
 from proxyq.search.allocate.usage import Counted, Latencies, limits_of
 
 AS_WEIGHTS = "weights"
@@ -78,6 +79,7 @@ def build_problem(
     coupling: Any = None,
     latency: Latencies | None = None,
     schedule: Sequence[Step] | None = None,
+    attention: Attention | None = None,
 ) -> Problem:
     """The problem of choosing one of `bits` for every layer within all `budgets`.
 
@@ -96,6 +98,7 @@ def build_problem(
       its candidate activation bits, if these are chosen; see `Problem`.
     - `latency`: what layers take, for budgets on `latency`; `schedule`: which tensors are live
       when (`proxyq.model.schedule.schedule`), for budgets on `activation-memory`.
+    - `attention`: products of two activations, which budgets on BOPs and memory count.
 
     **Raises** `UsageError` for whatever is wrong, in one sentence.
     """
@@ -166,6 +169,7 @@ def build_problem(
         reads_numbers=[reads_numbers(layer) for layer in layers],
         latency=latency,
         schedule=schedule,
+        attention=attention or {},
     )
     limits = [
         limit

@@ -3,7 +3,8 @@
     peak = max over steps s of sum over tensors t live at s of elements_t bits_t
     bits_t = max over the layers l that read t of activation_bits_l
 
-A tensor that no layer reads, or that one reads in floating point, has the float network's bits.
+and over the products of two activations that read it. A tensor that nothing of both reads, or that
+one reads in floating point, has the float network's bits.
 
 The sum at a step is a maximum of linear functions of the choices: one for each way to name, for
 every tensor that several layers read, the reader that it is counted for. All of these rows
@@ -32,8 +33,9 @@ MOST_ROWS = 64
 """Rows of one step; what more of them would tell apart is bounded from above."""
 
 
-Shared = tuple[int, tuple[int, ...]]
-"""Tensors that go together: their bits in the float network, the layers that can decide theirs."""
+Shared = tuple[int, int, tuple[int, ...]]
+"""Tensors that go together: their bits in the float network, the most that a product of activations
+reads (0 where none does), and the layers that can decide theirs."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,11 +53,15 @@ class Row:
 
 
 def memory_rows(
-    steps: Sequence[Step], problem: Problem, activations: Callable[[int, int], int | None]
+    steps: Sequence[Step],
+    problem: Problem,
+    activations: Callable[[int, int], int | None],
+    products: Mapping[str, int | None] | None = None,
 ) -> tuple[Row, ...]:
     """Rows whose largest is the peak, in the order of the steps; at least one.
 
-    `activations` gives the activation bits of a layer at a column, `None` for float.
+    `activations` gives the activation bits of a layer at a column, `None` for float; `products`
+    those of products of two activations, by name, in which case all that the steps name.
 
     **Raises** `UsageError` when the steps name a layer that the problem does not have.
     """
@@ -63,12 +69,12 @@ def memory_rows(
     open_ = candidates(problem, lifted(problem, problem.pins))
 
     @cache
-    def readers(bits: int) -> _Readers:
-        return _Readers.of(problem, open_, lambda i, k: activations(i, k) or bits)
+    def readers(bits: int, least: int) -> _Readers:
+        return _Readers.of(problem, open_, lambda i, k: max(activations(i, k) or bits, least))
 
     rows: list[Row] = []
     for step in steps:
-        for fixed, usage in _sums(step, problem, readers):
+        for fixed, usage in _sums(step, problem, readers, products or {}):
             table = merged(problem, usage)
             row = Row(
                 part="the input" if step.layer is None else step.layer,
@@ -127,7 +133,10 @@ class _Readers:
 
 
 def _sums(
-    step: Step, problem: Problem, readers: Callable[[int], _Readers]
+    step: Step,
+    problem: Problem,
+    readers: Callable[[int, int], _Readers],
+    products: Mapping[str, int | None],
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Fixed part and usage of every row of a step."""
     index = {name: i for i, name in enumerate(problem.layers)}
@@ -139,25 +148,27 @@ def _sums(
                 raise UsageError(
                     f"the schedule names an unknown layer {name!r}: {near(name, list(index))}"
                 )
-        layers = readers(tensor.bits).deciding([index[name] for name in tensor.readers])
-        if layers:
-            elements[tensor.bits, layers] += tensor.elements
+        beside = (products[name] or tensor.bits for name in tensor.products if name in products)
+        least = max(beside, default=0)
+        found = readers(tensor.bits, least).deciding([index[name] for name in tensor.readers])
+        if found:
+            elements[tensor.bits, least, found] += tensor.elements
         else:
-            fixed += tensor.elements * tensor.bits
+            fixed += tensor.elements * (least or tensor.bits)
 
     exact, bounded = _split(elements)
     start = np.zeros((len(problem.layers), len(problem.bits)), np.int64)
-    for bits, layers in bounded:
-        found, count = readers(bits), elements[bits, layers]
+    for bits, least, layers in bounded:
+        found, count = readers(bits, least), elements[bits, least, layers]
         # max_l b_l <= m + sum_l max(b_l - m, 0), with m what one of the layers always has
         floor = int(found.least[list(layers)].max())
         fixed += count * floor
         for i in layers:
             start[i] += count * np.maximum(found.widths[i] - floor, 0)
-    for named in itertools.product(*(layers for _, layers in exact)):
+    for named in itertools.product(*(layers for *_, layers in exact)):
         usage = start.copy()
-        for i, (bits, layers) in zip(named, exact, strict=True):
-            usage[i] += elements[bits, layers] * readers(bits).widths[i]
+        for i, (bits, least, layers) in zip(named, exact, strict=True):
+            usage[i] += elements[bits, least, layers] * readers(bits, least).widths[i]
         yield fixed, usage
 
 
@@ -167,8 +178,8 @@ def _split(elements: Mapping[Shared, int]) -> tuple[list[Shared], list[Shared]]:
     bounded: list[Shared] = []
     count = 1
     for key in sorted(elements, key=lambda key: (-elements[key], key)):
-        if count * len(key[1]) <= MOST_ROWS:
-            count *= len(key[1])
+        if count * len(key[2]) <= MOST_ROWS:
+            count *= len(key[2])
             exact.append(key)
         else:
             bounded.append(key)

@@ -19,6 +19,7 @@ from proxyq.record_file import Bits, Count, Json, Number, Record, first_problem,
 from proxyq.search.allocate.assignment import Assignment
 from proxyq.search.allocate.budget import SHARE, Budget, parse_budget, raw_budget, share_of
 from proxyq.search.allocate.build import ActivationBits, LayerLike, reads_numbers
+from proxyq.search.allocate.products import Attention
 from proxyq.search.allocate.text import elided, wrapped
 
 SCHEMA = "proxyq/plan/1"
@@ -45,6 +46,13 @@ class PlannedLayer(Record):
         if self.weight_bits is None:
             return self.weights * FLOAT_BITS
         return self.weights * self.weight_bits + self.scale_bits
+
+
+class PlannedProduct(Record):
+    """A product of two activations, such as those of attention: the bits of both operands."""
+
+    bits: Bits
+    macs: Count
 
 
 class PlannedBudget(Record):
@@ -94,6 +102,8 @@ class SolverRecord(Record):
 class Plan(Record):
     """A bit-width for every layer, with its budgets and its origin.
 
+    `attention` holds products of two activations whose operands are rounded; those that it does
+    not name stay float.
     `model`, `method`, `provenance`, `predicted` and `measured` are free-form JSON objects.
     """
 
@@ -101,6 +111,7 @@ class Plan(Record):
     model: Json = {}
     method: Json = {}
     layers: dict[str, PlannedLayer] = Field(min_length=1)
+    attention: dict[str, PlannedProduct] = {}
     budgets: list[PlannedBudget] = []
     solver: SolverRecord | None = None
     provenance: Json = {}
@@ -143,9 +154,11 @@ class Plan(Record):
                 if budget[end] is None:
                     del budget[end]
         without_scales(data["layers"])
+        if not self.attention:
+            del data["attention"]
         parts = []
         for key, value in data.items():
-            if key == "layers":
+            if key in ("layers", "attention"):
                 rows = [f"    {line(name)}: {line(layer)}" for name, layer in value.items()]
                 text = "{\n" + ",\n".join(rows) + "\n  }"
             elif key == "budgets" and value:
@@ -198,6 +211,9 @@ class Plan(Record):
             f"{b.name} {b.achieved:.4g} of {b.asked:.4g} {b.unit}".rstrip() for b in self.budgets
         ]
         head.append(f"{self.average_bits:.4g} bits on average")
+        if self.attention:
+            widths = sorted({_shown(product.bits) for product in self.attention.values()})
+            head.append(f"{len(self.attention)} products of activations at {', '.join(widths)}")
         lines = wrapped(head)
         total = self.size_bits or 1
         lines.append(f"{'layer':<42} weight  act.     weights        size   share")
@@ -232,6 +248,7 @@ def plan_from(
     model: Mapping[str, Any] | None = None,
     method: Mapping[str, Any] | None = None,
     activation_bits: ActivationBits = None,
+    attention: Attention | None = None,
     provenance: Mapping[str, Any] | None = None,
     predicted: Mapping[str, Any] | None = None,
     measured: Mapping[str, Any] | None = None,
@@ -239,7 +256,7 @@ def plan_from(
     """The plan of an `Assignment`; `layers` are those that the problem was built from.
 
     Activation bits are the assignment's where they were chosen, else `activation_bits`, for all
-    layers or by name; an embedding has none.
+    layers or by name; an embedding has none. Of `attention` the plan names what is rounded.
 
     **Raises** `ProxyqError` when the names differ or a free-form part is no plain JSON.
     """
@@ -283,6 +300,11 @@ def plan_from(
             model=dict(model or {}),
             method=dict(method or {}),
             layers=planned,
+            attention={
+                name: PlannedProduct(bits=own.bits, macs=own.macs)
+                for name, own in (attention or {}).items()
+                if own.bits is not None
+            },
             budgets=budgets,
             solver=SolverRecord(
                 name=assignment.solver,

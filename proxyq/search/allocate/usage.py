@@ -1,16 +1,17 @@
 """What every choice takes of a budget, in whole bits, operations or picoseconds.
 
     size = sum_l (weights_l b + scale_bits_l)
-    bops = sum_l macs_l b a      macs-bits = sum_l macs_l b
+    bops = sum_l macs_l b a + sum_p macs_p a_p^2      macs-bits = sum_l macs_l b
     latency = other + sum_l time_l(b, a)
     activation-memory = max_s sum_(t live at s) elements_t max_(l reads t) a
 
-Python integers throughout; float activations count as 32 bits in BOPs. The maximum over steps
+with p the products of two activations (attention's), both of whose operands have a_p bits. Python
+integers throughout; float activations count as 32 bits in BOPs. The maximum over steps
 is several limits, one budget together: see `memory`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from proxyq.search.allocate.budget import Budget, share_of
 from proxyq.search.allocate.feasible import reach
 from proxyq.search.allocate.memory import Row, memory_rows
 from proxyq.search.allocate.problem import Limit, Problem
+from proxyq.search.allocate.products import Attention
 
 FLOAT_BITS = 32
 
@@ -43,7 +45,7 @@ class Counted:
     `fixed` holds activation bits (`None`: float) where the problem's columns do not;
     `searched` is false for pinned layers, and `reads_numbers` for those that read indices, whose
     activations stay as they are. `scale_bits` are those of the scales of groups of weights, the
-    same at every width.
+    same at every width. `attention`: the products of two activations.
     """
 
     weights: Sequence[int]
@@ -54,6 +56,7 @@ class Counted:
     scale_bits: Sequence[int] = ()
     latency: Latencies | None = None
     schedule: Sequence[Step] | None = None
+    attention: Attention = field(default_factory=dict)
 
     def activations(self, problem: Problem, layer: int, column: int) -> int | None:
         """The activation bits of a layer at a column."""
@@ -132,7 +135,9 @@ def _single(budget: Budget, problem: Problem, counted: Counted) -> Limit:
             ]
             for i, macs in enumerate(counted.macs)
         ]
-        return _limit(budget, usage)
+        products = counted.attention.values()
+        fixed = sum(own.macs * (own.bits or FLOAT_BITS) ** 2 for own in products)
+        return _limit(budget, usage, fixed=fixed)
     return _limit(budget, [[macs * b for b in problem.bits] for macs in counted.macs])
 
 
@@ -153,7 +158,10 @@ def _memory(budget: Budget, problem: Problem, counted: Counted) -> tuple[Row, ..
             "nothing tells it: score the model again with this version (proxyq score), or search "
             "with the model."
         )
-    return memory_rows(counted.schedule, problem, lambda i, k: counted.activations(problem, i, k))
+    products = {name: own.bits for name, own in counted.attention.items()}
+    return memory_rows(
+        counted.schedule, problem, lambda i, k: counted.activations(problem, i, k), products
+    )
 
 
 def _latency(
