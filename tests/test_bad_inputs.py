@@ -216,6 +216,12 @@ CASES: dict[str, tuple[str, int, str]] = {
     "no bits": ("search --bits 0,4", 2, "got 0"),
     "nine bits": ("search --bits 2,9", 2, "got 9"),
     "activation bits": ("search --activation-bits 0", 2, "activation_bits"),
+    "attention bits": ("search --attention-bits 4,8", 2, "one bit-width or 'float'"),
+    "attention bits of a network without": (
+        "search --proxy sqnr --attention-bits 8",
+        2,
+        "has none: leave it out",
+    ),
     "activation bits of words": ("search --activation-bits weigths", 2, "'weights' or 'float'"),
     "activation bits unmeasured": (
         "search --proxy snip --activation-bits 4,8 --budget bops=50M",

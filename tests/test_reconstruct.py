@@ -26,12 +26,12 @@ def images(model, count=32, seed=1):
     return np.random.default_rng(seed).normal(size=(count, *model.input_shape)).astype(np.float32)
 
 
-def run_pieces(engine, pieces, batch, edits):
+def run_pieces(engine, pieces, batch, edits, changed=lambda piece, own: own):
     state = dict(zip(engine.network.graph.inputs, jax.tree.leaves(batch), strict=True))
     for piece in pieces:
         own = PieceEdits([edits.get(i, Edit(weight=engine.weight(i))) for i in piece.sites])
         constants = [engine.frontier[var] for var in piece.constants]
-        written = piece(own, constants, [state[var] for var in piece.reads])
+        written = piece(changed(piece, own), constants, [state[var] for var in piece.reads])
         state = {var: state[var] for var in piece.keeps} | dict(
             zip(piece.writes, written, strict=True)
         )

@@ -92,11 +92,13 @@ def check_agreement(
 def with_float_inputs(
     quantized: QuantizedModel, layers: Collection[str] | None = None
 ) -> QuantizedModel:
-    """The network with nothing rounded that all its layers, or those named, read."""
-    sites = set(quantized.edits)
-    if layers is not None:
-        graph = network(quantized.model, LAYERS_AT)
-        sites = {i for name in layers for i in graph.sites_of(name)}
+    """The network with no activation rounded at all, or none that the named layers read."""
+    if layers is None:
+        every = quantized.edits.items()
+        edits = {i: edit._replace(input_grid=None, attention=()) for i, edit in every}
+        return replace(quantized, edits=edits, attention_bits={})
+    graph = network(quantized.model, LAYERS_AT)
+    sites = {i for name in layers for i in graph.sites_of(name)}
     edits = {
         i: edit._replace(input_grid=None) if i in sites else edit
         for i, edit in quantized.edits.items()

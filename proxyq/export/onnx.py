@@ -6,7 +6,8 @@ zero point for each output channel, whose values are bit for bit those that prox
     w = (q - zero) * scale        https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
 
 Each rounded input goes through QuantizeLinear and DequantizeLinear, preceded by a Clip to the
-grid's range where that is narrower than the container. Everything else stays float.
+grid's range where that is narrower than the container; so do both operands of products of two
+activations that are rounded. Everything else stays float.
 
 Storage. Codes of 1 and 2 bits are INT2 where the installed packages know it (opset 25), else INT4
 like those of 3 and 4; those of 5 to 8 are INT8, of 16 INT16 (opset 21). Codes are shifted so that
@@ -18,6 +19,7 @@ saturation at 16 bits, and 2 * 255 * 128 is too much.
 import contextlib
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -26,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from proxyq.engine import Engine
+from proxyq.engine import Edit, Engine
 from proxyq.errors import MissingExtra, ProxyqError, first_line
 from proxyq.export.agreement import (
     check_agreement,
@@ -38,11 +40,11 @@ from proxyq.export.exported import Exported, check_strict, exceeded_budgets, rai
 from proxyq.export.torch_module import to_torch
 from proxyq.files import check_writable, write_atomic
 from proxyq.model.model import Model, call_arguments
-from proxyq.model.network import LAYERS_AT
+from proxyq.model.network import LAYERS_AT, network
 from proxyq.model.torch_import import import_torch
 from proxyq.model.torch_import.export import quiet_export
 from proxyq.ptq.deploy import DeployedLayer, deployed_layers
-from proxyq.ptq.quantized import QuantizedModel
+from proxyq.ptq.quantized import QuantizedModel, attention_grids
 from proxyq.quantize.integers import groups_of
 from proxyq.search.allocate.plan import Plan
 from proxyq.version import __version__
@@ -126,15 +128,23 @@ def export_onnx(
     check_strict(sizes["raised"], strict=strict, format="ONNX")
     notes = list(exceeded_budgets(plan, widths, format="ONNX"))
     floats = to_torch(quantized, module, round_inputs=False)
-    exported, note = _float_graph(floats, quantized.model, OPSET_INT2 if two_bits else OPSET)
+    exported, note = _float_graph(
+        floats,
+        quantized.model,
+        OPSET_INT2 if two_bits else OPSET,
+        fused_attention=not quantized.attention_bits,
+    )
     notes += [note] if note else []
     found = _put_weights(exported, floats, layers, weights)
     _describe(exported, layers, plan)
     content = _serialized(exported)
     examples = examples_of(quantized.model, inputs)
     _check(content, with_float_inputs(quantized), examples)
+    if quantized.attention_bits:
+        _round_attention(exported, quantized, examples)
     if any(layer.inputs is not None for layer in layers):
         _round_inputs(exported.graph, quantized, layers, found, weights)
+    if quantized.attention_bits or any(layer.inputs is not None for layer in layers):
         content = _serialized(exported)
         note = _check(content, quantized, examples)
         notes += [note] if note else []
@@ -241,10 +251,13 @@ def _runs_int2() -> bool:
 # -- the graph ---------------------------------------------------------------------------
 
 
-def _float_graph(module: Any, model: Model, opset: int) -> tuple[Any, str | None]:
+def _float_graph(
+    module: Any, model: Model, opset: int, *, fused_attention: bool
+) -> tuple[Any, str | None]:
     """The module as an `onnx_ir.Model`, with the batch free where torch can trace it so.
 
-    It is not optimised yet: constants may only be folded where no quantized weight is one.
+    It is not optimised yet: constants may only be folded where no quantized weight is one. Without
+    `fused_attention` the products inside attention are nodes of their own.
     """
     torch = import_torch()
 
@@ -256,6 +269,8 @@ def _float_graph(module: Any, model: Model, opset: int) -> tuple[Any, str | None
         leaves = jax.tree.map(lambda shape: example(shape, batch), model.inputs)
         args, kwargs = call_arguments(leaves)
         axes = torch.utils._pytree.tree_map(lambda leaf: {0: "batch"}, kwargs or args)
+        if not fused_attention:
+            return _unfused(module, args, kwargs, opset, dynamic=dynamic)
         with quiet_export(), contextlib.redirect_stdout(io.StringIO()):
             return torch.onnx.export(
                 module,
@@ -279,6 +294,62 @@ def _float_graph(module: Any, model: Model, opset: int) -> tuple[Any, str | None
             f"torch.onnx cannot export {model.name!r} ({first_line(error)}): rewrite the "
             "operator that it names, or choose another format (--to)."
         ) from error
+
+
+def _unfused(module: Any, args: Any, kwargs: Any, opset: int, *, dynamic: bool) -> Any:
+    """The same with attention as its two products and a softmax between them."""
+    torch = import_torch()
+    shapes = None
+    if dynamic:
+        shapes = torch.export.ShapesCollection()
+        for leaf in torch.utils._pytree.tree_leaves((args, kwargs)):
+            shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
+    with quiet_export(), contextlib.redirect_stdout(io.StringIO()):
+        traced = torch.export.export(
+            module, args, kwargs or None, dynamic_shapes=shapes, strict=False
+        )
+        fused = torch.ops.aten.scaled_dot_product_attention.default
+        traced = traced.run_decompositions({fused: _attention})
+        found = torch.onnx.export(
+            traced, (), dynamo=True, optimize=False, verbose=False, opset_version=opset
+        ).model
+    ir = _import_onnx("onnx_ir")
+    free = {own.shape[0] for own in found.graph.inputs if not isinstance(own.shape[0], int)}
+    made = (output for node in found.graph for output in node.outputs)
+    for value in (*found.graph.inputs, *made):
+        for axis, size in enumerate(value.shape or ()):
+            if size in free:
+                value.shape[axis] = ir.SymbolicDim("batch")
+    return found
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(q k' scale + mask) v, of torch's arguments, whose products read what proxyq's do.
+
+    torch's own decomposition scales queries and keys beforehand, each by the root of the scale.
+    """
+    torch = import_torch()
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores = torch.matmul(query, key.transpose(-1, -2))
+    scores = scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return torch.matmul(torch.softmax(scores, -1), value)
 
 
 def _put_weights(
@@ -355,12 +426,12 @@ def _round_inputs(
     stored_weights: Mapping[str, Stored],
 ) -> None:
     """QuantizeLinear and DequantizeLinear before each product of layers that round inputs."""
-    network = Engine.build(quantized.model, LAYERS_AT, batch_size=LAYERS_AT).network
+    sites_of = network(quantized.model, LAYERS_AT).sites_of
     rounded: dict[Any, Any] = {}
     for layer in layers:
         if layer.inputs is None or layer.activation_bits is None:
             continue
-        grids = [quantized.edits[i].input_grid for i in network.sites_of(layer.name)]
+        grids = [quantized.edits[i].input_grid for i in sites_of(layer.name)]
         keys = [
             (float(np.float32(grid.scale)), float(np.float32(grid.zero)), layer.activation_bits)
             for grid in grids
@@ -383,6 +454,91 @@ def _round_inputs(
             if _bias_overflows(node, key[0], stored_weights[layer.name].scale):
                 _add_bias_apart(graph, node)
     graph.sort()
+
+
+def _round_attention(model: Any, quantized: QuantizedModel, examples: Any) -> None:
+    """QuantizeLinear and DequantizeLinear before both operands of products of two activations."""
+    graph = model.graph
+    products = network(quantized.model, LAYERS_AT).attention
+    nodes = _nodes_of_two_activations(graph)
+    sides = _sides(model, nodes, quantized, examples) if len(nodes) == len(products) else None
+    if sides is None:
+        raise ProxyqError(
+            f"the {len(products)} products of two activations cannot be told apart among the "
+            f"{len(nodes)} in the graph that torch.onnx makes: search without --attention-bits."
+        )
+    for index, grids in attention_grids(products, quantized.edits).items():
+        name, node = products[index].name, nodes[index]
+        for place, side in enumerate(sides[index]):
+            scale, zero = (float(np.float32(part)) for part in grids[side][:2])
+            key = (scale, zero, quantized.attention_bits[name])
+            own = _rounded(graph, f"{name}.{('left', 'right')[side]}", node.inputs[place], *key)
+            node.replace_input_with(place, own)
+    graph.sort()
+
+
+def _nodes_of_two_activations(graph: Any) -> list[Any]:
+    """The products both of whose operands depend on the graph's inputs, in execution order."""
+    known, found = set(graph.inputs), []
+    for node in graph:
+        data = [value in known for value in node.inputs]
+        if node.op_type in (*PRODUCTS, "Einsum") and len(data) >= 2 and all(data[:2]):
+            found.append(node)
+        if any(data):
+            known.update(node.outputs)
+    return found
+
+
+def _sides(
+    model: Any, nodes: Sequence[Any], quantized: QuantizedModel, examples: Any
+) -> list[tuple[int, int]] | None:
+    """Which operand of ours (0 is the left one) each operand of the nodes is, by their values.
+
+    An einsum may have them the other way round. `None` where they are no operands of ours. Without
+    ONNX Runtime they are taken as they come.
+    """
+    graph, one = model.graph, jax.tree.map(lambda x: x[:1], examples)
+    read = list(dict.fromkeys(value for node in nodes for value in node.inputs[:2]))
+    before = len(graph.outputs)
+    graph.outputs.extend(read)
+    session = _session(_serialized(model), optimized=False)
+    del graph.outputs[before:]
+    if session is None:
+        return [(0, 1)] * len(nodes)
+    outputs = session.run(None, _feeds(session, one))[before:]
+    theirs = dict(zip(read, outputs, strict=True))
+    found = []
+    for node, ours in zip(nodes, _operands(with_float_inputs(quantized), one), strict=True):
+        own = [np.sort(theirs[value].ravel()) for value in node.inputs[:2]]
+        orders = [
+            order
+            for order in ((0, 1), (1, 0))
+            if all(_alike(a, ours[side]) for a, side in zip(own, order, strict=True))
+        ]
+        if not orders:
+            return None
+        found.append(orders[0])
+    return found
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two sorted arrays are the same numbers, but for the order of sums."""
+    return a.shape == b.shape and bool(np.abs(a - b).max() <= 1e-3 * max(np.abs(b).max(), 1e-30))
+
+
+def _operands(quantized: QuantizedModel, inputs: Any) -> list[list[np.ndarray]]:
+    """All values of both operands of each product of two activations, sorted."""
+    engine = Engine.build(quantized.model, 1, batch_size=1)
+    products, found = engine.network.attention, []
+    ((batch, _),) = engine.chunks(inputs)
+    state = engine.start(batch)
+    for index in range(len(engine.network.sites)):
+        own = [var for one in products if one.site == index for var in one.operands]
+        edit = quantized.edits.get(index, Edit())
+        state, values = engine.step(state, index, edit, capture=tuple(own))
+        arrays = [np.sort(np.asarray(value).ravel()) for value in values]
+        found += [arrays[i : i + 2] for i in range(0, len(arrays), 2)]
+    return found
 
 
 def _bias_overflows(node: Any, step: float, scale: np.ndarray) -> bool:
@@ -569,18 +725,22 @@ def run_onnx(content: bytes, inputs: Any, *, optimized: bool = True) -> np.ndarr
     session = _session(content, optimized=optimized)
     if session is None:
         return None
-    named = session.get_inputs()
-    leaves = jax.tree.leaves(inputs)
-    by_name = inputs if isinstance(inputs, Mapping) else {}
-    feeds = {
-        own.name: np.asarray(by_name.get(own.name, leaf)).astype(_NUMPY.get(own.type, np.float32))
-        for own, leaf in zip(named, leaves, strict=True)
-    }
-    if not isinstance(named[0].shape[0], int):
+    feeds = _feeds(session, inputs)
+    if not isinstance(session.get_inputs()[0].shape[0], int):
         return session.run(None, feeds)[0]
-    rows = range(len(leaves[0]))
+    rows = range(len(jax.tree.leaves(inputs)[0]))
     runs = [session.run(None, {k: v[i : i + 1] for k, v in feeds.items()})[0] for i in rows]
     return np.concatenate(runs)
+
+
+def _feeds(session: Any, inputs: Any) -> dict[str, np.ndarray]:
+    """Inputs by the names of the session's, and of their types."""
+    by_name = inputs if isinstance(inputs, Mapping) else {}
+    leaves = jax.tree.leaves(inputs)
+    return {
+        own.name: np.asarray(by_name.get(own.name, leaf)).astype(_NUMPY.get(own.type, np.float32))
+        for own, leaf in zip(session.get_inputs(), leaves, strict=True)
+    }
 
 
 _NUMPY = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
