@@ -414,6 +414,19 @@ def test_onnx_rounds_both_operands(kind, bits, tmp_path):
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param  # the batch is free
 
 
+def test_two_bits_meet_rounded_inputs_in_onnx(tmp_path):
+    """ONNX Runtime's own fusion of the two takes no INT2; the file must run as it is loaded."""
+    pytest.importorskip("onnxruntime")
+    _, model = encoder("plain")
+    x = inputs_of(model, 16)
+    made = quantize_model(model, plan_of(model, (2,), 8), x)
+    found = export_onnx(made, tmp_path / "net.onnx", inputs=x)
+    assert found.difference is not None and not any(
+        "not with its default" in n for n in found.notes
+    )
+    assert set(found.raised.values()) == {(2, 4)}
+
+
 def test_onnx_refuses_products_that_it_cannot_find(tmp_path, monkeypatch):
     pytest.importorskip("onnx")
     _, model = encoder("plain")
