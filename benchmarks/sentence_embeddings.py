@@ -18,6 +18,7 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -77,6 +78,20 @@ def tokens(folder: str, texts: list[str], length: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(out[name], np.int32) for name in names}
 
 
+def encoder_and_sentences(folder: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The encoder of the examples with the weights of a folder, and the tokens of 256 sentences to
+    calibrate on and 500 others."""
+    os.environ["PROXYQ_ENCODER"] = folder
+    import_torchvision()  # transformers asks for it
+    path = Path(__file__).resolve().parents[1] / "examples" / "sentence_encoder.py"
+    spec = importlib.util.spec_from_file_location("sentence_encoder", path)
+    assert spec is not None and spec.loader is not None
+    code = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(code)
+    calibration, held = (tokens(folder, some, code.TOKENS) for some in sentences(256, 500))
+    return code.encoder(), calibration, held
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--encoder", required=True, help="folder of the network")
@@ -87,17 +102,10 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, help="so many weights share a grid")
     parser.add_argument("--embeddings", action="store_true", help="round the table of words too")
     args = parser.parse_args()
-    os.environ["PROXYQ_ENCODER"] = args.encoder
-    import_torchvision()  # transformers asks for it
     into = Path(args.into)
     into.mkdir(parents=True, exist_ok=True)
-    path = Path(__file__).resolve().parents[1] / "examples" / "sentence_encoder.py"
-    spec = importlib.util.spec_from_file_location("sentence_encoder", path)
-    assert spec is not None and spec.loader is not None
-    code = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(code)
-    model = code.encoder().replace(embeddings=args.embeddings)
-    calibration, held = (tokens(args.encoder, s, code.TOKENS) for s in sentences(256, 500))
+    model, calibration, held = encoder_and_sentences(args.encoder)
+    model = model.replace(embeddings=args.embeddings)
     engine = proxyq.Engine.build(model, 500)
     whole = unit(engine.logits(held, {}))
 

@@ -52,7 +52,7 @@ def test_batch_norm_is_folded():
     assert done.code == 0, done.err
     told = json.loads(done.out)
     folded = [key for key, one in told["float"].items() if one["why"].startswith("folded into ")]
-    assert folded and told["missing_operators"] == {} and told["products_of_data"] == 0
+    assert folded and told["missing_operators"] == {} and told["attention"] == {}
     weights = sum(one["weights"] for one in told["layers"].values())
     rest = sum(one["weights"] for one in told["float"].values())
     from proxyq.model.digits import load_digits

@@ -62,7 +62,7 @@ def explanation_json(network: Any) -> dict[str, Any]:
     return {
         "missing_operators": {},
         "float": {one.parameter: {"weights": one.weights, "why": one.why} for one in kept},
-        "products_of_data": len(network.attention),
+        "attention": {product.name: product.macs for product in network.attention},
     }
 
 

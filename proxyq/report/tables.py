@@ -624,7 +624,11 @@ def kept_table(network: "Network") -> Table:
         Column(head="numbers", cells=[f"{numbers:,}" for _, numbers in found.values()]),
     ]
     products = len(network.attention)
-    captions = [f"{products} products have data on both sides"] if products else []
+    captions = (
+        [f"{products} products of two activations: --attention-bits rounds them"]
+        if products
+        else []
+    )
     if not network.model.embeddings and (tables := looked_up_float(network)):
         one = len(tables) == 1
         captions.append(
