@@ -352,6 +352,9 @@ def _card(shown: Shown, measured: NetworkMeasured | None, float_top1: float | No
     facts["activations"] = " or ".join(
         "float" if one is None else f"{one} bit" for one in sorted(beside, key=lambda b: b or 99)
     )
+    if plan.attention:
+        widths = sorted({one.bits for one in plan.attention.values() if one.bits is not None})
+        facts["attention"] = " or ".join(f"{bits} bit" for bits in widths) or "float"
     solver = plan.solver
     if solver is not None:
         proven = {"optimal": "optimal, proven", "feasible": "feasible, not proven best"}
