@@ -1,5 +1,7 @@
 """The segmented engine: equal to the plain forward pass, compiled once, bounded in memory."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,6 +229,24 @@ def test_restored_error_of_channels_that_rounding_scales_moves_or_silences():
     np.testing.assert_allclose(errors, [0.0, 0.0, share], atol=1e-5)
     # Of channels that never vary there is nothing to lose.
     assert _restored(sums(np.zeros((4, 5, 2)), [np.ones((4, 5, 2))])).tolist() == [0.0]
+    # Nor of those that are constant but for the last digits of their sums, of either sign.
+    y = np.broadcast_to([3.0, 5.0], (4, 5, 2))
+    for noise in itertools.product((-1e-6, 0.0, 1e-6), repeat=3):
+        constant = sums(y, [np.full(y.shape, 0.1)])
+        constant[:, [2, 4, 5]] += noise
+        assert 0 <= _restored(constant)[0] < 1e-6
+
+
+def test_restored_error_of_one_image_is_refused_where_a_channel_has_one_value():
+    """Two images give two of them; `output-error` does with one."""
+    model = small_net()
+    engine = Engine.build(model, 1, batch_size=1)
+    with pytest.raises(ProxyqError, match=r"'restored-error'.*layer 'head' gives one value"):
+        collect(engine, images(model, 1), ("restored-error",), (2, 3))
+    taps = collect(engine, images(model, 1), ("output-error",), (2, 3))
+    assert np.isfinite([tap.output_error for tap in taps]).all()
+    two = collect(engine, images(model, 2), ("restored-error",), (2, 3))
+    assert np.isfinite([tap.restored_error for tap in two]).all()
 
 
 def test_batch_statistics_need_all_images_at_once():

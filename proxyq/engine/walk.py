@@ -4,6 +4,7 @@ Large tensors are reduced as soon as they appear, so memory holds one layer's te
 time. One pass serves every need that asks for the same setting.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from proxyq.engine.memory import (
 )
 from proxyq.engine.rounded import site_rounding
 from proxyq.engine.segments import NO_EDIT, State, remember, run_site, text_key
+from proxyq.errors import ProxyqError
 from proxyq.model.examples import Examples, locate, split_examples
 from proxyq.model.features import features
 from proxyq.model.graph import Var
@@ -86,6 +88,8 @@ def record_forward(
         return
     if not needs:
         return
+    if "restored-error" in needs:
+        _check_deviations(engine, inputs)
     if memory is not None:
         _check_whole(engine, inputs, needs, feature, memory)
         if set(needs) & _OF_ROUNDING:
@@ -149,6 +153,21 @@ def _fit(engine: Engine, inputs: Any, feature: str, memory: int | None) -> bool:
     own = features(engine.network, feature).values()
     images = len(jax.tree.leaves(inputs)[0])
     return images <= images_beside_each_other(engine.network, own, memory)
+
+
+def _check_deviations(engine: Engine, inputs: Any) -> None:
+    """Refuse to restore the deviation of a channel from a single value, which has none."""
+    if len(jax.tree.leaves(inputs)[0]) > 1:
+        return
+    graph = engine.network.graph
+    for site in engine.network.sites:
+        values = graph.main[site.position].outvars[0].aval.size // graph.batch_size
+        if not site.lookup and values == math.prod(site.channel_shape):
+            raise ProxyqError(
+                "what is left when statistics are restored ('restored-error') needs their "
+                f"deviation, and the layer {site.layer!r} gives one value of each channel for one "
+                "image: give two images or more (--samples)."
+            )
 
 
 def _check_whole(
@@ -343,23 +362,25 @@ def _restored(sums: np.ndarray, means_alone: bool = False) -> np.ndarray:
 
     With y a channel's output, d its change, a = std y / std (y + d), all of them centred:
 
-        E (a (y + d) - y)^2 = (a - 1)^2 E yy + 2 a (a - 1) E yd + a^2 E dd
+        E (a (y + d) - y)^2 = (a - 1)^2 E yy + 2 a (a - 1) E yd + a^2 E dd <= 4 E yy
 
     A channel that rounding leaves constant keeps its mean alone, which costs its variance. With
     `means_alone` a is 1.
     """
     count, y, yy = (sums[:, i, None] for i in range(3))
     d, dd, yd = np.split(sums[:, 3:], 3, axis=1)
-    var, of_change = yy / count - (y / count) ** 2, dd / count - (d / count) ** 2
+    # What is constant has a variance of either sign in rounded sums.
+    var = np.maximum(yy / count - (y / count) ** 2, 0.0)
+    of_change = np.maximum(dd / count - (d / count) ** 2, 0.0)
     with_change = yd / count - y * d / count**2
-    after = var + 2 * with_change + of_change
+    after = np.maximum(var + 2 * with_change + of_change, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         # a - 1 = (var - after) / (std after (std y + std after)), without the difference of roots
         less = -(2 * with_change + of_change) / (np.sqrt(after) * (np.sqrt(var) + np.sqrt(after)))
         error = less**2 * var + 2 * (1 + less) * less * with_change + (1 + less) ** 2 * of_change
-    error = np.where(after > 1e-12 * var, np.maximum(error, 0.0), np.maximum(var, 0.0))
+    error = np.where(after > 1e-12 * var, np.clip(error, 0.0, 4 * var), var)
     if means_alone:
-        error = np.maximum(of_change, 0.0)
+        error = of_change
     total = yy.sum() / count.sum() - (y.sum() / count.sum()) ** 2
     return error.mean(axis=0) / max(float(total), np.finfo(float).tiny)
 
