@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -413,6 +414,24 @@ def test_json_is_utf8_and_text_is_replaced_where_the_terminal_cannot(tmp_path: P
     done = alone(*words, cache=tmp_path, PYTHONIOENCODING="ascii")
     assert (done.code, done.err) == (0, "")
     assert "8 ????????" in done.out
+
+
+def test_compiled_programs_are_found_in_a_copied_cache(tmp_path: Path):
+    code = (
+        "import sys, jax; from proxyq.cli.runtime import working\n"
+        "with working(cache_dir=sys.argv[1], quiet=True): jax.jit(lambda x: x * 3 + 1)(2.0)"
+    )
+
+    def compiled(folder: Path) -> set[str]:
+        # The tests' own processes are told to leave paths out.
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        environment.pop("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", None)
+        subprocess.run([sys.executable, "-c", code, str(folder)], check=True, env=environment)
+        return {file.name for file in folder.rglob("*-cache")}
+
+    first = compiled(tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    assert compiled(tmp_path / "second") == first != set()
 
 
 def test_a_cache_that_cannot_be_made_is_done_without(tmp_path: Path):

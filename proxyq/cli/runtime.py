@@ -63,6 +63,7 @@ def working(
         _use_device(device)
         if computes:
             _use_float32()
+            _leave_paths_out()
         _use_cache(None if no_cache else cache_folder(cache_dir), quiet=quiet)
         if count is None:
             yield progress
@@ -172,6 +173,18 @@ def _use_cache(folder: Path | None, *, quiet: bool) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _leave_paths_out() -> None:
+    """Let a compiled program be found where its folder was moved or copied to.
+
+    The folder of an autotuner, which is of GPUs alone, lies in the folder of programs, and its path
+    in what tells programs apart, on CPU too.
+    """
+    import jax
+
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def score_cache(cache_dir: str | None, *, no_cache: bool) -> "Cache | None":
