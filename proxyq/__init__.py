@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from proxyq.api import write_report as write_report
     from proxyq.data import Data as Data
     from proxyq.data import load_data as load_data
+    from proxyq.devices import give_back_large_blocks as give_back_large_blocks
     from proxyq.devices import on_devices as on_devices
     from proxyq.engine import Engine as Engine
     from proxyq.export.exported import Exported as Exported
@@ -73,7 +74,7 @@ _PUBLIC = {
     "proxyq.model.function_import": ("from_function",),
     "proxyq.model.network": ("Network", "network"),
     "proxyq.data": ("Data", "load_data"),
-    "proxyq.devices": ("on_devices",),
+    "proxyq.devices": ("on_devices", "give_back_large_blocks"),
     "proxyq.engine": ("Engine",),
     "proxyq.proxies": ("Proxy", "Scores", "register"),
     "proxyq.search.allocate": (

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -338,6 +339,32 @@ def test_too_little_memory_is_refused_in_a_sentence(words, told):
     assert told in done.err and "give at least" in done.err
 
 
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not Path("/proc/self/statm").exists(),
+    reason="only there blocks are kept, and seen to be",
+)
+@pytest.mark.parametrize("given_back", [False, True])
+def test_large_blocks_are_given_back_when_they_are_free(given_back):
+    """A block below another one that stays, after one that made the C library keep such."""
+    code = (
+        "import ctypes, resource, sys, proxyq\n"
+        "if sys.argv[1] == 'True': proxyq.give_back_large_blocks()\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]\n"
+        "libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p,"
+        " ctypes.c_int, ctypes.c_size_t]\n"
+        "pages = lambda: int(open('/proc/self/statm').read().split()[1])\n"
+        "libc.free(libc.malloc(16 << 20))\n"
+        "before = pages()\n"
+        "block, above = libc.malloc(8 << 20), libc.malloc(1 << 12)\n"
+        "libc.memset(block, 1, 8 << 20); libc.memset(above, 1, 1 << 12); libc.free(block)\n"
+        "print((pages() - before) * resource.getpagesize())"
+    )
+    words = [sys.executable, "-c", code, str(given_back)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 4 << 20) == given_back
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells no peak")
 def test_a_process_stays_within_its_bound():
@@ -346,7 +373,7 @@ def test_a_process_stays_within_its_bound():
     def peak(images, *more):
         code = (
             "import test_memory as t; from proxyq.proxies import PROXIES; import numpy as np;"
-            "from proxyq.cli.runtime import give_back_large_blocks; give_back_large_blocks();"
+            "from proxyq.devices import give_back_large_blocks; give_back_large_blocks();"
             "model = t.big_net(); rng = np.random.default_rng(0);"
             f"x = rng.normal(size=({images}, 96, 96, 8)).astype('f4');"
             f"PROXIES.get('output-error')(model, x, bits=(2, 4, 8){''.join(more)});"

@@ -20,7 +20,7 @@ def _check_seed(value: int | None) -> int | None:
 
 def _give_back(memory: str | None) -> str | None:
     if memory is not None:
-        from proxyq.cli.runtime import give_back_large_blocks
+        from proxyq.devices import give_back_large_blocks
 
         give_back_large_blocks()
     return memory

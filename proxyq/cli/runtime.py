@@ -118,22 +118,6 @@ def _no_device(device: str, reason: str) -> ProxyqError:
     )
 
 
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt(3)
-
-
-def give_back_large_blocks() -> None:
-    """Let glibc return blocks of a MiB and more to the system as soon as they are free.
-
-    By itself it keeps them, once it has met some, between the small ones of a compiler: what images
-    take in a first run came out 1.6 times as much. Fresh pages cost some time, so this is for those
-    who ask for a bound. Where there is no glibc nothing happens.
-    """
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 1 << 20)
-
-
 # -- the compilation cache -------------------------------------------------------------
 
 
