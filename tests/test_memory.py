@@ -18,13 +18,11 @@ from networks import mixer, small_net
 from test_reconstruct import images, plan_of
 
 from proxyq.api import quantize_model
-from proxyq.engine import Edit, Engine, backward, collect, walk
+from proxyq.engine import Edit, Engine, backward, collect, compared, walk
 from proxyq.engine import engine as engine_module
 from proxyq.engine.memory import (
     amount,
     bytes_per_image,
-    bytes_per_image_beside,
-    images_beside_each_other,
     tape_bytes_per_image,
 )
 from proxyq.engine.pieces import block_pieces
@@ -41,55 +39,62 @@ from proxyq.ptq.reconstruct import Learning, held_bytes, step_bytes
 from proxyq.quantize.integers import fit_columns
 
 
-def of_feature(model):
-    found = network(model, LAYERS_AT)
-    return found, list(features(found, "output").values())
-
-
 @pytest.mark.parametrize("make", [pytest.param(small_net, marks=pytest.mark.slow), mixer])
 @pytest.mark.parametrize("need", ["gram", "codes"])
-@pytest.mark.parametrize("room", [pytest.param(2, marks=pytest.mark.slow), 7, 12])
-def test_images_compared_in_blocks_are_compared_alike(make, need, room):
-    """Blocks of one, three and six of 13 images: the last is not whole."""
+@pytest.mark.parametrize("room", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+def test_images_compared_in_files_are_compared_alike(make, need, room, monkeypatch):
+    """13 images in batches of one, two and three, the last not whole; a few columns at a time."""
     model, x = make(), images(make(), 13)
-    found, own = of_feature(model)
-    memory = int(room * bytes_per_image_beside(found, own)) + 1
-    assert images_beside_each_other(found, own, memory) == room
-    ticks = []
-    engine = Engine.build(model, 13, batch_size=4)
+    engine = Engine.build(model, 13, batch_size=7)
+    own = len(set(features(engine.network, "post-activation").values()))
+    memory = room * least_for_comparing(engine) + 8 * 13**2 * (own + 2)
+    ticks, tiles, here = [], [], compared._Features.columns
+
+    def columns(self, var):
+        for tile in here(self, var):
+            tiles.append(tile.shape[1] < self.widths[var])
+            yield tile
+
+    monkeypatch.setattr(compared._Features, "columns", columns)
 
     def matrices(bound, progress=lambda *_: None):
         taps = collect(engine, x, (need,), (4,), memory=bound, progress=progress)
         return [np.asarray(getattr(tap, need)) for tap in taps]
 
     whole = matrices(None)
-    blocks = matrices(memory, lambda stage, done, total: ticks.append((done, total)))
-    for one, other in zip(whole, blocks, strict=True):
+    assert not tiles
+    parts = matrices(memory, lambda stage, done, total: ticks.append((done, total)))
+    assert any(tiles)
+    for one, other in zip(whole, parts, strict=True):
         assert other.shape == (13, 13) and np.array_equal(other, other.T)
         scale = np.abs(one).max()
         np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5 * scale)
         if need == "codes":
             np.testing.assert_array_equal(other, one)
-    # Every block alone for the means, then every pair of blocks.
-    parts, means = -(-13 // (room // 2)), need == "gram"
-    walks = parts * means + parts * (parts + 1) // 2
-    assert ticks[-1] == (walks * len(engine.network.sites),) * 2
+    # One pass.
+    assert ticks[-1] == (-(-13 // room) * len(engine.network.sites),) * 2
+
+
+def least_for_comparing(engine):
+    """Of `memory`, for one image."""
+    return 2 * compared._bytes_per_image(engine, "post-activation")
 
 
 def test_what_cannot_be_compared_is_refused_with_what_it_takes():
     model = small_net()
     engine, x = Engine.build(model, 4, batch_size=4), images(model, 4)
-    found, own = of_feature(model)
-    least = amount(2 * bytes_per_image_beside(found, own))
-    with pytest.raises(UsageError, match=f"two images layer by layer takes {least}") as caught:
-        collect(engine, x, ("gram",), (4,), memory=1000)
-    assert f"give at least {least}." in str(caught.value)
+    own = len(set(features(engine.network, "post-activation").values()))
+    least = least_for_comparing(engine) + 8 * 4**2 * (own + 2)
+    with pytest.raises(UsageError, match="4 images with each other layer by layer takes") as caught:
+        collect(engine, x, ("gram",), (4,), memory=least - 1)
+    assert f"give at least {amount(least)}, or fewer images (--samples)." in str(caught.value)
+    collect(engine, x, ("gram",), (4,), memory=least)
 
 
 @pytest.mark.slow
 def test_orthogonality_under_a_bound_orders_layers_alike():
     words = ("score", "--proxy", "orthogonality", "--samples", "40", "--json", "--quiet")
-    whole, bounded = (here(*words, *more) for more in ((), ("--memory", "200KB")))
+    whole, bounded = (here(*words, *more) for more in ((), ("--memory", "400KB")))
     assert whole.code == bounded.code == 0, bounded.err
     found = [json.loads(one.out)["scores"][0]["values"] for one in (whole, bounded)]
     for name, value in found[0].items():

@@ -61,11 +61,7 @@ class Spill:
         try:
             self._away[number] = self._written(number, state, size)
         except OSError as error:
-            raise ProxyqError(
-                f"the states of batches for which memory (--memory) has no room do not fit into "
-                f"{tempfile.gettempdir()} either ({error.strerror}): allow more memory, free "
-                "some of the disk, or set TMPDIR to a folder on a larger one."
-            ) from None
+            raise no_room(error) from None
 
     def get(self, number: int) -> State:
         """The state of a batch, as it was put."""
@@ -92,6 +88,15 @@ class Spill:
             self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             written[var] = (array.shape, array.dtype, getattr(array, "sharding", None))
         return written
+
+
+def no_room(error: OSError) -> ProxyqError:
+    """The sentence for a disk that is full too."""
+    return ProxyqError(
+        f"the states of batches for which memory (--memory) has no room do not fit into "
+        f"{tempfile.gettempdir()} either ({error.strerror}): allow more memory, free "
+        "some of the disk, or set TMPDIR to a folder on a larger one."
+    )
 
 
 def _bytes(state: Mapping[Var, Any]) -> int:

@@ -5,7 +5,7 @@ time. One pass serves every need that asks for the same setting.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proxyq.engine.compared import matrices_bytes, record_compared, signs
 from proxyq.engine.engine import Engine, at_least_float32
 from proxyq.engine.gradients import stride
 from proxyq.engine.memory import (
-    bytes_per_image_beside,
     evenly,
     images_beside_each_other,
     too_little,
@@ -68,13 +68,12 @@ def record_forward(
 
     What relates images to each other (a Gram matrix) needs all of them at one layer, so all
     chunks walk in step and their states are held together; where `memory` has no room for that,
-    two blocks of them at a time, in more passes. All else adds up over chunks, one after the
-    other, and memory holds a single chunk.
+    in files. All else adds up over chunks, one after the other, and memory holds a single chunk.
     """
     compared = tuple(need for need in needs if need in _COMPARED)
     rest = tuple(need for need in needs if need not in _COMPARED)
-    if compared and not _fit(engine, inputs, feature, memory):
-        _record_blocks(
+    if compared and not _fit(engine, inputs, len(compared), feature, memory):
+        record_compared(
             engine, inputs, compared, recorded,
             feature=feature, centre=centre, memory=memory, progress=progress,
         )  # fmt: skip
@@ -148,11 +147,12 @@ def record_forward(
                 recorded[name]["restored-error"] = np.mean(restored, axis=0)
 
 
-def _fit(engine: Engine, inputs: Any, feature: str, memory: int | None) -> bool:
-    """Whether all images may be held at one layer."""
+def _fit(engine: Engine, inputs: Any, needs: int, feature: str, memory: int | None) -> bool:
+    """Whether all images may be held at one layer, beside the matrices of all layers."""
     own = features(engine.network, feature).values()
     images = len(jax.tree.leaves(inputs)[0])
-    return images <= images_beside_each_other(engine.network, own, memory)
+    left = None if memory is None else memory - matrices_bytes(engine, images, needs, feature)
+    return images <= images_beside_each_other(engine.network, own, left)
 
 
 def _check_deviations(engine: Engine, inputs: Any) -> None:
@@ -227,124 +227,6 @@ def rounding_bytes_per_image(engine: Engine, *, restored: bool) -> float:
 
 def _bytes(some: Iterable[Var]) -> int:
     return sum(var.aval.size * var.aval.dtype.itemsize for var in some)
-
-
-def _record_blocks(
-    engine: Engine,
-    inputs: Any,
-    needs: tuple[str, ...],
-    recorded: dict[str, dict[str, Any]],
-    *,
-    feature: str,
-    centre: bool,
-    memory: int | None,
-    progress: Progress,
-) -> None:
-    """`gram` and `codes` of more images than may be held at once: a pair of blocks at a time.
-
-    With B blocks, one pass for the means and B + 1 for the pairs. **Raises** `UsageError` where
-    not even two images may be held.
-    """
-    own = features(engine.network, feature)
-    images = len(jax.tree.leaves(inputs)[0])
-    room = images_beside_each_other(engine.network, own.values(), memory) // 2
-    if room < 1:
-        least = 2 * bytes_per_image_beside(engine.network, own.values())
-        raise too_little("comparing two images layer by layer", least, memory or 0)
-    if engine.network.batch_norm == "batch":
-        least = images * bytes_per_image_beside(engine.network, own.values())
-        what = f"statistics of the batch need all {images} images at once, which"
-        raise too_little(what, least, memory or 0, ", or fewer images")
-    engine = Engine.build(
-        engine.network.model,
-        images,
-        batch_norm=engine.network.batch_norm,
-        memory=memory,
-        batch_size=room,
-    )
-    # The features of the engine of this size are other variables.
-    network, size = engine.network, engine.batch_size
-    own = features(network, feature)
-    places = {name: network.sites[network.sites_of(name)[0]] for name in network.names}
-    blocks = -(-images // size)
-    centred = centre and "gram" in needs
-    steps = len(network.sites) * (blocks * centred + blocks * (blocks + 1) // 2)
-    done = 0
-
-    def walk(starts: tuple[int, ...]) -> Iterator[tuple[Var, list[Any]]]:
-        """Each feature of the blocks, `[images, p]`, as it appears."""
-        nonlocal done
-        counts = [min(size, images - start) for start in starts]
-        rows = [np.minimum(np.arange(s, s + size), images - 1) for s in starts]
-        states = [engine.start(_taken(engine, inputs, one)) for one in rows]
-        for index, _ in enumerate(network.sites):
-            made = {var for eqn in engine.segments[index + 1].eqns for var in eqn.outvars}
-            capture = tuple(dict.fromkeys(var for var in own.values() if var in made))
-            parts = []
-            for block, state in enumerate(states):
-                states[block], values = engine.step(state, index, NO_EDIT, capture)
-                parts.append(values)
-            for place, var in enumerate(capture):
-                where = next(places[name] for name, one in own.items() if one is var).examples
-                yield (
-                    var,
-                    [
-                        _rows(values[place], where, size)[:count]
-                        for values, count in zip(parts, counts, strict=True)
-                    ],
-                )
-            done += 1
-            progress("record", done, steps)
-
-    sums: dict[Var, np.ndarray] = {}
-    if centred:
-        for start in range(0, images, size):
-            for var, (x,) in walk((start,)):
-                sums[var] = sums.get(var, 0) + np.asarray(jnp.sum(x, axis=0), np.float64)
-    means = {var: jnp.asarray(total / images, jnp.float32) for var, total in sums.items()}
-    found = {(need, var): np.zeros((images, images)) for need in needs for var in own.values()}
-    for one in range(0, images, size):
-        for other in range(one, images, size):
-            for var, parts in walk((one,) if other == one else (one, other)):
-                for need in needs:
-                    mean = means.get(var) if need == "gram" else None
-                    product = np.asarray(_PRODUCTS[need](parts[0], parts[-1], mean), np.float64)
-                    here = slice(one, one + len(product)), slice(other, other + product.shape[1])
-                    found[need, var][here] = product
-                    found[need, var][here[::-1]] = product.T
-    for name, var in own.items():
-        for need in needs:
-            recorded[name][need] = found[need, var]
-
-
-def _taken(engine: Engine, inputs: Any, rows: np.ndarray) -> Any:
-    leaves, tree = jax.tree.flatten(inputs)
-    types = (var.aval.dtype for var in engine.network.graph.inputs)
-    arrays = [jnp.asarray(leaf[rows], kind) for leaf, kind in zip(leaves, types, strict=True)]
-    return jax.tree.unflatten(tree, arrays)
-
-
-def _rows(part: Any, where: Examples, batch: int) -> Any:
-    return split_examples(part, where, batch).reshape(batch, -1)
-
-
-@jax.jit
-def _gram_block(x: Any, y: Any, mean: Any) -> Any:
-    """`(X - m)(Y - m)'`, a part of the matrix of `_gram`."""
-    if mean is not None:
-        x, y = x - mean, y - mean
-    return jnp.dot(x, y.T, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.jit
-def _agreement_block(x: Any, y: Any, mean: Any) -> Any:
-    """A part of the matrix of `_agreement`."""
-    del mean
-    product = jnp.dot(_signs(x), _signs(y).T, precision=jax.lax.Precision.HIGHEST)
-    return (product + x.shape[1]) / 2
-
-
-_PRODUCTS = {"gram": _gram_block, "codes": _agreement_block}
 
 
 def _errors_and_variances(sums: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -511,13 +393,8 @@ def _agreement(parts: list[Any], counts: tuple[int, ...], where: Examples, batch
     """`C C' + (1 - C)(1 - C)'` of the on-off codes `C = (feature > 0)`: units that agree."""
     rows = [split_examples(part, where, batch).reshape(batch, -1) for part in parts]
     x = jnp.concatenate([row[:count] for row, count in zip(rows, counts, strict=True)])
-    code = _signs(x)
+    code = signs(x)
     return (jnp.dot(code, code.T, precision=jax.lax.Precision.HIGHEST) + x.shape[1]) / 2
-
-
-def _signs(x: Any) -> Any:
-    code = jnp.where(x > 0, 1.0, -1.0)  # agreements minus disagreements, in one product
-    return jnp.where(jnp.isnan(x), jnp.nan, code)  # neither on nor off
 
 
 @jax.jit

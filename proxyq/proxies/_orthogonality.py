@@ -24,6 +24,8 @@ import numpy as np
 from proxyq.engine import Taps
 from proxyq.proxies.proxy import register
 
+_BLOCK = 1 << 20  # numbers
+
 
 @register(
     needs=("gram",),
@@ -50,13 +52,17 @@ def orthogonality_matrix(grams: list[np.ndarray]) -> np.ndarray:
     Entries lie in [0, 1] with a diagonal of 1; a layer whose feature is constant over the
     images has ORM 0 with every other.
     """
-    rows = np.stack([np.asarray(gram, np.float64).ravel() for gram in grams])
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = [np.asarray(gram, np.float64).ravel() for gram in grams]
+    norms = np.array([[np.linalg.norm(row)] for row in rows])
     # A dead layer's Gram matrix is zero up to rounding: 0/0 counts as orthogonal.
     alive = norms[:, 0] > 1e-12 * max(norms.max(), np.finfo(np.float64).tiny)
-    unit = np.where(alive[:, None], rows / np.where(norms > 0, norms, 1), 0)
-    # ORM = G G' with G [layers, images^2] of unit rows
-    orm = np.clip(unit @ unit.T, 0.0, 1.0)
+    orm, columns = np.zeros((len(rows), len(rows))), max(1, _BLOCK // len(rows))
+    for start in range(0, len(rows[0]), columns):  # a copy of all would be as large again
+        part = np.stack([row[start : start + columns] for row in rows])
+        unit = np.where(alive[:, None], part / np.where(norms > 0, norms, 1), 0)
+        # ORM = G G' with G [layers, images^2] of unit rows
+        orm += unit @ unit.T
+    orm = np.clip(orm, 0.0, 1.0)
     np.fill_diagonal(orm, 1.0)
     return orm
 

@@ -1,0 +1,212 @@
+"""Matrices that relate all images to each other, of more images than may be held at one layer.
+
+All batches walk in step, layer by layer, as many states in memory as it has room for (see
+`Spill`). What a layer hands on is put together for all images, `[images, values]`, in a file
+where it is too large, and read back some columns at a time: each matrix is a sum over columns,
+
+    (X - m)(X - m)' = sum over tiles of columns of (X_t - m_t)(X_t - m_t)'
+
+so that one pass over the images is enough, whatever their number.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from types import TracebackType
+from typing import IO, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proxyq.engine.engine import Engine
+from proxyq.engine.memory import WHOLE_MEMORY, bytes_per_image, evenly, too_little
+from proxyq.engine.segments import NO_EDIT
+from proxyq.engine.spill import Spill, no_room
+from proxyq.model.examples import Examples, split_examples
+from proxyq.model.features import features
+from proxyq.model.graph import Var
+from proxyq.progress import Progress
+
+_COPIES = 3
+"""Of a tile: as it was read, as the device has it, and centred."""
+
+
+def matrices_bytes(engine: Engine, images: int, needs: int, feature: str) -> int:
+    """What matrices `[images, images]` of all layers take: one for each of the `needs` and each
+    feature, and the one that is being summed."""
+    own = set(features(engine.network, feature).values())
+    return 8 * images**2 * (needs * len(own) + 2)
+
+
+def record_compared(
+    engine: Engine,
+    inputs: Any,
+    needs: tuple[str, ...],
+    recorded: dict[str, dict[str, Any]],
+    *,
+    feature: str,
+    centre: bool,
+    memory: int | None,
+    progress: Progress,
+) -> None:
+    """`gram` and `codes` of every layer's feature into `recorded`, in one pass.
+
+    Of what `memory` leaves beside the matrices half is for the batch that runs, a quarter for the
+    states of the others, and a quarter for columns of a feature.
+
+    **Raises** `UsageError` where there is no room for one image, `ProxyqError` where the folder for
+    temporary files has none.
+    """
+    images = len(jax.tree.leaves(inputs)[0])
+    held = 0 if memory is None else matrices_bytes(engine, images, len(needs), feature)
+    bound = WHOLE_MEMORY if memory is None else memory - held
+    if engine.network.batch_norm == "batch":
+        least = held + images * _bytes_per_image(engine, feature)
+        what = f"statistics of the batch need all {images} images at once, which"
+        raise too_little(what, least, bound + held, ", or fewer images")
+    least = 2 * _bytes_per_image(engine, feature)
+    if least > bound:
+        what = f"comparing {images} images with each other layer by layer"
+        raise too_little(what, held + least, bound + held, ", or fewer images (--samples)")
+    most = bound // least
+    engine = engine.with_at_most(evenly(images, most, engine.placement.images))
+    # The features of an engine of another size are other variables.
+    network, size = engine.network, engine.batch_size
+    own = features(network, feature)
+    captured = _captured(engine, feature)
+    places = {
+        own[name]: network.sites[network.sites_of(name)[0]].examples for name in network.names
+    }
+    done, steps = 0, len(network.sites) * -(-images // size)
+    with Spill(bound // 4) as states:
+        counts = []
+        for number, (batch, count) in enumerate(engine.chunks(inputs)):
+            states.put(number, engine.start(batch))
+            counts.append(count)
+        for index, capture in enumerate(captured):
+            with _Features(images, capture, size, bound // 4) as rows:
+                for number, count in enumerate(counts):
+                    state, values = engine.step(states.get(number), index, NO_EDIT, capture)
+                    states.put(number, state)
+                    for var, value in zip(capture, values, strict=True):
+                        part = np.asarray(_rows(value, places[var], size))[:count]
+                        rows.put(var, number * size, part)
+                    done += 1
+                    progress("record", done, steps)
+                for var in capture:
+                    found = {
+                        need: _matrix(need, rows.columns(var), images, centre) for need in needs
+                    }
+                    for name in (name for name, one in own.items() if one is var):
+                        recorded[name].update(found)
+
+
+def _captured(engine: Engine, feature: str) -> list[tuple[Var, ...]]:
+    """For each site the features that its segment makes."""
+    own = dict.fromkeys(features(engine.network, feature).values())
+    made = [{var for eqn in one.eqns for var in eqn.outvars} for one in engine.segments[1:]]
+    return [tuple(var for var in own if var in some) for some in made]
+
+
+def _bytes_per_image(engine: Engine, feature: str) -> int:
+    """What one image takes while it runs: two states, and what it hands on, as it was captured and
+    as a row."""
+    graph = engine.network.graph
+    largest = max(sum(var.aval.size for var in some) for some in _captured(engine, feature))
+    return 2 * bytes_per_image(graph) + 2 * 4 * largest // graph.batch_size
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _rows(feature: Any, where: Examples, batch: int) -> Any:
+    return split_examples(feature, where, batch).reshape(batch, -1).astype(jnp.float32)
+
+
+class _Features:
+    """Features of all images, float32 `[images, values]` each, in memory where they have `room`,
+    else in a file; put by rows and taken by columns."""
+
+    def __init__(self, images: int, variables: tuple[Var, ...], batch: int, room: int):
+        self.images = images
+        self.widths = {var: var.aval.size // batch for var in variables}
+        self.tile = max(1, room // (4 * _COPIES * images))
+        self._here: dict[Var, np.ndarray] = {}
+        self._starts: dict[Var, int] = {}
+        self._file: IO[bytes] | None = None
+        end = 0
+        for var, width in self.widths.items():
+            if sum(self.widths.values()) <= self.tile:
+                self._here[var] = np.empty((images, width), np.float32)
+            else:
+                self._starts[var], end = end, end + 4 * images * width
+        if self._starts:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+
+    def __enter__(self) -> "_Features":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def put(self, var: Var, first: int, rows: np.ndarray) -> None:
+        """The features of some images, from the `first` on."""
+        if var in self._here:
+            self._here[var][first : first + len(rows)] = rows
+            return
+        assert self._file is not None
+        try:
+            self._file.seek(self._starts[var] + 4 * self.widths[var] * first)
+            self._file.write(np.ascontiguousarray(rows).data)
+        except OSError as error:
+            raise no_room(error) from None
+
+    def columns(self, var: Var) -> Iterator[np.ndarray]:
+        """All images' values, some columns `[images, tile]` after the others."""
+        if var in self._here:
+            yield self._here[var]
+            return
+        assert self._file is not None
+        width = self.widths[var]
+        tile = np.empty((self.images, min(self.tile, width)), np.float32)
+        for start in range(0, width, self.tile):
+            part = tile[:, : min(self.tile, width - start)]
+            for row in range(self.images):
+                self._file.seek(self._starts[var] + 4 * (width * row + start))
+                self._file.readinto(part[row].view(np.uint8))  # type: ignore[attr-defined]
+            yield part
+
+
+def _matrix(need: str, tiles: Iterator[np.ndarray], images: int, centre: bool) -> np.ndarray:
+    total = np.zeros((images, images))
+    for tile in tiles:
+        if need == "gram":
+            total += np.asarray(_gram(tile, centre))
+        else:
+            # Units that agree: those that do less those that do not, and all, halved.
+            total += (np.asarray(_signs_agree(tile), np.float64) + tile.shape[1]) / 2
+    return total
+
+
+@partial(jax.jit, static_argnums=1)
+def _gram(tile: Any, centre: bool) -> Any:
+    if centre:
+        tile = tile - jnp.mean(tile, axis=0)
+    return jnp.dot(tile, tile.T, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _signs_agree(tile: Any) -> Any:
+    code = signs(tile)
+    return jnp.dot(code, code.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def signs(x: Any) -> Any:
+    """Units that are on as 1, off as -1: a product counts agreements less disagreements."""
+    code = jnp.where(x > 0, 1.0, -1.0)
+    return jnp.where(jnp.isnan(x), jnp.nan, code)  # neither on nor off
