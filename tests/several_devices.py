@@ -78,15 +78,25 @@ def tiny():
 def scores_of(model, names=PROXIES, layouts=LAYOUTS, memory=None, classes=3):
     """By layout, then proxy: values and coupling."""
     from proxyq import on_devices
+    from proxyq.engine import Engine
+    from proxyq.engine.compared import matrices_bytes
     from proxyq.proxies import PROXIES as KNOWN
     from proxyq.proxies import score
 
     x, y = images(model), labels(classes=classes)
-    requests = [(KNOWN.get(name), {}) for name in names]
+    compared = [name for name in names if name == "orthogonality"]
+    rest = [name for name in names if name not in compared]
+    more = memory
+    if memory is not None:  # matrices of all images are more than a tiny network's batch
+        more = memory + matrices_bytes(Engine.build(model, IMAGES), IMAGES, 1, "post-activation")
     found = []
     for count, alternatives in layouts:
+        own = []
         with on_devices(count, alternatives=alternatives):
-            own = score(model, requests, x, labels=y, bits=BITS, memory=memory)
+            for some, bound in ((compared, more), (rest, memory)):
+                requests = [(KNOWN.get(name), {}) for name in some]
+                if requests:
+                    own += score(model, requests, x, labels=y, bits=BITS, memory=bound)
         found.append(
             {
                 one.proxy: {
