@@ -28,8 +28,9 @@ from proxyq.model.features import features
 from proxyq.model.graph import Var
 from proxyq.progress import Progress
 
-_COPIES = 3
-"""Of a tile: as it was read, as the device has it, and centred."""
+_COPIES = 4
+"""Of a tile: as it is kept where that is not in a file, as it was read, as the device has it, and
+centred."""
 
 
 def matrices_bytes(engine: Engine, images: int, needs: int, feature: str) -> int:
@@ -79,13 +80,16 @@ def record_compared(
         own[name]: network.sites[network.sites_of(name)[0]].examples for name in network.names
     }
     done, steps = 0, len(network.sites) * -(-images // size)
+    # Of one width, so that one program serves all layers.
+    widest = max(var.aval.size for var in own.values()) // size
+    tile = max(1, min(widest, bound // 4 // (4 * _COPIES * images)))
     with Spill(bound // 4) as states:
         counts = []
         for number, (batch, count) in enumerate(engine.chunks(inputs)):
             states.put(number, engine.start(batch))
             counts.append(count)
         for index, capture in enumerate(captured):
-            with _Features(images, capture, size, bound // 4) as rows:
+            with _Features(images, capture, size, tile) as rows:
                 for number, count in enumerate(counts):
                     state, values = engine.step(states.get(number), index, NO_EDIT, capture)
                     states.put(number, state)
@@ -123,13 +127,12 @@ def _rows(feature: Any, where: Examples, batch: int) -> Any:
 
 
 class _Features:
-    """Features of all images, float32 `[images, values]` each, in memory where they have `room`,
-    else in a file; put by rows and taken by columns."""
+    """Features of all images, float32 `[images, values]` each, in memory where they are not wider
+    than a `tile`, else in a file; put by rows and taken by columns."""
 
-    def __init__(self, images: int, variables: tuple[Var, ...], batch: int, room: int):
-        self.images = images
+    def __init__(self, images: int, variables: tuple[Var, ...], batch: int, tile: int):
+        self.images, self.tile = images, tile
         self.widths = {var: var.aval.size // batch for var in variables}
-        self.tile = max(1, room // (4 * _COPIES * images))
         self._here: dict[Var, np.ndarray] = {}
         self._starts: dict[Var, int] = {}
         self._file: IO[bytes] | None = None
@@ -166,30 +169,35 @@ class _Features:
         except OSError as error:
             raise no_room(error) from None
 
-    def columns(self, var: Var) -> Iterator[np.ndarray]:
-        """All images' values, some columns `[images, tile]` after the others."""
-        if var in self._here:
-            yield self._here[var]
-            return
-        assert self._file is not None
+    def columns(self, var: Var) -> Iterator[tuple[np.ndarray, int]]:
+        """All images' values, some columns `[images, tile]` after the others, and how many of these
+        are real: the others are 0."""
         width = self.widths[var]
-        tile = np.empty((self.images, min(self.tile, width)), np.float32)
         for start in range(0, width, self.tile):
-            part = tile[:, : min(self.tile, width - start)]
-            for row in range(self.images):
-                self._file.seek(self._starts[var] + 4 * (width * row + start))
-                self._file.readinto(part[row].view(np.uint8))  # type: ignore[attr-defined]
-            yield part
+            # A new one each time: the device may go on reading the last.
+            tile = np.zeros((self.images, self.tile), np.float32)
+            count = min(self.tile, width - start)
+            if var in self._here:
+                tile[:, :count] = self._here[var]
+            else:
+                assert self._file is not None
+                for row in range(self.images):
+                    self._file.seek(self._starts[var] + 4 * (width * row + start))
+                    self._file.readinto(tile[row, :count].view(np.uint8))  # type: ignore[attr-defined]
+            yield tile, count
 
 
-def _matrix(need: str, tiles: Iterator[np.ndarray], images: int, centre: bool) -> np.ndarray:
+def _matrix(
+    need: str, tiles: Iterator[tuple[np.ndarray, int]], images: int, centre: bool
+) -> np.ndarray:
     total = np.zeros((images, images))
-    for tile in tiles:
+    for tile, count in tiles:
         if need == "gram":
             total += np.asarray(_gram(tile, centre))
         else:
-            # Units that agree: those that do less those that do not, and all, halved.
-            total += (np.asarray(_signs_agree(tile), np.float64) + tile.shape[1]) / 2
+            # Units that agree less those that do not, and all, halved. Columns of 0 agree.
+            found = np.asarray(_signs_agree(tile), np.float64) - (tile.shape[1] - count)
+            total += (found + count) / 2
     return total
 
 
