@@ -158,12 +158,12 @@ _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt(3)
 
 
 def give_back_large_blocks() -> None:
-    """Let this process return blocks of memory of a MiB and more to the system when they are free.
+    """Let this process return blocks of 256 KiB and more to the system as soon as they are free.
 
-    By itself glibc keeps them, once it has met some, between the small ones of a compiler: what
-    images take in a first run came out 1.6 times as much. The command line calls this where
+    By itself glibc keeps them, once it has met larger ones, between the small ones of a compiler:
+    what images take in a first run came out 1.6 times as much. The command line calls this where
     `--memory` is given. `memory=` in Python does not: it is of the whole process, all that runs in
     it pays for fresh pages, and it cannot be taken back. Where there is no glibc nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 1 << 18)
