@@ -302,6 +302,13 @@ def test_a_disk_without_room_is_told(monkeypatch):
     ):
         state: Any = {"a": jnp.zeros(3)}
         spill.put(0, state)
+    engine = Engine.build(small_net(), 2, batch_size=2)
+    var = next(iter(features(engine.network, "post-activation").values()))
+    with (
+        pytest.raises(ProxyqError, match=r"\(No space left on device\): allow more memory"),
+        compared._Features(2, (var,), 2, tile=1) as rows,
+    ):
+        rows.put(var, 0, np.zeros((2, var.aval.size // 2), np.float32))
 
 
 def test_statistics_are_corrected_alike_from_a_file():

@@ -166,6 +166,7 @@ class _Features:
         try:
             self._file.seek(self._starts[var] + 4 * self.widths[var] * first)
             self._file.write(np.ascontiguousarray(rows).data)
+            self._file.flush()  # what has no room is told here, not where it is read
         except OSError as error:
             raise no_room(error) from None
 
