@@ -25,6 +25,7 @@ STAGES = [
         "version",
         "provenance",
         "psd",
+        "widths",
     ),
     ("model",),
     ("data",),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from proxyq.api.method import as_attention_bits, method_of
-from proxyq.api.problem import problem_from
+from proxyq.api.problem import bits_record, problem_from
 from proxyq.errors import UsageError
 from proxyq.model.layers import Layer
 from proxyq.provenance import provenance
@@ -146,7 +146,7 @@ def allocation(
             "recipe": None,
             "options": dict(found.options),
             "cost": name,
-            "bits": list(found.bits),
+            **bits_record(layers, found.bits),
             "activation_bits": list(beside) if isinstance(beside, tuple) else beside,
             **({"attention_bits": max(rounded)} if rounded else {}),
             "rounding": dict(scores.rounding),

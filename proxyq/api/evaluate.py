@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from proxyq.engine import Engine
 from proxyq.engine.divergence import kl_divergence
 from proxyq.engine.rounded import sized_layers
 from proxyq.errors import ProxyqError, UsageError
+from proxyq.model.layers import Layer
 from proxyq.model.model import Model, logits_of
 from proxyq.model.network import LAYERS_AT, network, with_embeddings
 from proxyq.model.schedule import schedule
@@ -36,9 +37,11 @@ from proxyq.ptq.paired import Paired, compared
 from proxyq.ptq.quantized import QuantizedModel
 from proxyq.search.allocate import build_problem, solve
 from proxyq.search.allocate.latency import load_latency
-from proxyq.search.allocate.plan import Plan, PlannedLayer
+from proxyq.search.allocate.patterns import pinned_sizes
+from proxyq.search.allocate.plan import Plan, PlannedLayer, scale_bits_of
 from proxyq.search.allocate.products import Multiplied
 from proxyq.search.allocate.usage import Latencies
+from proxyq.widths import LEAST_GROUP, candidates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,7 +395,7 @@ def _plan_of(one: Plan | QuantizedModel) -> Plan:
 
 def _what_runs(plan: Plan) -> tuple[Any, ...]:
     """What of a plan decides the network that runs."""
-    layers = ((n, p.weight_bits, p.activation_bits) for n, p in plan.layers.items())
+    layers = ((n, p.width, p.activation_bits) for n, p in plan.layers.items())
     attention = ((name, own.bits) for name, own in plan.attention.items())
     return (*layers, *attention, plan.method.get("correction"), rounding_of(plan))
 
@@ -404,19 +407,21 @@ def uniform_plan(model: Model, plan: Plan, latency: Latencies | None = None) -> 
     budgets, no more bits on average than the plan. Activations keep the plan's bits where these
     were given, and have the weights' where they did in the plan. Where they were chosen beside
     the weights they get one bit-width too: of all pairs that fit, the one whose smaller width is
-    largest, then with more activation bits, so W3A4 before W4A3 and W2A6.
+    largest, then with more activation bits, so W3A4 before W4A3 and W2A6. Where layers have groups
+    of their own, each such width is tried with all of their sizes, the finest first, in the layers
+    that can have it.
 
     `None` where nothing fits, or a budget cannot be counted (latency without its table).
     """
     found = network(model, LAYERS_AT)
-    layers, steps = sized_layers(found, rounding_of(plan)), schedule(found)
+    steps = schedule(found)
     products = {
         one.name: Multiplied(one.macs, own.bits if own is not None else None)
         for one in found.attention
         for own in (plan.attention.get(one.name),)
     }
     pins = [
-        f"{glob.escape(name)}={layer.weight_bits}"
+        f"{glob.escape(name)}={layer.width}"
         for name, layer in plan.layers.items()
         if layer.pinned and layer.weight_bits is not None
     ]
@@ -426,22 +431,37 @@ def uniform_plan(model: Model, plan: Plan, latency: Latencies | None = None) -> 
         return None
     if latency is None and any(budget.kind == "latency" for budget in budgets):
         return None
-    for width, beside in _uniform_pairs(plan):
+    sizes = _group_sizes(plan)
+    sized = {
+        size: {
+            own.name: own
+            for own in sized_layers(
+                found, rounding_of(plan), () if size is None else (size,), pinned_sizes(pins)
+            )
+        }
+        for size in sizes
+    }
+    for (width, beside), size in product(_uniform_pairs(plan), sizes):
         changed = {
             name: layer
             if layer.pinned or layer.weight_bits is None
             else layer.model_copy(
                 update={"weight_bits": width}
+                | ({} if sizes == [None] else _in_groups(sized[size][name], size))
                 | ({} if beside is None or not layer.macs else {"activation_bits": beside})
             )
             for name, layer in plan.layers.items()
         }
+        rival = plan.model_copy(update={"layers": changed, "solver": None})
+        if size is not None and not budgets and rival.average_bits > plan.average_bits:
+            continue
+        bits, layers = candidates([width], [size]), list(sized[size].values())
         activations = {name: layer.activation_bits for name, layer in changed.items()}
         try:
             problem = build_problem(
                 layers,
-                np.zeros((len(layers), 1)),
-                [width],
+                np.zeros((len(layers), len(bits))),
+                bits,
                 budgets,
                 pins=pins,
                 activation_bits=activations,
@@ -452,8 +472,24 @@ def uniform_plan(model: Model, plan: Plan, latency: Latencies | None = None) -> 
             solve(problem, "greedy")
         except ProxyqError:
             continue
-        return plan.model_copy(update={"layers": changed, "solver": None})
+        return rival
     return None
+
+
+def _group_sizes(plan: Plan) -> list[int | None]:
+    """The group sizes that a uniform plan may have, the finest first, one grid a channel last."""
+    told = plan.method.get("group_sizes")
+    sizes = {layer.group_size for layer in plan.layers.values()}
+    for size in told if isinstance(told, list) else ():
+        if type(size) is int and size >= LEAST_GROUP:
+            sizes.add(size)
+    return [*sorted(size for size in sizes if size is not None), None]
+
+
+def _in_groups(layer: Layer, size: int | None) -> dict[str, Any]:
+    """What a plan says of a layer's groups, where it has such of that size."""
+    own = size if size in layer.group_scale_bits else None
+    return {"group_size": own, "scale_bits": scale_bits_of(layer, own)}
 
 
 _WIDTHS = (16, 8, 7, 6, 5, 4, 3, 2, 1)

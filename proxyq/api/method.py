@@ -1,22 +1,25 @@
 """`Method`: what a search does, from a proxy or a recipe and the options that override it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from proxyq.errors import UsageError
+from proxyq.model.layers import Layer
 from proxyq.proxies import PROXIES, Proxy
-from proxyq.proxies.cost import check_cost
+from proxyq.proxies.cost import check_cost, check_cost_of_groups
 from proxyq.ptq.correct import CORRECTIONS
 from proxyq.quantize import Rounding, check_bits
 from proxyq.search.allocate import SOLVERS
 from proxyq.search.allocate.build import AS_WEIGHTS
 from proxyq.search.recipes import Recipe, load_recipe
+from proxyq.widths import GroupSize, candidates, check_group_sizes, group_of
 
 DEFAULT_BITS = (2, 3, 4, 8)
 AUTO = "auto"
 DEFAULT_SAMPLES = 256
 FLOAT = "float"
+GroupSizes = int | Sequence[int | None] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,8 @@ class Method:
     """What a search does, from `--proxy` or `--recipe` with its options.
 
     Without a `proxy` it is `auto`: a portfolio of them, every plan measured. `start` is the
-    method whose plan the solver begins with.
+    method whose plan the solver begins with. Where there are several `group_sizes` to choose from,
+    `bits` are all pairs of a bit-width and one of them, and one grid a channel.
     """
 
     proxy: Proxy | None
@@ -44,6 +48,7 @@ class Method:
     outliers: str
     recipe: str | None
     start: "Method | None" = None
+    group_sizes: tuple[GroupSize, ...] = ()
 
     @property
     def name(self) -> str:
@@ -73,6 +78,35 @@ def as_rounding(extra_code: str | None, group_size: int | None) -> Rounding:
     return Rounding(extra_code=extra_code or "negative", group_size=group_size)  # type: ignore[arg-type]
 
 
+def as_group_sizes(given: GroupSizes) -> tuple[GroupSize, tuple[GroupSize, ...]]:
+    """The group size of all layers, and those to choose from where there are several."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        return given, ()  # type: ignore[return-value]
+    sizes = check_group_sizes(given)
+    return (sizes[0], ()) if len(sizes) == 1 else (None, sizes)
+
+
+def within_reach(method: Method, layers: Sequence[Layer]) -> Method:
+    """The method without group sizes that no layer can have, which would be measured for nothing.
+
+    `layers` are those of the network, sized by the method's group sizes.
+    """
+    have = {None, *(size for layer in layers for size in layer.group_scale_bits)}
+    bits = tuple(b for b in method.bits if group_of(b) in have)
+    start = None if method.start is None else within_reach(method.start, layers)
+    return replace(method, bits=bits, start=start)
+
+
+def check_groups(method: Method) -> None:
+    """Refuse group sizes to choose from by what cannot tell them apart, before it is measured."""
+    proxy = method.proxy
+    if proxy is None or not method.group_sizes:
+        return
+    proxy.check_groups(method.bits)
+    if proxy.shape == "layers":
+        check_cost_of_groups(proxy.cost if method.cost == "auto" else method.cost, method.bits)
+
+
 def method_of(
     proxy: str | Proxy | None = None,
     recipe: str | Recipe | None = None,
@@ -83,7 +117,7 @@ def method_of(
     activation_bits: int | str | Sequence[int] | None = None,
     attention_bits: int | str | None = None,
     extra_code: str | None = None,
-    group_size: int | None = None,
+    group_size: GroupSizes = None,
     correction: str | None = None,
     samples: int | None = None,
     solver: str | None = None,
@@ -95,7 +129,7 @@ def method_of(
 
     `activation_bits` may be a list to choose from, `"weights"` (those of the layer's weights), or
     `"float"`, against a recipe that rounds activations. `attention_bits` is a bit-width, or
-    `"float"`, which is the default.
+    `"float"`, which is the default. `group_size` may be several to choose from.
 
     **Raises** `UsageError` for unknown names, both at once, or impossible values.
     """
@@ -109,7 +143,8 @@ def method_of(
         SOLVERS.get(solver)
     activations = _activation_bits(activation_bits)
     attention = as_attention_bits(attention_bits)
-    rounding = as_rounding(extra_code, group_size)
+    size, sizes = as_group_sizes(group_size)
+    rounding = as_rounding(extra_code, size)
     if bits is not None and not bits:
         raise UsageError("`bits` must name at least one bit-width, got none.")
     for width in bits or ():
@@ -129,7 +164,7 @@ def method_of(
             proxy=chosen,
             options={} if chosen is None else chosen.check_options(options or {}),
             cost=cost or "auto",
-            bits=tuple(sorted(set(bits or DEFAULT_BITS))),
+            bits=candidates(bits or DEFAULT_BITS, sizes),
             activation_bits=activations,
             attention_bits=attention,
             rounding=rounding,
@@ -142,12 +177,13 @@ def method_of(
             unties=tuple(unties),
             outliers="keep",
             recipe=None,
+            group_sizes=sizes,
         )
     found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = PROXIES.get(found.proxy)
     same_solver = solver is None or solver == found.solver
     solving = found.solver_options()
-    if bits is not None and sorted(set(bits)) != found.bits:
+    if sizes or (bits is not None and sorted(set(bits)) != found.bits):
         solving.pop("chances", None)  # they are of the recipe's own bits
     start = None
     if found.start is not None and same_solver:
@@ -161,7 +197,7 @@ def method_of(
         proxy=chosen,
         options=chosen.check_options({**found.options, **(options or {})}),
         cost=cost or found.cost,
-        bits=tuple(sorted(set(bits or found.bits))),
+        bits=candidates(bits or found.bits, sizes),
         activation_bits=(
             _activation_bits(found.activation_bits) if activation_bits is None else activations
         ),
@@ -177,6 +213,7 @@ def method_of(
         outliers=found.outliers,
         recipe=found.name,
         start=start,
+        group_sizes=sizes,
     )
 
 

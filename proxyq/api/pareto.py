@@ -7,7 +7,7 @@ from typing import Any
 from proxyq.api.allocate import allocation
 from proxyq.api.evaluate import measure
 from proxyq.api.inputs import as_data, as_eval_data, as_model, inputs_of
-from proxyq.api.method import Method, method_of
+from proxyq.api.method import GroupSizes, Method, check_groups, method_of
 from proxyq.api.problem import products_at, trial_solver, unscored
 from proxyq.api.score import score
 from proxyq.engine.rounded import sized_layers
@@ -41,7 +41,7 @@ def pareto(
     activation_bits: int | str | Sequence[int] | None = None,
     attention_bits: int | str | None = None,
     extra_code: str | None = None,
-    group_size: int | None = None,
+    group_size: GroupSizes = None,
     pins: Sequence[str] = (),
     ties: Sequence[str] = (),
     unties: Sequence[str] = (),
@@ -128,6 +128,7 @@ def pareto(
                 "a front needs one cost for all budgets, and 'auto' has a choice of them at each: "
                 f"name a proxy (--proxy), or leave it out for {DEFAULT_PROXY!r}."
             )
+        check_groups(method)
         model, name = as_model(source), method.name
         # What cannot be solved, or run, is told before minutes of measuring.
         trial = allocation(
@@ -219,7 +220,7 @@ def _unscored_file(model: Model, method: Method) -> ScoreFile:
     """A file of scores of a model in which all are zero."""
     found = network(model, LAYERS_AT)
     return score_file(
-        [unscored(sized_layers(found, method.rounding), method)],
+        [unscored(sized_layers(found, method.rounding, method.group_sizes), method)],
         images=[False],
         model={},
         same_feature=layers_by_feature(found),

@@ -15,6 +15,7 @@ from proxyq.search.allocate import SOLVERS, Problem, build_problem
 from proxyq.search.allocate.build import ActivationBits, LayerLike
 from proxyq.search.allocate.outliers import without_outliers
 from proxyq.search.allocate.products import Multiplied
+from proxyq.widths import by_size, group_of, groups_of_all
 
 
 def problem_from(
@@ -104,6 +105,19 @@ def products_at(network: Network, bits: int | None) -> dict[str, Multiplied]:
             f"{network.model.name!r} has none: leave it out."
         )
     return {product.name: Multiplied(product.macs, bits) for product in network.attention}
+
+
+def bits_record(layers: Sequence[LayerLike], bits: Sequence[int]) -> dict[str, Any]:
+    """What a plan tells of its candidates: the bit-widths, and the group sizes beside them where
+    these were chosen too; one grid a channel is named where any layer may have it."""
+    if not groups_of_all(bits):
+        return {"bits": list(bits)}
+    plain = any(None in getattr(one, "group_scale_bits", {}) for one in layers)
+    sizes = dict.fromkeys(group_of(b) for b in sorted(bits, key=by_size))
+    return {
+        "bits": sorted({int(b) for b in bits}),
+        "group_sizes": [size for size in sizes if plain or size is not None],
+    }
 
 
 def unscored(layers: Sequence[Layer], method: Method) -> Scores:

@@ -16,6 +16,7 @@ from proxyq.devices import several
 from proxyq.engine import Edit, Engine
 from proxyq.engine.memory import less
 from proxyq.engine.ranges import ActivationGrids, ActivationRange, activation_grids
+from proxyq.engine.rounded import sized_layers
 from proxyq.engine.statistics import correct_statistics, fitted_bytes, float_moments
 from proxyq.errors import ProxyqError, UsageError, near
 from proxyq.files import check_folder, digest_json, write_together
@@ -31,6 +32,7 @@ from proxyq.ptq.reconstruct import Learning, Level, learning_facts, reconstruct
 from proxyq.quantize import Rounding
 from proxyq.quantize.integers import Integers
 from proxyq.search.allocate.plan import Plan
+from proxyq.widths import written
 
 RECONSTRUCTIONS: dict[str, Level | None] = {
     "none": None,
@@ -86,7 +88,7 @@ def quantize_model(
             f"`learning` (--steps) must go with a reconstruction that learns, {learned}, got "
             f"{reconstruction!r}: name one (--reconstruct), or leave it out."
         )
-    widths = {name: b for name, b in plan.bits().items() if b is not None}
+    widths = {name: b for name, b in plan.widths().items() if b is not None}
     activations = {
         name: layer.activation_bits
         for name, layer in plan.layers.items()
@@ -130,7 +132,7 @@ def quantize_model(
             level=level,
             learning=learning_facts(learning),
             seed=seed,
-            bits=widths,
+            bits=dict(zip(widths, written(widths.values()), strict=True)),
             activations=activations,
             range=activation_range,
             **({"attention": products} if products else {}),
@@ -169,7 +171,7 @@ def quantize_model(
         checkpoint.clear()
     return QuantizedModel(
         model=model,
-        bits=widths,
+        bits={name: int(b) for name, b in widths.items()},
         edits=edits,
         integers=integers,
         activation_bits=activations,
@@ -328,7 +330,8 @@ def fitting_model(model: Model, plan: Plan) -> Model:
 
 
 def check_plan_fits(model: Model, plan: Plan) -> None:
-    """Refuse a plan whose layers, or products of two activations, are not the model's."""
+    """Refuse a plan whose layers, or products of two activations, are not the model's, or whose
+    layers have groups that these cannot have."""
     traced = network(model, LAYERS_AT)
     products = [product.name for product in traced.attention]
     for name in plan.attention:
@@ -338,7 +341,9 @@ def check_plan_fits(model: Model, plan: Plan) -> None:
                 f"{model.name!r} does not have; "
                 + (near(name, products) if products else "that has none of two activations.")
             )
-    found = {layer.name: layer for layer in traced.layers}
+    sizes = {layer.group_size: None for layer in plan.layers.values() if layer.group_size}
+    layers = sized_layers(traced, held=[size for size in sizes if size])
+    found = {layer.name: layer for layer in layers}
     for name, layer in plan.layers.items():
         if name not in found:
             raise ProxyqError(
@@ -349,6 +354,14 @@ def check_plan_fits(model: Model, plan: Plan) -> None:
             raise ProxyqError(
                 f"the plan is for another model: its layer {name!r} has {layer.weights:,} "
                 f"weights, and that of {model.name!r} has {found[name].weights:,}."
+            )
+        size = layer.group_size
+        if size is not None and layer.scale_bits != found[name].group_scale_bits.get(size):
+            scales = found[name].group_scale_bits.get(size)
+            why = f"take {scales:,} bits" if scales else "cannot be there"
+            raise ProxyqError(
+                f"the plan's layer {name!r} has groups of {size} weights whose scales take "
+                f"{layer.scale_bits:,} bits, and in {model.name!r} they {why}: search again."
             )
     missing = [name for name in found if name not in plan.layers]
     if missing:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from proxyq.api.inputs import as_data, as_model, calibration_of
-from proxyq.api.method import method_of
+from proxyq.api.method import GroupSizes, method_of, within_reach
 from proxyq.api.model_spec import ModelSpec, check_text
 from proxyq.api.problem import products_at
 from proxyq.devices import several
@@ -29,6 +29,7 @@ from proxyq.proxies.cost import weight_errors
 from proxyq.proxies.scoring import Request, logger
 from proxyq.quantize import Rounding
 from proxyq.search.scores_file import ScoreFile, score_file
+from proxyq.widths import read, written
 
 ALL = "all"
 NOT_IN_ALL = frozenset({"pairs", "training"})
@@ -46,7 +47,7 @@ def score(
     activation_bits: int | str | Sequence[int] | None = None,
     attention_bits: int | str | None = None,
     extra_code: str | None = None,
-    group_size: int | None = None,
+    group_size: GroupSizes = None,
     samples: int | None = None,
     seed: int | None = None,
     memory: int | None = None,
@@ -94,6 +95,8 @@ def score(
     model = as_model(model)
     found = network(model, LAYERS_AT)
     products = products_at(found, method.attention_bits)
+    layers = sized_layers(found, method.rounding, method.group_sizes)
+    method = within_reach(method, layers)
     readers = [proxy.name for proxy, _ in requests if proxy.needs_images]
     calibration = as_data(data, model) if readers else None
     if readers and calibration is None:
@@ -116,7 +119,7 @@ def score(
             "data": data,
             "samples": method.samples,
             "draw": seed,
-            "bits": list(method.bits),
+            "bits": written(method.bits),
             "activation_bits": list(choose),
             "options": asdict(options),
             "rounding": asdict(method.rounding),
@@ -143,7 +146,6 @@ def score(
         raise left_out[0]
     reads = {proxy.name: proxy.needs_images for proxy, _ in requests}
     mapped = any(one.shape == "layers" for one in scores)
-    layers = sized_layers(found, method.rounding)
     return score_file(
         [replace(one, layers=layers) for one in scores],
         images=[reads[one.proxy] for one in scores],
@@ -178,7 +180,7 @@ def worker(setup: Mapping[str, Any]) -> Any:
     row = pair_rows(
         engine,
         inputs,
-        setup["bits"],
+        read(setup["bits"]),
         labels=labels,
         activation_bits=setup["activation_bits"],
         options=options,

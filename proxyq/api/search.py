@@ -10,8 +10,15 @@ import numpy as np
 
 from proxyq.api.evaluate import measure
 from proxyq.api.inputs import Prepared, as_data, as_eval_data, as_model, calibration_of
-from proxyq.api.method import AUTO, Method, method_of
-from proxyq.api.problem import problem_from, products_at, trial_solver, unscored
+from proxyq.api.method import (
+    AUTO,
+    GroupSizes,
+    Method,
+    check_groups,
+    method_of,
+    within_reach,
+)
+from proxyq.api.problem import bits_record, problem_from, products_at, trial_solver, unscored
 from proxyq.auto import HELD_BACK, Judge, check_effort, choose, halves, improve
 from proxyq.data import Data
 from proxyq.devices import several
@@ -28,6 +35,7 @@ from proxyq.proxies import Cache, Proxy, Scores, score
 from proxyq.proxies.cost import NEED_ERRORS, cost_name, weight_errors
 from proxyq.search.allocate import SOLVERS, Assignment, Problem, solve
 from proxyq.search.allocate.latency import LatencyTable, load_latency
+from proxyq.search.allocate.patterns import pinned_sizes
 from proxyq.search.allocate.plan import Plan, plan_from
 from proxyq.search.allocate.together import together
 from proxyq.search.recipes import Recipe
@@ -49,7 +57,7 @@ def search(
     activation_bits: int | str | Sequence[int] | None = None,
     attention_bits: int | str | None = None,
     extra_code: str | None = None,
-    group_size: int | None = None,
+    group_size: GroupSizes = None,
     correction: str | None = None,
     samples: int | None = None,
     pins: Sequence[str] = (),
@@ -102,7 +110,8 @@ def search(
     - `extra_code`: on which side of zero a weight grid has its odd code: `negative` (two's
       complement, the default) or `either`, whichever rounds a channel better.
     - `group_size`: so many weights of an output channel share a grid (32, 64, 128), in layers that
-      multiply by a matrix; budgets on size count the scales. `None` is one grid a channel.
+      multiply by a matrix; budgets on size count the scales. `None` is one grid a channel. Of
+      several, such as `(None, 64)`, every layer takes its own.
     - `correction`: `auto`, `none`, `weights` or `statistics`, when the plan is run.
     - `samples`: how many calibration images; `seed`: draw them at random from this seed
       instead of taking the first, and seed what is random in the proxy.
@@ -198,12 +207,15 @@ class _Task:
     ) -> "_Task":
         """**Raises** `UsageError` for a budget that is no text, and for a bad latency table."""
         if budget is None:
-            low, high = min(method.bits), max(method.bits)
+            low, high = int(min(method.bits)), int(max(method.bits))
             budget = DEFAULT_BUDGET if high > 4 or low == high else f"size={(low + high) / 2:g}bit"
         elif not isinstance(budget, str) and not isinstance(budget, Sequence):
             raise UsageError(f"`budget` must be text such as 'size=3bit', got {budget!r}.")
         found = network(model, LAYERS_AT)
-        layers = sized_layers(found, method.rounding)
+        held = pinned_sizes(method.pins)
+        layers = sized_layers(found, method.rounding, method.group_sizes, held)
+        method = within_reach(method, layers)
+        check_groups(method)
         joined = together(layers, method.ties, method.unties, layers_by_feature(found))
         if isinstance(latency, (str, os.PathLike)):
             latency = load_latency(latency)
@@ -371,7 +383,7 @@ def _plan(found: _Found, run: _Run, *, seed: int | None, data: Mapping[str, Any]
             "recipe": method.recipe,
             "options": dict(scores.options),
             "cost": cost_name(scores, method.cost),
-            "bits": list(method.bits),
+            **bits_record(run.task.layers, method.bits),
             "activation_bits": list(chosen) or method.activation_bits,
             **({} if attention is None else {"attention_bits": attention}),
             "rounding": asdict(method.rounding),

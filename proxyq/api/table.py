@@ -17,7 +17,7 @@ from proxyq.api.inputs import (
     inputs_of,
     labelled_batches,
 )
-from proxyq.api.method import DEFAULT_SAMPLES, as_rounding
+from proxyq.api.method import DEFAULT_SAMPLES, GroupSizes, as_group_sizes, as_rounding
 from proxyq.api.model_spec import ModelSpec, check_text
 from proxyq.devices import several
 from proxyq.engine import Edits, Engine
@@ -44,6 +44,7 @@ from proxyq.search.table_file import (
     TableLayer,
     TablePlan,
 )
+from proxyq.widths import CHANNEL
 
 DEFAULT_PLANS = 101
 DEFAULT_TABLE_BITS = (2, 3, 4)
@@ -66,7 +67,7 @@ def table(
     activation_bits: int | None = None,
     correction: str = "statistics",
     extra_code: str = "negative",
-    group_size: int | None = None,
+    group_size: GroupSizes = None,
     samples: int = DEFAULT_SAMPLES,
     eval_samples: int | None = None,
     seed: int = 0,
@@ -106,7 +107,13 @@ def table(
         activation_bits = _whole(activation_bits, "activation_bits")
     for width in (*bits, *([] if activation_bits is None else [activation_bits])):
         check_bits(width, "bits")
-    rounding = as_rounding(extra_code, group_size)
+    size, sizes = as_group_sizes(group_size)
+    if sizes:
+        raise UsageError(
+            "`group_size` (--group-size) of a table must be one size, since its plans differ in "
+            f"bits alone, got {', '.join(str(one or CHANNEL) for one in sizes)}."
+        )
+    rounding = as_rounding(extra_code, size)
     if runner.remote:
         check_text(model, data, eval_data)
     setting: dict[str, Any] = {

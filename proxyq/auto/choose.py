@@ -75,11 +75,11 @@ def check_effort(effort: str) -> str:
 def spelled(problem: Problem, fixed: Sequence[int | None]) -> Spell:
     """Columns of a problem as bits; `fixed` activation bits where it does not choose them."""
 
+    widths, beside = problem.widths, problem.activation_bits
+
     def spell(choice: Sequence[int]) -> list[Choice]:
-        beside = problem.activation_bits
         return [
-            (problem.bits[k], fixed[i] if beside is None else beside[k])
-            for i, k in enumerate(choice)
+            (widths[k], fixed[i] if beside is None else beside[k]) for i, k in enumerate(choice)
         ]
 
     return spell
@@ -310,7 +310,8 @@ def _corrections(correction: str) -> list[str]:
 
 def _record(one: Candidate, bits: Sequence[int], fixed: Sequence[int | None]) -> dict[str, Any]:
     # A prediction of KL, where the cost is one and knows all that is rounded.
-    chosen = {one.problem.bits[k] for k in one.answer.choice}
+    widths = one.problem.widths
+    chosen = {widths[k] for k in one.answer.choice}
     knows = chosen <= set(bits) and all(width is None for width in fixed)
     predicts = knows and one.scores.proxy in ("kl", "logit-coupling")
     return {

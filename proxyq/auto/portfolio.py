@@ -37,6 +37,7 @@ from proxyq.proxies import (
 )
 from proxyq.proxies._logit_coupling import coupling_of
 from proxyq.proxies.cost import weight_errors
+from proxyq.widths import written
 
 TEMPERATURES = (1.0, 2.0)
 CURVATURE_PASSES = 24
@@ -174,7 +175,7 @@ def _kept(
         inputs=judge.fit,
         labels=None,
         rounding=judge.rounding,
-        bits=list(bits),
+        bits=written(bits),
         activation_bits=list(activation_bits),
         correction=judge.correction,
         temperatures=TEMPERATURES,

@@ -202,7 +202,7 @@ def anchored(
 
 def _column(problem: Problem, column: int, own: Choice) -> Choice:
     beside = own[1] if problem.activation_bits is None else problem.activation_bits[column]
-    return problem.bits[column], beside
+    return problem.widths[column], beside
 
 
 def proposals(problem: Problem, choice: Sequence[int], rise: np.ndarray) -> list[tuple[int, ...]]:

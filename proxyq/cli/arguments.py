@@ -56,6 +56,21 @@ def attention_bits(text: str | None) -> int | str | None:
     return value
 
 
+def group_sizes(text: str | None) -> int | tuple[int | None, ...] | None:
+    """`64`, or several with `channel` among them: `channel,64`."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        sizes = tuple(None if part == "channel" else int(part) for part in parts)
+    except ValueError:
+        raise UsageError(
+            "--group-size must be a whole number such as 64, or several to choose from, such as "
+            f"channel,64, got {text!r}."
+        ) from None
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
 def key_values(texts: Iterable[str] | None, option: str) -> dict[str, Any]:
     """`KEY=VALUE` texts to a dictionary; values that look like numbers or truths are those."""
     found: dict[str, Any] = {}

@@ -270,13 +270,14 @@ ExtraCode = Annotated[
     ),
 ]
 GroupSize = Annotated[
-    int | None,
+    str | None,
     _option(
         "--group-size",
-        metavar="64",
+        metavar="64|channel,64",
         panel=LAYERS,
         help="So many weights of an output channel share a grid, in layers that multiply by a "
-        "matrix; budgets on size count the scales, 16 bits each. Default: one grid a channel.",
+        "matrix; budgets on size count the scales, 16 bits each. Of several with commas between "
+        "(channel: one grid a channel) every layer takes its own. Default: channel.",
     ),
 ]
 Pins = Annotated[

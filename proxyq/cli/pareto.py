@@ -6,7 +6,7 @@ from typing import Any
 from proxyq.cli import options as o
 from proxyq.cli.arguments import activation_bits as parse_activation_bits
 from proxyq.cli.arguments import attention_bits as parse_attention_bits
-from proxyq.cli.arguments import byte_count, key_values, numbers
+from proxyq.cli.arguments import byte_count, group_sizes, key_values, numbers
 from proxyq.cli.models import load
 from proxyq.cli.output import print_blocks, print_text, say
 from proxyq.cli.plans import check_results, tell_unused_pins
@@ -65,6 +65,7 @@ def pareto(
     activations = parse_activation_bits(activation_bits)
     attention = parse_attention_bits(attention_bits)
     settings = key_values(option, "--option")
+    sizes = group_sizes(group_size)
     bound = None if memory is None else byte_count(memory, "--memory")
     if not budget:
         raise UsageError("give a range of budgets, such as --budget size=2.5bit..6bit.")
@@ -100,7 +101,7 @@ def pareto(
             activation_bits=activations,
             attention_bits=attention,
             extra_code=extra_code,
-            group_size=group_size,
+            group_size=sizes,
             pins=pin or (),
             ties=tie or (),
             unties=untie or (),

@@ -6,7 +6,7 @@ from typing import Any
 from proxyq.cli import options as o
 from proxyq.cli.arguments import activation_bits as parse_activation_bits
 from proxyq.cli.arguments import attention_bits as parse_attention_bits
-from proxyq.cli.arguments import byte_count, key_values, numbers
+from proxyq.cli.arguments import byte_count, group_sizes, key_values, numbers
 from proxyq.cli.models import named
 from proxyq.cli.output import print_blocks, print_text, say
 from proxyq.cli.plans import check_results
@@ -53,6 +53,7 @@ def score(
     activations = parse_activation_bits(activation_bits)
     attention = parse_attention_bits(attention_bits)
     settings = key_values(option, "--option")
+    sizes = group_sizes(group_size)
     bound = None if memory is None else byte_count(memory, "--memory")
     checkpoint_seconds()  # a wrong one is told before anything is loaded
     check_results(out)
@@ -91,7 +92,7 @@ def score(
             activation_bits=activations,
             attention_bits=attention,
             extra_code=extra_code,
-            group_size=group_size,
+            group_size=sizes,
             samples=samples,
             seed=seed,
             memory=bound,

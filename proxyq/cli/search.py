@@ -3,7 +3,7 @@
 from proxyq.cli import options as o
 from proxyq.cli.arguments import activation_bits as parse_activation_bits
 from proxyq.cli.arguments import attention_bits as parse_attention_bits
-from proxyq.cli.arguments import byte_count, key_values, numbers
+from proxyq.cli.arguments import byte_count, group_sizes, key_values, numbers
 from proxyq.cli.models import load
 from proxyq.cli.output import say
 from proxyq.cli.plans import check_results, save_plan, show_plan, tell_unused_pins
@@ -63,6 +63,7 @@ def search(
     activations = parse_activation_bits(activation_bits)
     attention = parse_attention_bits(attention_bits)
     settings = key_values(option, "--option")
+    sizes = group_sizes(group_size)
     bound = None if memory is None else byte_count(memory, "--memory")
     check_results(out, plot=plot)
 
@@ -91,7 +92,7 @@ def search(
             activation_bits=activations,
             attention_bits=attention,
             extra_code=extra_code,
-            group_size=group_size,
+            group_size=sizes,
             correction=correction,
             samples=samples,
             pins=pin or (),

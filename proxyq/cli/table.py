@@ -2,7 +2,7 @@
 
 from proxyq.cli import options as o
 from proxyq.cli.arguments import activation_bits as parse_activation_bits
-from proxyq.cli.arguments import byte_count, numbers
+from proxyq.cli.arguments import byte_count, group_sizes, numbers
 from proxyq.cli.models import named
 from proxyq.cli.output import print_blocks, print_text, say
 from proxyq.cli.plans import check_results
@@ -50,6 +50,7 @@ def table(
         raise UsageError(
             f"--activation-bits of a table must be one number or float, got {activation_bits!r}."
         )
+    sizes = group_sizes(group_size)
     bound = None if memory is None else byte_count(memory, "--memory")
     check_results(out)
     with working(
@@ -81,7 +82,7 @@ def table(
             activation_bits=beside if isinstance(beside, int) else None,
             correction=correction,
             extra_code=extra_code or "negative",
-            group_size=group_size,
+            group_size=sizes,
             samples=api.DEFAULT_SAMPLES if samples is None else samples,
             eval_samples=eval_samples,
             seed=seed,

@@ -219,8 +219,8 @@ def _fit(x: Any, bits: Any, method: Range) -> Grid:
 
 
 def fit_input_grid(x: np.ndarray, bits: int, *, method: Range = "mse") -> Grid:
-    """The grid of one tensor, from samples of it."""
-    grid = _fit(jnp.asarray(x, jnp.float32), bits, method)
+    """The grid of one tensor, from samples of it, whatever groups weights of so many bits have."""
+    grid = _fit(jnp.asarray(x, jnp.float32), int(bits), method)
     return Grid(*(jnp.reshape(field, ()) for field in grid))
 
 

@@ -8,7 +8,8 @@ from proxyq.engine.engine import Engine
 from proxyq.engine.segments import Edit
 from proxyq.model.layers import Layer, Site
 from proxyq.model.network import Network
-from proxyq.quantize import SCALE_BITS, Rounding, quantize_columns
+from proxyq.quantize import SCALE_BITS, Rounding, quantize_columns, resolved
+from proxyq.widths import GroupSize
 
 
 def site_rounding(site: Site, rounding: Rounding | None = None) -> Rounding:
@@ -22,24 +23,54 @@ def site_rounding(site: Site, rounding: Rounding | None = None) -> Rounding:
     return replace(rounding, group_size=None)
 
 
-def sized_layers(network: Network, rounding: Rounding | None = None) -> tuple[Layer, ...]:
-    """The network's layers, with what the scales take that this rounding gives their groups."""
+def site_width(site: Site, bits: Any, rounding: Rounding | None = None) -> tuple[Any, Rounding]:
+    """A bit-width as a plain number, and how weights of a site are rounded to it."""
+    width, how = resolved(bits, rounding)
+    return width, site_rounding(site, how)
 
-    def scale_bits(name: str) -> int:
+
+def sized_layers(
+    network: Network,
+    rounding: Rounding | None = None,
+    group_sizes: Sequence[GroupSize] = (),
+    held: Sequence[int] = (),
+) -> tuple[Layer, ...]:
+    """The network's layers, with what the scales of their groups of weights take.
+
+    - `rounding`: what all layers are rounded by, where nothing else is said of them.
+    - `group_sizes`: what each may choose from (`None`: one grid a channel); those that a layer
+      cannot have are left out, and one that can have none of them keeps one grid a channel.
+    - `held`: sizes that pins name, which are no choices.
+    """
+    rounding = rounding or Rounding()
+
+    def scale_bits(name: str, how: Rounding) -> int:
         own = {site.weight: site for i in network.sites_of(name) for site in (network.sites[i],)}
-        grouped = [(s, site_rounding(s, rounding).group_size) for s in own.values()]
+        grouped = [(s, site_rounding(s, how).group_size) for s in own.values()]
         scales = sum(s.weight.aval.size // size for s, size in grouped if size is not None)
         return SCALE_BITS * scales
 
-    if rounding is None or rounding.group_size is None:
-        return network.layers
-    return tuple(replace(one, scale_bits=scale_bits(one.name)) for one in network.layers)
+    def by_group_size(name: str) -> dict[GroupSize, int]:
+        found: dict[GroupSize, int] = {}
+        for size in dict.fromkeys([*group_sizes, *held]):
+            if size is not None and (bits := scale_bits(name, replace(rounding, group_size=size))):
+                found[size] = bits
+        if None in group_sizes or not found.keys() & set(group_sizes):
+            found = {None: scale_bits(name, rounding), **found}
+        return found
+
+    layers = network.layers
+    if rounding.group_size is not None:
+        layers = (replace(one, scale_bits=scale_bits(one.name, rounding)) for one in layers)
+    if group_sizes or held:
+        layers = (replace(one, group_scale_bits=by_group_size(one.name)) for one in layers)
+    return tuple(layers)
 
 
 def rounded_columns(engine: Engine, site: int, bits: int, rounding: Rounding | None = None) -> Any:
     """A site's weight rounded to `bits`, `[fan_in, channels]`."""
-    how = site_rounding(engine.network.sites[site], rounding)
-    return quantize_columns(engine.columns(site), bits, how)
+    width, how = site_width(engine.network.sites[site], bits, rounding)
+    return quantize_columns(engine.columns(site), width, how)
 
 
 def rounded_weight(engine: Engine, site: int, bits: int, rounding: Rounding | None = None) -> Any:

@@ -21,7 +21,7 @@ from proxyq.engine.memory import (
     images_beside_each_other,
     too_little,
 )
-from proxyq.engine.rounded import site_rounding
+from proxyq.engine.rounded import site_width
 from proxyq.engine.segments import NO_EDIT, State, remember, run_site, text_key
 from proxyq.errors import ProxyqError
 from proxyq.model.examples import Examples, locate, split_examples
@@ -300,8 +300,8 @@ def _walk(
         own = [out] if measured or "output" in needs else []
         capture = tuple(dict.fromkeys([*own, *(var for var in owners if var in made)]))
         if measured and index not in grids:
-            how = site_rounding(site, rounding)
-            grids[index] = [fit_columns(engine.columns(index), b, how) for b in bits]
+            columns, ways = engine.columns(index), (site_width(site, b, rounding) for b in bits)
+            grids[index] = [fit_columns(columns, width, how) for width, how in ways]
         captured: dict[Var, list[Any]] = {var: [] for var in capture}
         reads: list[Any] = []
         for chunk, (state, count) in enumerate(zip(states, counts, strict=True)):

@@ -86,7 +86,7 @@ def export_compressed_tensors(
     )
     module = quantized.model.source if module is None else module
     graph = network(quantized.model, LAYERS_AT).layers
-    check_fused(graph, quantized.bits, quantized.activation_bits)
+    check_fused(graph, _widths(quantized), quantized.activation_bits)
     made = to_torch(quantized, module, round_inputs=False).cpu()
     facts = structure(made, module)  # before the library changes the names of parameters
     schemes: dict[str, _Scheme] = {}
@@ -225,10 +225,20 @@ def _agree(
             schemes[one].symmetric = False
 
 
+def _widths(quantized: QuantizedModel) -> dict[str, int | str]:
+    """Bits of the layers, with the size of their groups where they have such: `4g64`."""
+    found: dict[str, int | str] = dict(quantized.bits)
+    sites = network(quantized.model, LAYERS_AT).sites
+    for index, own in quantized.integers.items():
+        if (groups := groups_of(own)) is not None:
+            found[sites[index].layer] = f"{own.bits}g{groups.size}"
+    return found
+
+
 def check_fused(
-    layers: Sequence[Layer], bits: Mapping[str, int], activation_bits: Mapping[str, int]
+    layers: Sequence[Layer], bits: Mapping[str, int | str], activation_bits: Mapping[str, int]
 ) -> None:
-    """**Raises** `ProxyqError` when layers that runtimes fuse have different bits."""
+    """**Raises** `ProxyqError` when layers that runtimes fuse have different bits, or groups."""
     for names in fused(layers):
         chosen = {name: (bits.get(name), activation_bits.get(name)) for name in names}
         if len(set(chosen.values())) < 2:
@@ -237,16 +247,18 @@ def check_fused(
             f"{name} {_shown(own)}" + (f"/{_shown(beside)}" if activation_bits else "")
             for name, (own, beside) in chosen.items()
         )
+        grouped = any(isinstance(own, str) for own, _ in chosen.values())
+        what = "bits and groups" if grouped else "bits"
         parent = names[0].rpartition(".")[0]
         last = "|".join(re.escape(name.rpartition(".")[2]) for name in names)
         pattern = "re:" + (re.escape(f"{parent}.") if parent else "") + f"({last})"
         raise ProxyqError(
             f"runtimes of compressed-tensors fuse {told} bits into one matrix, which needs equal "
-            f"bits: search with --tie '{pattern}'."
+            f"{what}: search with --tie '{pattern}'."
         )
 
 
-def _shown(bits: int | None) -> str:
+def _shown(bits: int | str | None) -> str:
     return "float" if bits is None else str(bits)
 
 

@@ -12,7 +12,7 @@ channels are the rows, is one layer with one set of grids. The indices are never
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -119,7 +119,8 @@ class Layer:
     `output_shape` leaves the batch axis out. Layers with the same `group` feed the same
     residual sum; `shares_input` names those that read the same tensor. `scale_bits` is what the
     scales of groups of weights take, where weights are rounded in groups; the one scale of an
-    output channel is not counted.
+    output channel is not counted. `group_scale_bits` is the same for each group size to choose
+    from (`None`: one grid a channel), where there are several; other sizes it cannot have.
 
     `kind` is `conv`, `depthwise-conv`, `grouped-conv`, `transposed-conv`, `linear`, `embedding`
     (rows of a table, looked up: no MACs, and `channels` are the rows) or `tied-embedding` (a
@@ -136,6 +137,7 @@ class Layer:
     group: str | None = None
     shares_input: str | None = None
     scale_bits: int = 0
+    group_scale_bits: Mapping[int | None, int] = field(default_factory=dict, hash=False)
 
     @property
     def reads_numbers(self) -> bool:

@@ -21,6 +21,7 @@ from proxyq.proxies.proxy import Result, register
     reference="baseline",
     activations=True,
     lookups=False,  # indices are not rounded, which says nothing of the table
+    groups=False,  # nor are weights
 )
 def activation_mse(taps: Taps, *, key: Any, relative: bool = True) -> Result:
     """Mean squared error of rounding what the layer reads."""

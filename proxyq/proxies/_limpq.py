@@ -30,6 +30,7 @@ from proxyq.proxies.proxy import Result, register
     activations=True,
     fixed={"labels": "data"},
     lookups=False,  # step sizes of weights and inputs are trained together
+    groups=False,  # a layer has one step size
 )
 def limpq(
     taps: Taps,

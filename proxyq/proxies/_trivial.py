@@ -23,7 +23,9 @@ def macs(taps: Taps, *, key: Any) -> np.ndarray:
     return taps.map(lambda tap: tap.layer.macs)
 
 
-@register(needs=(), shape="layers bits", passes="none", reference="baseline", baseline=True)
+@register(
+    needs=(), shape="layers bits", passes="none", reference="baseline", baseline=True, groups=False
+)
 def uniform(taps: Taps, *, key: Any) -> np.ndarray:
     """All weights alike: the optimum under a size budget is one bit-width for all layers.
 

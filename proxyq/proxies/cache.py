@@ -33,9 +33,10 @@ from proxyq.model.network import LAYERS_AT, network
 from proxyq.provenance import provenance
 from proxyq.proxies.proxy import Proxy, Scores
 from proxyq.quantize import Rounding
+from proxyq.widths import read, written
 
 SCHEMA = "proxyq/cached-scores/2"
-_STAGES = ("psd.py", "model", "quantize", "engine", "proxies", "ptq")
+_STAGES = ("psd.py", "widths.py", "model", "quantize", "engine", "proxies", "ptq")
 _PRECISION = ("jax_enable_x64", "jax_default_matmul_precision")
 
 
@@ -123,7 +124,7 @@ class Cache:
                 values=arrays["values"],
                 activations=arrays.get("activations"),
                 coupling=arrays.get("coupling"),
-                bits=tuple(record.pop("bits")),
+                bits=read(record.pop("bits")),
                 activation_bits=tuple(record.pop("activation_bits")),
                 **record,
             )
@@ -137,7 +138,7 @@ class Cache:
         record = {
             "schema": SCHEMA,
             "proxy": scores.proxy,
-            "bits": list(scores.bits),
+            "bits": written(scores.bits),
             "activation_bits": list(scores.activation_bits),
             "cost": scores.cost,
             "options": dict(scores.options),

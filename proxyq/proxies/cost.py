@@ -1,5 +1,6 @@
 """From scores to the costs that the allocation minimises."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from proxyq.model.model import Model
 from proxyq.model.network import LAYERS_AT
 from proxyq.proxies.proxy import Scores
 from proxyq.quantize import Rounding
+from proxyq.widths import groups_of_all
 
 COSTS = {
     "linear-bits": "-importance * bits: the most bits to the important layers (OMPQ, EMQ)",
@@ -20,6 +22,7 @@ COSTS = {
     "times-relative-dw": "importance * |Q_b(W) - W| / |W|: a first-order change",
     "exponential": "importance * 4^-bits: rounding noise falls by four with each bit",
 }
+OF_BITS = ("linear-bits", "exponential")
 NEED_ERRORS = ("times-dw2", "times-relative-dw2", "times-relative-dw")
 
 
@@ -57,6 +60,16 @@ def check_cost(cost: str) -> str:
     return cost
 
 
+def check_cost_of_groups(name: str, bits: Sequence[int]) -> None:
+    """Refuse a mapping that is of bits alone, where group sizes are to be chosen too."""
+    if name in OF_BITS and groups_of_all(bits):
+        raise UsageError(
+            f"cost={name!r} (--cost) goes by bits alone and cannot tell groups of weights from "
+            f"whole channels: use one of {', '.join(NEED_ERRORS)}, or give one group size "
+            "(--group-size 64)."
+        )
+
+
 def cost_name(scores: Scores, cost: str = "auto") -> str:
     """The mapping that `cost` stands for, or `given` for scores that are costs already."""
     if scores.shape == "layers":
@@ -81,6 +94,7 @@ def as_cost(
     name = cost_name(scores, cost)
     if name == "given":
         return scores.values
+    check_cost_of_groups(name, scores.bits)
     bits = np.asarray(scores.bits, np.float64)
     importance = scores.values[:, None]
     if name == "linear-bits":

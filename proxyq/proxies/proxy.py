@@ -26,6 +26,7 @@ from proxyq.model.model import Model
 from proxyq.progress import Progress, silent
 from proxyq.quantize import Rounding
 from proxyq.registry import Registry
+from proxyq.widths import groups_of_all
 
 Shape = Literal["layers", "layers bits"]
 COST_CLASSES = {
@@ -112,6 +113,7 @@ class Proxy:
     - `activations`: whether it also gives costs of rounding what layers read.
     - `random`: whether, with its default options, scores depend on the key (or seed).
     - `lookups`: whether it can score embeddings, tables that are looked up.
+    - `groups`: whether costs for each bit-width tell groups of weights from whole channels.
     - `baseline`: whether it is meant to tell nothing, so that equal scores are no mistake.
     """
 
@@ -130,6 +132,7 @@ class Proxy:
     random: bool = False
     baseline: bool = False
     lookups: bool = True
+    groups: bool = True
 
     direction: str = "higher is more sensitive"
 
@@ -151,6 +154,15 @@ class Proxy:
                     f"the proxy {self.name!r} cannot score tables that are looked up, such as "
                     f"{layer.name!r}: leave embeddings out (--embeddings), or use another proxy."
                 )
+
+    def check_groups(self, bits: Sequence[int]) -> None:
+        """Refuse group sizes to choose from where its costs are the same for all of them."""
+        if not self.groups and groups_of_all(bits):
+            raise ProxyqError(
+                f"the proxy {self.name!r} cannot tell groups of weights from whole channels, so "
+                "their size cannot be chosen: give one group size (--group-size 64), or use a "
+                "proxy that rounds the weights, such as output-error or sqnr."
+            )
 
     def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options, defaults filled in; unknown names and other kinds of values are refused."""
@@ -198,6 +210,7 @@ class Proxy:
         """
         settings = self.check_options(options)
         self.check_layers(taps.layers)
+        self.check_groups(taps.bits)
         key = jax.random.key(0) if key is None else key
         if checkpoint is not None:
             taps = replace(taps, checkpoint=checkpoint)
@@ -369,6 +382,7 @@ def make_proxy(
     random: bool = False,
     baseline: bool = False,
     lookups: bool = True,
+    groups: bool = True,
 ) -> Proxy:
     """A `Proxy` record from a kernel `(taps, *, key, **options) -> array or Result`.
 
@@ -405,6 +419,7 @@ def make_proxy(
         random=random,
         baseline=baseline,
         lookups=lookups and "input-gradients" not in needs,
+        groups=groups,
     )
 
 

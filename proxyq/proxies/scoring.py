@@ -25,6 +25,7 @@ from proxyq.progress import Progress, silent
 from proxyq.proxies.cache import Cache
 from proxyq.proxies.proxy import Proxy, Scores
 from proxyq.quantize import Rounding
+from proxyq.widths import written
 
 Request = tuple[Proxy, Mapping[str, Any]]
 logger = logging.getLogger("proxyq.scores")
@@ -103,7 +104,7 @@ def score(
         pair_work=pair_work,
         progress=progress,
     )
-    return setting.scores(_able(model, requests, failed))
+    return setting.scores(_able(model, requests, setting.bits, failed))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,7 +130,7 @@ class _Setting:
             self.model,
             inputs=self.inputs,
             labels=self.labels,
-            bits=list(self.bits),
+            bits=written(self.bits),
             activation_bits=list(self.activation_bits),
             seed=self.seed,
             memory=self.memory,
@@ -234,13 +235,15 @@ class _Setting:
 def _able(
     model: Model,
     requests: Sequence[Request],
+    bits: Sequence[int],
     failed: Callable[[Proxy, ProxyqError], None] | None,
 ) -> list[Request]:
-    """The requests whose proxies can score such layers at all."""
+    """The requests whose proxies can score such layers, and such bit-widths, at all."""
     layers, able = network(model, LAYERS_AT).layers, []
     for proxy, options in requests:
         try:
             proxy.check_layers(layers)
+            proxy.check_groups(bits)
         except ProxyqError as error:
             if failed is None:
                 raise

@@ -11,7 +11,7 @@ import numpy as np
 
 from proxyq.engine import Edit, Edits, Engine
 from proxyq.engine.ranges import ActivationGrids
-from proxyq.engine.rounded import site_rounding
+from proxyq.engine.rounded import site_width
 from proxyq.errors import UsageError, near
 from proxyq.model.attention import Product
 from proxyq.model.model import Model
@@ -57,7 +57,8 @@ class QuantizedModel:
 def integer_weights(
     engine: Engine, bits: Mapping[str, int], rounding: Rounding | None = None
 ) -> dict[int, Integers]:
-    """Each named layer's weights rounded to nearest, by site.
+    """Each named layer's weights rounded to nearest, by site; in groups of its own where its
+    bit-width brings a size.
 
     **Raises** `UsageError` for an unknown layer or an impossible bit-width.
     """
@@ -65,9 +66,9 @@ def integer_weights(
     for name, width in bits.items():
         if name not in names:
             raise UsageError(f"the model has no layer {name!r}: {near(name, list(names))}")
-        check_bits(width, f"bits of layer {name}")
+        check_bits(int(width), f"bits of layer {name}")
     return {
-        index: to_integers(engine.columns(index), bits[site.layer], site_rounding(site, rounding))
+        index: to_integers(engine.columns(index), *site_width(site, bits[site.layer], rounding))
         for index, site in enumerate(engine.network.sites)
         if site.layer in bits
     }

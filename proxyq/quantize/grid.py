@@ -6,21 +6,19 @@ one sign would be useless); asymmetric grids use `0 … 2^b-1` with an integer z
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from proxyq.errors import UsageError
+from proxyq.widths import GroupedBits, check_bits, check_group_size
 
 Range = Literal["absmax", "percentile", "mse"]
 ExtraCode = Literal["negative", "either"]
-BITS = (*range(1, 9), 16)
-LEAST_GROUP = 8
 SCALE_BITS = 16
 """What the scale of a group takes: a bfloat16 number."""
 
@@ -35,13 +33,6 @@ class Grid(NamedTuple):
     zero: Any
     lower: Any
     upper: Any
-
-
-def check_bits(bits: int, name: str = "bits") -> int:
-    """Refuse a bit-width that no grid has."""
-    if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or bits not in BITS:
-        raise UsageError(f"`{name}` must be 1 to 8 or 16, got {bits!r}.")
-    return int(bits)
 
 
 def quantize(x: Any, grid: Grid) -> Any:
@@ -208,18 +199,22 @@ class Rounding:
             if value not in allowed:
                 known = ", ".join(allowed)
                 raise UsageError(f"`{name}` of the rounding must be one of {known}, got {value!r}.")
-        size = self.group_size
-        if size is not None and (type(size) is not int or size < LEAST_GROUP):
-            raise UsageError(
-                f"`group_size` must be a whole number of at least {LEAST_GROUP}, such as 32, 64 "
-                f"or 128, or None, got {size!r}."
-            )
+        if self.group_size is not None:
+            check_group_size(self.group_size)
 
     def groups(self, fan_in: int) -> int:
         """How many grids a channel of so many weights has."""
         if self.group_size is None or fan_in % self.group_size:
             return 1
         return fan_in // self.group_size
+
+
+def resolved(bits: Any, rounding: Rounding | None = None) -> tuple[Any, Rounding]:
+    """A bit-width as a plain number, and the rounding, with the groups that it brings."""
+    rounding = rounding or Rounding()
+    if isinstance(bits, GroupedBits):
+        return int(bits), replace(rounding, group_size=bits.group_size)
+    return bits, rounding
 
 
 @partial(jax.jit, static_argnames="rounding")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from proxyq.report.svg import SHAPES, Scale, mark, number, plot, scale_of, title
 from proxyq.report.tables import short_names
 from proxyq.search.allocate.plan import FLOAT_BITS, Plan, PlannedLayer
 from proxyq.search.front_file import Front
+from proxyq.widths import group_of
 
 NAME = 26
 """Characters of a layer's name below a chart; the whole is in the tables."""
@@ -52,7 +54,7 @@ def width_text(bits: int | None) -> str:
 
 def bits_class(bits: int | None) -> str:
     """The class that colours a bit-width."""
-    return f"b{FLOAT_BITS if bits is None else bits}"
+    return f"b{FLOAT_BITS if bits is None else int(bits)}"
 
 
 def scrolled(layers: int, label: str, *children: Markup | None) -> Markup:
@@ -116,6 +118,8 @@ def bits_row(shown: Shown, highest: int) -> Markup:
 def layer_text(layer: PlannedLayer) -> str:
     """What a plan does with a layer, in words."""
     parts = [f"{width_text(layer.weight_bits)}{' bit' if layer.weight_bits else ''}"]
+    if layer.group_size is not None:
+        parts.append(f"groups of {layer.group_size}")
     if layer.activation_bits is not None:
         parts.append(f"activations {layer.activation_bits} bit")
     parts.append(f"{layer.weights:,} weights")
@@ -242,7 +246,7 @@ def score_row(scores: LayerScores, names: Sequence[str], plans: Sequence[Shown])
             class_ = bits_class(scores.bits[column]) if scores.bits else "dot"
             inner.append(mark("circle", x, y, size, class_))
         for place, shown in enumerate(plans[: len(SHAPES)] if scores.bits else ()):
-            chosen = shown.plan.layers[name].weight_bits
+            chosen = shown.plan.layers[name].width
             if chosen in scores.bits:
                 y = heights[scores.bits.index(chosen)]
                 inner.append(_chosen(place, min(len(plans), len(SHAPES)), x, y, count, chosen))
@@ -271,7 +275,8 @@ def _score_words(name: str, bits: Sequence[int], row: np.ndarray) -> str:
 def coupling_at(scores: Scores, plan: Plan) -> np.ndarray:
     """The couplings of whole layers at a plan's bits, `[layers, layers]`, in the plan's order.
 
-    Where the scores do not hold the bits of a layer, those at the nearest bit-width.
+    Where the scores do not hold the bits of a layer, those at the nearest bit-width, in groups of
+    the layer's size if there are such.
     """
     assert scores.coupling is not None
     beside = 0 if scores.activations is None else len(scores.activation_bits)
@@ -280,8 +285,11 @@ def coupling_at(scores: Scores, plan: Plan) -> np.ndarray:
     rows = []
     for name, layer in plan.layers.items():
         wanted = FLOAT_BITS if layer.weight_bits is None else layer.weight_bits
-        column = min(range(len(scores.bits)), key=lambda k: (abs(scores.bits[k] - wanted), k))
-        rows.append(place[name] * each + column)
+
+        def far(k: int, wanted: int = wanted, size: int | None = layer.group_size) -> Any:
+            return abs(scores.bits[k] - wanted), group_of(scores.bits[k]) != size, k
+
+        rows.append(place[name] * each + min(range(len(scores.bits)), key=far))
     return scores.coupling[np.ix_(rows, rows)]
 
 

@@ -299,7 +299,8 @@ def _definitions(facts: Mapping[str, Any], class_: str | None = None) -> Markup:
 
 def _swatches(widths: Iterable[int | None]) -> list[Markup]:
     found = []
-    for width in sorted(set(widths), key=lambda one: FLOAT_BITS if one is None else one):
+    plain = {None if one is None else int(one) for one in widths}  # groups have no colour
+    for width in sorted(plain, key=lambda one: FLOAT_BITS if one is None else one):
         box = tag("rect", width=11, height=11, rx=2, class_=bits_class(width))
         words = "float" if width is None else f"{width} bit"
         found.append(tag("li", _tiny(box), words))
@@ -505,13 +506,13 @@ def _plan_scores(shown: Sequence[Shown]) -> list[tuple[LayerScores, Sequence[Sho
     found: list[tuple[LayerScores, Sequence[Shown]]] = []
     for one in shown:
         table = (one.plan.predicted or {}).get("scores")
-        bits = one.plan.method.get("bits")
+        bits = one.plan.candidates
         layers = one.plan.layers
         if not isinstance(table, dict) or any(name not in table for name in layers):
             continue
         rows = [table[name] if isinstance(table[name], list) else [table[name]] for name in layers]
         per_bit = isinstance(next(iter(table.values())), list)
-        axis = tuple(bits) if per_bit and isinstance(bits, list) else ()
+        axis = tuple(bits) if per_bit else ()
         if any(len(row) != (len(axis) or 1) for row in rows):
             continue
         if not all(_is_number(value) for row in rows for value in row):
@@ -843,7 +844,7 @@ def _groups(shown: Sequence[Shown]) -> Markup | None:
             tag("div", joined(map(_name, names), ", "), class_="words"),
         ]
         for one in shown:
-            bits = [one.plan.layers[name].weight_bits for name in names]
+            bits = [one.plan.layers[name].width for name in names]
             shapes = joined([_chip(width) for width in bits], " ")
             flag = tag("span", "differ", class_="flag") if len(set(bits)) > 1 else None
             row.append(tag("span", shapes, " ", flag, class_="whole"))
@@ -872,7 +873,7 @@ def _layers(shown: Sequence[Shown], scores: ScoreFile | None) -> Markup:
         for one, act in zip(shown, beside, strict=True):
             own = one.plan.layers[name]
             pinned = tag("span", " pinned", class_="soft") if own.pinned else None
-            row.append(tag("span", _chip(own.weight_bits), pinned, class_="whole"))
+            row.append(tag("span", _chip(own.width), pinned, class_="whole"))
             row += [(width_text(own.activation_bits),)] if act else []
             row.append((f"{own.size_bits / 8192:,.1f}",))
             row.append((f"{100 * own.size_bits / (one.plan.size_bits or 1):.1f} %",))
@@ -899,7 +900,7 @@ def _provenance(
         record = {
             "model": scores.model,
             "proxies": ", ".join(scores.proxies),
-            "bits": scores.bits,
+            "bits": scores.widths,
             "activation_bits": scores.activation_bits,
             "rounding": scores.rounding,
             "samples": scores.samples,

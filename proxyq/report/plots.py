@@ -169,7 +169,7 @@ def _bits(ax: "Axes", plan: Plan, *, row: float) -> None:
     ax.barh(range(len(layers)), lengths, height=0.72, color=_colours(plan), zorder=2)
     font = _font(row)
     for index, (layer, length) in enumerate(zip(layers, lengths, strict=True)):
-        text = "float" if layer.weight_bits is None else str(layer.weight_bits)
+        text = "float" if layer.width is None else str(layer.width)
         text += "  pinned" if layer.pinned else ""
         ax.text(length + 0.012 * widest, index, text, va="center", fontsize=font * 0.92, color=INK)
     ax.set_xlim(0, widest * (1.28 if any(layer.pinned for layer in layers) else 1.1))
@@ -222,13 +222,13 @@ def _scores(ax: "Axes", plan: Plan, scores: dict[str, float], head: str) -> None
 def _other_scores(plan: Plan) -> list[tuple[int, float, int]]:
     """Row, cost and bit-width of what was not chosen."""
     found = (plan.predicted or {}).get("scores") or {}
-    axis = list(plan.method.get("bits") or ())
+    axis = plan.candidates
     return [
         (row, float(value), width)
         for row, (name, layer) in enumerate(plan.layers.items())
         if isinstance(found.get(name), list) and len(found[name]) == len(axis)
         for width, value in zip(axis, found[name], strict=True)
-        if width != layer.weight_bits
+        if width != layer.width
     ]
 
 

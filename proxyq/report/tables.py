@@ -107,7 +107,8 @@ def plan_table(plan: Plan, kinds: Mapping[str, str] | None = None) -> Table:
     if kinds is not None:
         cells = [kinds.get(name, "") for name in plan.layers]
         columns.append(Column(head="kind", cells=cells, right=False))
-    bits = [_bits(layer) for layer in layers]
+    wide = max(2, *(len(str(one.width)) for one in layers if one.width is not None), 0)
+    bits = [_bits(layer, wide) for layer in layers]
     columns.append(Column(head="bits", cells=bits, foot=f"{plan.average_bits:.4g}", right=False))
     if any(layer.activation_bits is not None for layer in layers):
         columns.append(Column(head="act.", cells=[_width(one.activation_bits) for one in layers]))
@@ -140,15 +141,15 @@ def layer_scores(plan: Plan) -> tuple[dict[str, float], str]:
     plan holds no scores.
     """
     found = (plan.predicted or {}).get("scores") or {}
-    axis = list(plan.method.get("bits") or ())
+    axis = plan.candidates
     numbers: dict[str, float] = {}
     head = "score"
     for name, layer in plan.layers.items():
         value = found.get(name)
         if isinstance(value, list):
             head = "cost"
-            if len(value) == len(axis) and layer.weight_bits in axis:
-                numbers[name] = float(value[axis.index(layer.weight_bits)])
+            if len(value) == len(axis) and layer.width in axis:
+                numbers[name] = float(value[axis.index(layer.width)])
         elif value is not None:
             numbers[name] = float(value)
     return numbers, head
@@ -158,12 +159,12 @@ def _width(bits: int | None) -> str:
     return "float" if bits is None else str(bits)
 
 
-def _bits(layer: PlannedLayer) -> Text:
-    """`4 ████`: the number, and a bar of as many blocks."""
+def _bits(layer: PlannedLayer, wide: int) -> Text:
+    """`4 ████`: the number, with the group size if it has its own, and a bar of as many blocks."""
     if layer.weight_bits is None:
         return Text("float")
     star = "*" if layer.pinned else " "
-    text = Text(f"{layer.weight_bits:>2}{star}")
+    text = Text(f"{layer.width!s:>{wide}}{star}")
     text.append("█" * min(layer.weight_bits, BAR), style=_COLOURS[min(layer.weight_bits, BAR)])
     return text
 

@@ -20,6 +20,7 @@ from proxyq.record_file import Bits, Count, Json, Number, Record, line, record_f
 from proxyq.search.allocate.budget import Budget
 from proxyq.search.allocate.pareto import dominated
 from proxyq.search.allocate.plan import (
+    GroupSize,
     Plan,
     PlannedBudget,
     PlannedLayer,
@@ -78,6 +79,7 @@ class FrontPoint(Record):
     - `predicted`: its cost; `status`, `bound`, `gap`: as in a plan, proven for all of `asked`;
       `seconds` of the solver for all of them.
     - `budgets`: the other budgets, which are the same at every point.
+    - `group_sizes`, `scale_bits`: by layer, where group sizes were chosen too; as in a plan.
     - `dominated`: another point takes no more, is predicted to cost no more, and is better in
       one of the two.
     """
@@ -98,6 +100,8 @@ class FrontPoint(Record):
     budgets: list[PlannedBudget] = []
     bits: dict[str, Bits]
     activation_bits: dict[str, Bits]
+    group_sizes: dict[str, GroupSize] | None = None
+    scale_bits: dict[str, Count] | None = None
     measured: PointMeasured | None = None
 
 
@@ -124,7 +128,12 @@ class Front(Record):
     @model_validator(mode="after")
     def _is_whole(self) -> "Front":
         for index, point in enumerate(self.points, 1):
-            for what, found in (("bits", point.bits), ("activation_bits", point.activation_bits)):
+            if (point.group_sizes is None) != (point.scale_bits is None):
+                raise ValueError(f"point {index} must hold both 'group_sizes' and 'scale_bits'")
+            for what in ("bits", "activation_bits", "group_sizes", "scale_bits"):
+                found = getattr(point, what)
+                if found is None:
+                    continue
                 for name in {*found} ^ {*self.layers}:
                     says = "name" if name in found else "say nothing of"
                     raise ValueError(f"the {what!r} of point {index} {says} the layer {name!r}")
@@ -140,11 +149,15 @@ class Front(Record):
                 f"there is no point {point}: the front has {len(self.points)}, counted from 0."
             )
         one = self.points[point]
+        own: dict[str, dict[str, Any]] = {name: dict(layer) for name, layer in self.layers.items()}
+        for name, size in (one.group_sizes or {}).items():
+            assert one.scale_bits is not None  # the file is whole
+            own[name] |= {"group_size": size, "scale_bits": one.scale_bits[name]}
         layers = {
             name: PlannedLayer(
-                weight_bits=one.bits[name], activation_bits=one.activation_bits[name], **dict(layer)
+                weight_bits=one.bits[name], activation_bits=one.activation_bits[name], **layer
             )
-            for name, layer in self.layers.items()
+            for name, layer in own.items()
         }
         budget = PlannedBudget(
             name=self.budget.name,
@@ -210,8 +223,9 @@ class Front(Record):
             if data["budget"][end] is None:
                 del data["budget"][end]
         for point in data["points"]:
-            if point["measured"] is None:
-                del point["measured"]
+            for optional in ("measured", "group_sizes", "scale_bits"):
+                if point[optional] is None:
+                    del point[optional]
             for budget in point["budgets"]:
                 for end in ("low", "high"):
                     if budget[end] is None:
@@ -267,9 +281,11 @@ def front_of(
     kind, unit = ends[0].kind, ends[0].unit
     together: dict[tuple[Any, ...], list[Plan]] = {}
     for plan in plans:
-        key = tuple((one.weight_bits, one.activation_bits) for one in plan.layers.values())
+        key = tuple((one.width, one.activation_bits) for one in plan.layers.values())
         together.setdefault(key, []).append(plan)
-    found = [_point(alike, kind, unit) for alike in together.values()]
+    # Where layers chose their groups, points tell what the scales take.
+    grouped = any(one.group_size for plan in plans for one in plan.layers.values())
+    found = [_point(alike, kind, unit, grouped) for alike in together.values()]
     beaten = dominated([(point.achieved, point.predicted) for point in found])
     first = plans[0]
     changing = next(one for one in first.budgets if (one.name, one.unit) == (kind, unit))
@@ -297,7 +313,7 @@ def front_of(
                 macs=one.macs,
                 group=one.group,
                 pinned=one.pinned,
-                scale_bits=one.scale_bits,
+                scale_bits=0 if grouped else one.scale_bits,
             )
             for name, one in first.layers.items()
         },
@@ -307,13 +323,15 @@ def front_of(
     )
 
 
-def _point(plans: Sequence[Plan], kind: str, unit: str) -> FrontPoint:
+def _point(plans: Sequence[Plan], kind: str, unit: str, grouped: bool) -> FrontPoint:
     """What plans that are alike say together; what is proven of the last holds for all."""
     last, asked, others = plans[-1], [], []
     for plan in plans:
         changing = [one for one in plan.budgets if (one.name, one.unit) == (kind, unit)]
         others = [one for one in plan.budgets if one not in changing]
         asked += changing
+    sizes = {name: one.group_size for name, one in last.layers.items()}
+    scales = {name: one.scale_bits for name, one in last.layers.items()}
     solver = last.solver
     assert solver is not None  # plans of answers have one
     seconds = [plan.solver.seconds or 0.0 for plan in plans if plan.solver is not None]
@@ -333,6 +351,8 @@ def _point(plans: Sequence[Plan], kind: str, unit: str) -> FrontPoint:
         budgets=others,
         bits=last.bits(),
         activation_bits={name: one.activation_bits for name, one in last.layers.items()},
+        group_sizes=sizes if grouped else None,
+        scale_bits=scales if grouped else None,
     )
 
 

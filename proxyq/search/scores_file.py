@@ -9,6 +9,7 @@ what is read back is what was measured.
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,9 +27,10 @@ from proxyq.proxies.cost import WeightErrors
 from proxyq.proxies.proxy import MOST
 from proxyq.quantize import Rounding
 from proxyq.record_file import Count, Json, Record, first_problem, record_from
-from proxyq.search.allocate.plan import PlannedProduct, without_scales
+from proxyq.search.allocate.plan import GroupSize, PlannedProduct, without_scales
 from proxyq.search.allocate.problem import check_widths
 from proxyq.search.allocate.products import Attention
+from proxyq.widths import CHANNEL, check_group_size, groups_of_all, with_groups
 
 SCHEMA = "proxyq/scores/1"
 WIDTH = 240
@@ -36,7 +38,22 @@ WIDTH = 240
 
 
 def _widths(value: list[int]) -> list[int]:
-    return list(check_widths(value, "the file"))
+    return list(check_widths(value, "the file", distinct=False))
+
+
+def _size_of(text: str) -> int | None:
+    """`channel` or `64`."""
+    if text == CHANNEL:
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise ValueError(f"a group size must be a whole number or {CHANNEL!r}, got {shown(text)}")
+    return check_group_size(int(text))
+
+
+def _scales(value: dict[str, int]) -> dict[str, int]:
+    for text in value:
+        _size_of(text)
+    return value
 
 
 def _activations(value: Any) -> Any:
@@ -80,6 +97,13 @@ class ScoredLayer(Record):
     group: str | None = None
     shares_input: str | None = None
     scale_bits: Count = 0
+    group_scale_bits: Annotated[dict[str, Count], AfterValidator(_scales)] = {}
+
+    def layer(self, name: str) -> Layer:
+        """The layer as the allocation and the reports know it."""
+        scales = {_size_of(text): count for text, count in self.group_scale_bits.items()}
+        own = {"output_shape": tuple(self.output_shape), "group_scale_bits": scales}
+        return Layer(name=name, **{**dict(self), **own})
 
 
 class LiveTensor(Record):
@@ -131,6 +155,8 @@ class ScoreFile(Record):
     """Scores of a network's layers by one or several proxies; see the module's text.
 
     - `bits`, `activation_bits`: what may be chosen from, the latter as `search` takes it.
+    - `group_sizes`: the group size that goes with each of `bits` (null: one grid a channel), where
+      there are several to choose from; `group_scale_bits` of the layers tell which they can have.
     - `same_feature`: sets of layers that hand on one tensor.
     - `attention`: the products of two activations, with the bits that budgets count them at; files
       of networks without, and of older versions, have none.
@@ -141,6 +167,7 @@ class ScoreFile(Record):
     schema_: Literal["proxyq/scores/1"] = Field(SCHEMA, alias="schema")
     model: Json = {}
     bits: Annotated[list[int], AfterValidator(_widths)]
+    group_sizes: list[GroupSize] | None = None
     activation_bits: Annotated[Any, AfterValidator(_activations)] = None
     layers: dict[str, ScoredLayer] = Field(min_length=1)
     same_feature: list[list[str]] = []
@@ -155,6 +182,12 @@ class ScoreFile(Record):
 
     @model_validator(mode="after")
     def _is_whole(self) -> "ScoreFile":
+        if self.group_sizes is not None and len(self.group_sizes) != len(self.bits):
+            raise ValueError(
+                f"'group_sizes' must have an entry for each of the {len(self.bits)} entries of "
+                f"'bits', got {len(self.group_sizes)}"
+            )
+        check_widths(self.widths, "the file")
         found = [one.proxy for one in self.scores]
         if len(set(found)) < len(found):
             raise ValueError("'scores' holds a proxy twice")
@@ -225,16 +258,18 @@ class ScoreFile(Record):
                 )
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """`bits` with the group sizes that go with them: `GroupedBits` there."""
+        return tuple(map(with_groups, self.bits, self.group_sizes or [None] * len(self.bits)))
+
+    @property
     def proxies(self) -> tuple[str, ...]:
         """Whose scores there are."""
         return tuple(one.proxy for one in self.scores)
 
     def network_layers(self) -> tuple[Layer, ...]:
         """The layers as the allocation and the reports know them."""
-        return tuple(
-            Layer(name=name, **{**dict(layer), "output_shape": tuple(layer.output_shape)})
-            for name, layer in self.layers.items()
-        )
+        return tuple(layer.layer(name) for name, layer in self.layers.items())
 
     def steps(self) -> tuple[Step, ...] | None:
         """Which tensors are live when, for budgets on memory; `None` where the file is older."""
@@ -280,7 +315,7 @@ class ScoreFile(Record):
         return Scores(
             proxy=one.proxy,
             layers=layers,
-            bits=tuple(self.bits),
+            bits=self.widths,
             values=_array(one.values, self.layers),
             cost=one.cost or "linear-bits",
             activations=None if one.activations is None else _array(one.activations, self.layers),
@@ -302,8 +337,9 @@ class ScoreFile(Record):
     def to_json(self) -> str:
         """The text of the file: stable, a line per layer."""
         data = self.model_dump(mode="json", by_alias=True)
-        if self.schedule is None:
-            del data["schedule"]
+        for optional in ("schedule", "group_sizes"):
+            if data[optional] is None:
+                del data[optional]
         without_scales(data["layers"])
         if not self.attention:
             del data["attention"]
@@ -385,7 +421,8 @@ def score_file(
     return ScoreFile(
         schema=SCHEMA,
         model=dict(model),
-        bits=list(scores[0].bits),
+        bits=[int(b) for b in scores[0].bits],
+        group_sizes=None if (sizes := groups_of_all(scores[0].bits)) is None else list(sizes),
         activation_bits=list(activation_bits)
         if isinstance(activation_bits, tuple)
         else activation_bits,
@@ -400,6 +437,10 @@ def score_file(
                 group=layer.group,
                 shares_input=layer.shares_input,
                 scale_bits=int(layer.scale_bits),
+                group_scale_bits={
+                    CHANNEL if size is None else str(size): count
+                    for size, count in layer.group_scale_bits.items()
+                },
             )
             for layer in layers
         },

@@ -93,6 +93,7 @@ def formula_proxy(formula: Formula) -> Proxy:
         cost_class=_cost_class(node),
         random="H" in node.leaves,
         lookups="macs" not in node.leaves,  # of which an embedding has none
+        groups=not node.depends_on_bits or bool({"D", "O", "R"} & set(node.leaves)),
     )
 
 

@@ -37,8 +37,8 @@ class Status(Enum):
 class Assignment:
     """A column for every layer of `problem`, checked against all limits in exact integers.
 
-    - `choice`: column per layer, which `bits` and `activation_bits` spell out; `objective`: its
-      total cost.
+    - `choice`: column per layer, which `bits`, `group_sizes` and `activation_bits` spell out;
+      `objective`: its total cost.
     - `bound`: no assignment within the limits costs less than this.
     - `expected_bits`: the linear relaxation's fractional bit-widths, from solver `lp` only.
     - `notes`: what else one should know, a sentence each.
@@ -63,6 +63,13 @@ class Assignment:
     def bits(self) -> tuple[int, ...]:
         """Weight bit-width per layer."""
         return tuple(self.problem.bits[k] for k in self.choice)
+
+    @cached_property
+    def group_sizes(self) -> tuple[int | None, ...] | None:
+        """How many weights share a grid, per layer (`None`: a channel); `None` where they were not
+        chosen."""
+        columns = self.problem.group_sizes
+        return None if columns is None else tuple(columns[k] for k in self.choice)
 
     @cached_property
     def activation_bits(self) -> tuple[int | None, ...] | None:

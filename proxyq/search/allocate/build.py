@@ -8,6 +8,10 @@
   A coupling holds each layer's weight and its input as choices of their own, and a column takes
   up both: their couplings with all others, and with each other.
   A pin `'PATTERN=8'` then holds the weights alone, `'PATTERN=8/4'` both.
+- A bit-width may bring a group size of its own (`GroupedBits`), and is then a column beside the
+  plain one. Layers tell which of them they can have, and what the scales take. A pin
+  `'PATTERN=8g64'` holds that column, `'PATTERN=8'` the plain one; candidates `'PATTERN=4'` are
+  four bits in groups of any size, or in none.
 - All layers that a tie matches, and those that are named together in `shared`, take one
   column. Where one of them is pinned, all are. A layer's own `group` (layers that feed one
   residual sum) binds only when asked for: it concerns the grid of activations, and weights
@@ -33,6 +37,7 @@ from proxyq.search.allocate.patterns import Held, matching, split_bits, split_pi
 from proxyq.search.allocate.problem import Pin, Problem, check_widths, exact_integer
 from proxyq.search.allocate.products import Attention
 from proxyq.search.allocate.usage import Counted, Latencies, limits_of
+from proxyq.widths import by_size, group_of, groups_of_all
 
 AS_WEIGHTS = "weights"
 Pair = tuple[int, int | None]
@@ -41,7 +46,8 @@ Pair = tuple[int, int | None]
 class LayerLike(Protocol):
     """What is needed of a layer; `weights` are elements, `macs` are for one example.
 
-    An attribute `scale_bits`, where there is one, counts with the size of its weights.
+    An attribute `scale_bits`, where there is one, counts with the size of its weights; another,
+    `group_scale_bits`, tells the same of each group size that it may have.
     """
 
     @property
@@ -85,7 +91,7 @@ def build_problem(
 
     - `cost`: float `[layers, bits]`, columns in the order of `bits`. Entries that are not
       allowed may be anything; a layer pinned to a bit-width outside `bits` costs 0.
-    - `pins`: `'PATTERN=8'`, `'PATTERN=8/4'`; `ties`: `'PATTERN'`; `candidates`:
+    - `pins`: `'PATTERN=8'`, `'PATTERN=8g64'`, `'PATTERN=8/4'`; `ties`: `'PATTERN'`; `candidates`:
       `'PATTERN=2,4'`, of `bits`. Patterns are shell globs on layer names, `re:` and a regular
       expression, `@first` or `@last`.
     - `shared`: sets of layer names that take one choice, such as `shared_by(layers, "group")`.
@@ -118,6 +124,10 @@ def build_problem(
     column = {pair: k for k, pair in enumerate(axis)}
 
     stays = _mask(allowed, table.shape, "`allowed`", "[layers, bits]")
+    sizes = [dict(getattr(layer, "group_scale_bits", {})) for layer in layers]
+    # A layer that says nothing of group sizes has one grid a channel, or what all are rounded by.
+    stays = stays & np.array([[group_of(b) in (own or {None}) for b in bits] for own in sizes])
+    _check_held_groups(names, pinned, sizes)
     shape = (len(names), len(activations.candidates))
     axes = "[layers, activation bits]"
     stays_beside = _mask(activation_allowed, shape, "`activation_allowed`", axes)
@@ -151,7 +161,8 @@ def build_problem(
     chosen = activations.candidates if listed else ()
     problem = Problem(
         layers=tuple(names),
-        bits=tuple(b for b, _ in axis),
+        bits=tuple(int(b) for b, _ in axis),
+        group_sizes=groups_of_all(b for b, _ in axis),
         activation_bits=tuple(a for _, a in axis) if activations.variable else None,
         cost=full,
         allowed=mask,
@@ -166,6 +177,7 @@ def build_problem(
         fixed=activations.fixed,
         searched=[i not in pinned for i in range(len(names))],
         scale_bits=[int(getattr(layer, "scale_bits", 0)) for layer in layers],
+        group_scale_bits=sizes,
         reads_numbers=[reads_numbers(layer) for layer in layers],
         latency=latency,
         schedule=schedule,
@@ -236,7 +248,9 @@ class _Activations:
         """The activation bits that may stand beside these weight bits."""
         if not self.variable:
             return (None,)
-        return tuple(a for a in self.candidates if a not in erased) if self.candidates else (bits,)
+        if not self.candidates:
+            return (int(bits),)
+        return tuple(a for a in self.candidates if a not in erased)
 
     def pairs(self, bits: Sequence[int], held: Sequence[Held]) -> list[Pair]:
         """All columns, ascending, float last."""
@@ -244,7 +258,7 @@ class _Activations:
         for pin in held:
             beside = (pin.activation_bits,) if pin.both else self.beside(pin.bits)
             found |= {(pin.bits, a) for a in beside}
-        return sorted(found, key=lambda pair: (pair[0], pair[1] is None, pair[1]))
+        return sorted(found, key=lambda pair: (by_size(pair[0]), pair[1] is None, pair[1]))
 
 
 def _activations(
@@ -319,14 +333,18 @@ def _candidates(
     free = [bits] * len(names)
     for wish in wishes:
         pattern, wanted = split_bits(wish, "the candidates")
+        chosen: list[int] = []
         for b in wanted:
-            if b not in bits:
+            any_size = group_of(b) is None
+            meant = [own for own in bits if own == b or (any_size and int(own) == b)]
+            if not meant:
                 raise UsageError(
                     f"the candidates {wish!r} name {b} bits, which is not among the bit-widths "
                     f"{', '.join(map(str, bits))}; add it there."
                 )
+            chosen += meant
         for i in matching(pattern, names, "the candidates"):
-            free[i] = wanted
+            free[i] = tuple(chosen)
     return free
 
 
@@ -354,6 +372,23 @@ def _pinned(
         for i in group if members else ():
             pinned.setdefault(i, pinned[tightest[0]])
     return dict(sorted(pinned.items()))
+
+
+def _check_held_groups(
+    names: list[str],
+    pinned: dict[int, tuple[Held, str]],
+    sizes: Sequence[Mapping[int | None, int]],
+) -> None:
+    """Refuse pins on groups that a layer cannot have."""
+    for i, (held, text) in pinned.items():
+        size = group_of(held.bits)
+        if size is not None and size not in sizes[i]:
+            raise UsageError(
+                f"the pin {text!r} names groups of {size} weights, which the layer {names[i]!r} "
+                "does not have: groups are of matrices whose channels hold a whole number of "
+                "them, two or more, and scores know those that they were measured with; name the "
+                "bits alone, or another size."
+            )
 
 
 def _pin_records(

@@ -92,8 +92,11 @@ def _require_one_axis(problem: Problem, reduced: Reduced) -> None:
     for members, open_ in zip(reduced.members, reduced.open, strict=True):
         widths = [problem.bits[k] for k in np.flatnonzero(open_)]
         if len(set(widths)) < len(widths):
+            what = "weight and activation bits"
+            if problem.group_sizes is not None:
+                what = "bits and group sizes"
             raise UsageError(
-                "the solver 'lp' rounds one bit-width a layer, but weight and activation bits of "
+                f"the solver 'lp' rounds one bit-width a layer, but {what} of "
                 f"{problem.layers[members[0]]!r} are chosen apart; use 'ilp'."
             )
 

@@ -8,7 +8,7 @@ learns it for all bit-widths jointly, and where that leaves
 its code gives the entry at b' the penalty 1e8, so that b' is never chosen. All comparisons
 are made on the table as it was measured. Where ours differs: the choice is removed from the
 problem (a penalty far above all costs eats up a solver's tolerance), and the next lower
-bit-width is the next lower candidate, not b - 1.
+bit-width is the next lower candidate, not b - 1, with groups of weights of the same size.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ import numpy as np
 
 from proxyq.errors import UsageError
 from proxyq.search.allocate.problem import check_widths
+from proxyq.widths import group_of
 
 
 def without_outliers(values: Any, bits: Sequence[int]) -> np.ndarray:
@@ -32,8 +33,10 @@ def without_outliers(values: Any, bits: Sequence[int]) -> np.ndarray:
             f"a table of sensitivities must have the shape [layers, {len(bits)}], got "
             f"{list(table.shape)}."
         )
-    order = np.argsort(bits)
     kept = np.ones(table.shape, bool)
-    # erased where s[l, b'] < s[l, b]
-    kept[:, order[:-1]] = ~(table[:, order[:-1]] < table[:, order[1:]])
+    for size in dict.fromkeys(map(group_of, bits)):
+        alike = [k for k, b in enumerate(bits) if group_of(b) == size]
+        order = sorted(alike, key=lambda k: bits[k])
+        # erased where s[l, b'] < s[l, b]
+        kept[:, order[:-1]] = ~(table[:, order[:-1]] < table[:, order[1:]])
     return kept

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from proxyq.errors import UsageError, near
 from proxyq.search.allocate.problem import check_widths
+from proxyq.widths import group_of, parse
 
 # Positions: the first and the last layer in execution order, whatever they are called.
 POSITIONS = {"@first": 0, "@last": -1}
@@ -65,12 +66,17 @@ def overridden_pins(pins: Sequence[str], names: Sequence[str]) -> list[tuple[str
 
 
 def split_bits(text: str, option: str) -> tuple[str, tuple[int, ...]]:
-    """`PATTERN=2,4` to the pattern and its bit-widths; `UsageError` when it is not that."""
+    """`PATTERN=2,4` to the pattern and its bit-widths; `UsageError` when it is not that.
+
+    `4g64` is four bits for weights in groups of 64.
+    """
     pattern, equals, numbers = text.rpartition("=")
     if not equals or not pattern:
         raise UsageError(f"{option} must look like 'PATTERN=8', got {text!r}.")
     try:
-        bits = [int(number) for number in numbers.split(",")]
+        bits = [parse(number) for number in numbers.split(",")]
+    except UsageError as error:
+        raise UsageError(f"{option} {text!r} cannot be met: {error}") from None
     except ValueError:
         raise UsageError(
             f"{option} must end in bit-widths, like 'PATTERN=8', got {text!r}."
@@ -82,7 +88,8 @@ def split_bits(text: str, option: str) -> tuple[str, tuple[int, ...]]:
 class Held:
     """What a pin holds its layers at.
 
-    `activation_bits` is read where `both`: `None` is float then. Else activations stay open.
+    `bits` bring the group size that a pin names. `activation_bits` is read where `both`: `None` is
+    float then. Else activations stay open.
     """
 
     pattern: str
@@ -96,7 +103,7 @@ def _wish(held: "Held") -> tuple[int, int | None, bool]:
 
 
 def split_pin(text: str) -> Held:
-    """`PATTERN=8` or `PATTERN=8/4` (weights/activations, these also `float`)."""
+    """`PATTERN=8`, `PATTERN=8g64` or `PATTERN=8/4` (weights/activations, these also `float`)."""
     pattern, equals, wanted = text.rpartition("=")
     weight, slash, activation = wanted.partition("/") if equals else ("", "", "")
     pattern, bits = split_bits(f"{pattern}={weight}" if slash else text, "a pin")
@@ -117,3 +124,9 @@ def split_pin(text: str) -> Held:
             f"a pin must end in weight and activation bits, like 'PATTERN=8/4', got {text!r}."
         ) from None
     return Held(pattern=pattern, bits=bits[0], activation_bits=checked[0], both=True)
+
+
+def pinned_sizes(pins: Sequence[str]) -> tuple[int, ...]:
+    """The group sizes that pins name, each once."""
+    sizes = (group_of(split_pin(pin).bits) for pin in pins)
+    return tuple(dict.fromkeys(size for size in sizes if size is not None))

@@ -9,11 +9,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from proxyq.errors import ProxyqError, shown
+from proxyq.errors import ProxyqError, UsageError, shown
 from proxyq.files import read_json, write_atomic
 from proxyq.record_file import Bits, Count, Json, Number, Record, first_problem, line
 from proxyq.search.allocate.assignment import Assignment
@@ -21,15 +21,31 @@ from proxyq.search.allocate.budget import SHARE, Budget, parse_budget, raw_budge
 from proxyq.search.allocate.build import ActivationBits, LayerLike, reads_numbers
 from proxyq.search.allocate.products import Attention
 from proxyq.search.allocate.text import elided, wrapped
+from proxyq.widths import (
+    candidates,
+    check_bits,
+    check_group_size,
+    check_group_sizes,
+    with_groups,
+)
 
 SCHEMA = "proxyq/plan/1"
 FLOAT_BITS = 32
 
 
+def _group_size(value: int | None) -> int | None:
+    return None if value is None else check_group_size(value)
+
+
+GroupSize = Annotated[int | None, AfterValidator(_group_size)]
+
+
 class PlannedLayer(Record):
     """One layer; `None` bits mean that it stays float.
 
-    `scale_bits` is what the scales of its groups of weights take, where it has such.
+    `group_size` is how many of its weights share a grid, where layers were free to choose; else
+    all are rounded as the method says. `scale_bits` is what the scales of its groups of weights
+    take, where it has such.
     """
 
     weight_bits: Bits
@@ -39,6 +55,20 @@ class PlannedLayer(Record):
     group: str | None = None
     pinned: bool = False
     scale_bits: Count = 0
+    group_size: GroupSize = None
+
+    @model_validator(mode="after")
+    def _has_whole_groups(self) -> "PlannedLayer":
+        if self.group_size is not None and self.weights % self.group_size:
+            raise ValueError(
+                f"{self.weights} weights are no whole number of groups of {self.group_size}"
+            )
+        return self
+
+    @property
+    def width(self) -> int | None:
+        """`weight_bits` with the layer's own group size, if it has one: `GroupedBits` then."""
+        return None if self.weight_bits is None else with_groups(self.weight_bits, self.group_size)
 
     @property
     def size_bits(self) -> int:
@@ -121,6 +151,23 @@ class Plan(Record):
     def bits(self) -> dict[str, int | None]:
         """Weight bit-width by layer name, in network order."""
         return {name: layer.weight_bits for name, layer in self.layers.items()}
+
+    def widths(self) -> dict[str, int | None]:
+        """As `bits`, with the group sizes of layers that have their own: `GroupedBits` there."""
+        return {name: layer.width for name, layer in self.layers.items()}
+
+    @property
+    def candidates(self) -> list[Any]:
+        """What the method chose from, in the order of its costs, as far as it says so.
+
+        The part is free-form, and what is no bit-width stays as it is.
+        """
+        bits, sizes = self.method.get("bits"), self.method.get("group_sizes")
+        found = list(bits) if isinstance(bits, list) else []
+        try:
+            return list(candidates(map(check_bits, found), check_group_sizes(sizes)))
+        except (UsageError, TypeError):  # there are no groups, or it means something else
+            return found
 
     @property
     def size_bits(self) -> int:
@@ -221,7 +268,7 @@ class Plan(Record):
             size = layer.size_bits
             star = "*" if layer.pinned else " "
             lines.append(
-                f"{elided(name, 42):<42} {_shown(layer.weight_bits):>5}{star} "
+                f"{elided(name, 42):<42} {_shown(layer.width):>5}{star} "
                 f"{_shown(layer.activation_bits):>5} {layer.weights:>11,} {size / 8192:>7.1f} KiB "
                 f"{100 * size / total:>5.1f} %"
             )
@@ -231,10 +278,11 @@ class Plan(Record):
 
 
 def without_scales(layers: dict[str, dict[str, Any]]) -> None:
-    """Leave `scale_bits` out of records of layers that have none."""
+    """Leave out of records of layers what only groups of weights have."""
     for layer in layers.values():
-        if not layer["scale_bits"]:
-            del layer["scale_bits"]
+        for name in ("scale_bits", "group_size", "group_scale_bits"):
+            if name in layer and not layer[name]:
+                del layer[name]
 
 
 def _shown(bits: int | None) -> str:
@@ -283,6 +331,7 @@ def plan_from(
         )
         for limit, amount in assignment.achieved
     ]
+    sizes = assignment.group_sizes or (None,) * len(layers)
     try:
         planned = {
             layer.name: PlannedLayer(
@@ -292,7 +341,8 @@ def plan_from(
                 macs=int(layer.macs),
                 group=layer.group,
                 pinned=i in pinned,
-                scale_bits=int(getattr(layer, "scale_bits", 0)),
+                scale_bits=scale_bits_of(layer, sizes[i]),
+                group_size=sizes[i],
             )
             for i, layer in enumerate(layers)
         }
@@ -321,6 +371,13 @@ def plan_from(
         )
     except ValidationError as error:
         raise ProxyqError(f"the plan has a bad field {first_problem(error)}.") from None
+
+
+def scale_bits_of(layer: LayerLike, group_size: int | None) -> int:
+    """What the scales of a layer take, with groups of that size where it chose one."""
+    if group_size is None:
+        return int(getattr(layer, "scale_bits", 0))
+    return int(getattr(layer, "group_scale_bits", {})[group_size])
 
 
 def number(value: Any) -> int | float:

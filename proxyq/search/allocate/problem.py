@@ -4,9 +4,9 @@
 
 over one column k_l per layer, where the layers of a group take the same column. G, where there
 is one, couples the choices x (one-hot) of different layers (CLADO). A column is a
-weight bit-width bits[k] and, where activations are decided too, the bit-width
-activation_bits[k] of the layer's input. Usages and budgets are exact integers, so that
-"within the budget" is a fact and not a tolerance.
+weight bit-width bits[k] and, where these are decided too, the number group_sizes[k] of weights
+that share a grid and the bit-width activation_bits[k] of the layer's input. Usages and budgets
+are exact integers, so that "within the budget" is a fact and not a tolerance.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from proxyq.errors import ProxyqError, UsageError, shown
+from proxyq.widths import GroupedBits, check_group_size, with_groups
 
 # The sum of all usages of a limit stays below this, so that int64 arithmetic is exact.
 USAGE_CEILING = 2**62
@@ -42,8 +43,14 @@ def exact_integer(value: Any, what: str) -> int:
 def check_widths(
     bits: Sequence[int], what: str = "`bits`", *, distinct: bool = True
 ) -> tuple[int, ...]:
-    """`bits` as a tuple: at least one, distinct, each 1..8 or 16; else `UsageError`."""
-    checked = tuple(exact_integer(b, f"every bit-width in {what}") for b in bits)
+    """`bits` as a tuple: at least one, distinct, each 1..8 or 16; else `UsageError`.
+
+    Those that bring a group size are kept as they are.
+    """
+    checked = tuple(
+        b if isinstance(b, GroupedBits) else exact_integer(b, f"every bit-width in {what}")
+        for b in bits
+    )
     if not checked:
         raise UsageError(f"{what} must name at least one bit-width, got none.")
     for b in checked:
@@ -155,8 +162,9 @@ class Problem:
 
     - `layers`: names, `[layers]`; `bits`: the weight bit-width of every column, `[bits]`.
     - `activation_bits`: the activation bit-width of every column beside it, `None` in a column
-      for float; `None` for all: activations are no part of the problem. Columns are distinct
-      as pairs.
+      for float; `None` for all: activations are no part of the problem.
+    - `group_sizes`: how many weights share a grid in every column, `None` in a column for one grid
+      a channel; `None` for all: they are no part of the problem. Columns are distinct as triples.
     - `cost`: float64 `[layers, bits]`, predicted rise of the loss (nats unless said
       otherwise); what is not allowed may hold anything and is stored as infinity.
     - `coupling`: float64 `[layers * bits, layers * bits]`, symmetric, or `None`: what two
@@ -180,13 +188,18 @@ class Problem:
     pins: tuple[Pin, ...] = ()
     activation_bits: tuple[int | None, ...] | None = None
     coupling: np.ndarray | None = None
+    group_sizes: tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "layers", tuple(self.layers))
-        put(self, "bits", check_widths(self.bits, distinct=self.activation_bits is None))
+        alone = self.activation_bits is None and self.group_sizes is None
+        put(self, "bits", tuple(map(int, check_widths(self.bits, distinct=alone))))
+        if self.group_sizes is not None:
+            put(self, "group_sizes", self._checked_groups(self.group_sizes))
         if self.activation_bits is not None:
             put(self, "activation_bits", self._checked_activations(self.activation_bits))
+        self._check_distinct()
         put(self, "limits", tuple(self.limits))
         put(self, "pins", tuple(self.pins))
         put(self, "groups", tuple(tuple(int(i) for i in group) for group in self.groups))
@@ -229,14 +242,26 @@ class Problem:
                 f"`activation_bits` must have an entry for each of the {len(self.bits)} columns, "
                 f"got {len(given)}."
             )
-        pairs = list(zip(self.bits, given, strict=True))
-        if len(set(pairs)) < len(pairs):
-            twice = next(pair for pair in pairs if pairs.count(pair) > 1)
+        return given
+
+    def _checked_groups(self, given: Sequence[int | None]) -> tuple[int | None, ...]:
+        given = tuple(None if size is None else check_group_size(size) for size in given)
+        if len(given) != len(self.bits):
             raise UsageError(
-                f"weights at {twice[0]} bits with activations at {twice[1] or 'float'} are given "
-                "twice; name each pair once."
+                f"`group_sizes` must have an entry for each of the {len(self.bits)} columns, got "
+                f"{len(given)}."
             )
         return given
+
+    def _check_distinct(self) -> None:
+        beside = self.activation_bits or (None,) * len(self.bits)
+        pairs = list(zip(self.widths, beside, strict=True))
+        if len(set(pairs)) < len(pairs):
+            bits, activations = next(pair for pair in pairs if pairs.count(pair) > 1)
+            words = f"weights at {bits} bits"
+            if self.activation_bits is not None:
+                words += f" with activations at {activations or 'float'}"
+            raise UsageError(f"{words} are given twice; name each choice once.")
 
     def _checked_coupling(self, given: Any) -> np.ndarray:
         try:
@@ -272,11 +297,17 @@ class Problem:
         return f"layer {self.layers[layer]!r} at {self.shown(column)} bits"
 
     def shown(self, column: int) -> str:
-        """What a column stands for: `4`, or `4/8` where activations are decided too."""
+        """What a column stands for: `4`, `4g64` in groups, `4/8` with activations decided too."""
         if self.activation_bits is None:
-            return str(self.bits[column])
+            return str(self.widths[column])
         activations = self.activation_bits[column]
-        return f"{self.bits[column]}/{'float' if activations is None else activations}"
+        return f"{self.widths[column]}/{'float' if activations is None else activations}"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """`bits` with the group sizes that columns have: `GroupedBits` there."""
+        sizes = self.group_sizes or (None,) * len(self.bits)
+        return tuple(map(with_groups, self.bits, sizes))
 
     def _check_cost(self, cost: np.ndarray) -> None:
         bad = np.argwhere(self.allowed & ~np.isfinite(cost))

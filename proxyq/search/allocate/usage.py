@@ -1,6 +1,6 @@
 """What every choice takes of a budget, in whole bits, operations or picoseconds.
 
-    size = sum_l (weights_l b + scale_bits_l)
+    size = sum_l (weights_l b + scale_bits_l(g))
     bops = sum_l macs_l b a + sum_p macs_p a_p^2      macs-bits = sum_l macs_l b
     latency = other + sum_l time_l(b, a)
     activation-memory = max_s sum_(t live at s) elements_t max_(l reads t) a
@@ -10,7 +10,7 @@ integers throughout; float activations count as 32 bits in BOPs. The maximum ove
 is several limits, one budget together: see `memory`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Protocol
@@ -45,7 +45,8 @@ class Counted:
     `fixed` holds activation bits (`None`: float) where the problem's columns do not;
     `searched` is false for pinned layers, and `reads_numbers` for those that read indices, whose
     activations stay as they are. `scale_bits` are those of the scales of groups of weights, the
-    same at every width. `attention`: the products of two activations.
+    same at every width, and `group_scale_bits` those of each group size to choose from.
+    `attention`: the products of two activations.
     """
 
     weights: Sequence[int]
@@ -54,9 +55,17 @@ class Counted:
     searched: Sequence[bool]
     reads_numbers: Sequence[bool]
     scale_bits: Sequence[int] = ()
+    group_scale_bits: Sequence[Mapping[int | None, int]] = ()
     latency: Latencies | None = None
     schedule: Sequence[Step] | None = None
     attention: Attention = field(default_factory=dict)
+
+    def scales(self, problem: Problem, layer: int, column: int) -> int:
+        """Bits of the scales of a layer at a column; of groups that it cannot have, none."""
+        size = None if problem.group_sizes is None else problem.group_sizes[column]
+        if size is None:
+            return self.scale_bits[layer] if self.scale_bits else 0
+        return self.group_scale_bits[layer].get(size, 0)
 
     def activations(self, problem: Problem, layer: int, column: int) -> int | None:
         """The activation bits of a layer at a column."""
@@ -143,10 +152,9 @@ def _single(budget: Budget, problem: Problem, counted: Counted) -> Limit:
 
 def _sizes(problem: Problem, counted: Counted) -> list[list[int]]:
     """Bits of the weights and of their groups' scales, `[layers, columns]`."""
-    scales = counted.scale_bits or [0] * len(counted.weights)
     return [
-        [count * b + own for b in problem.bits]
-        for count, own in zip(counted.weights, scales, strict=True)
+        [count * b + counted.scales(problem, i, k) for k, b in enumerate(problem.bits)]
+        for i, count in enumerate(counted.weights)
     ]
 
 
