@@ -5,7 +5,7 @@ calibrate on and 500 others to measure, all made here from lists of words that t
 sentence of. Prints, for each plan and correction, the cosine of each sentence's embedding with the
 float one's (mean, and the fifth percentile), how well the similarities of pairs of sentences keep
 their order (Spearman), and how large the packed file is. With `--embeddings` the table of words,
-half of the weights, has bits too.
+half of the weights, has bits too. `--group-size channel,64` leaves every layer to choose.
 
     python benchmarks/sentence_embeddings.py --encoder all-MiniLM-L6-v2/ --into rows/
 """
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--budget", default="size=4bit")
     parser.add_argument("--bits", default="2,3,4,5,6,8")
     parser.add_argument("--ways", default="sqnr,output-error,auto")
-    parser.add_argument("--group-size", type=int, help="so many weights share a grid")
+    parser.add_argument("--group-size", default="channel", help="so many weights share a grid")
     parser.add_argument("--embeddings", action="store_true", help="round the table of words too")
     args = parser.parse_args()
     into = Path(args.into)
@@ -141,7 +141,7 @@ def main() -> None:
             budget=args.budget,
             bits=bits,
             proxy=None if way == "auto" else way,
-            group_size=args.group_size,
+            group_size=[None if s == "channel" else int(s) for s in args.group_size.split(",")],
         )
         plan.save(into / f"{way}.json")
         if number == 0:

@@ -80,6 +80,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan["layers"]["head"]["weight_bits"] = 4
     plan["method"]["rounding"] = {"method": "best", "extra_code": "negative"}
     (folder / "rounding.json").write_text(json.dumps(plan))
+    plan["method"]["rounding"] = {}
+    plan["layers"]["head"]["group_size"] = 64
+    (folder / "groups.json").write_text(json.dumps(plan))
+    plan["layers"]["head"]["group_size"] = 48
+    (folder / "parts.json").write_text(json.dumps(plan))
 
     words = ("--proxy", "params", "--proxy", "sqnr", "--json", "--quiet")
     done = here("score", *words)
@@ -237,6 +242,22 @@ CASES: dict[str, tuple[str, int, str]] = {
     "unknown solver": ("search --solver ipl", 2, "did you mean 'iqp' or 'ilp'"),
     "dp for two budgets": ("search --solver dp --budget size=3bit --budget bops=90M", 2, "dp"),
     "no time": ("search --time-limit 0", 2, "time_limit"),
+    "group size of words": ("search --group-size channel,big", 2, "--group-size must be"),
+    "group size of few": ("search --group-size channel,4", 2, "at least 8, such as"),
+    "group size named twice": ("search --group-size 64,64", 2, "names 64 twice"),
+    "group sizes by bits alone": (
+        "search --proxy snip --cost linear-bits --group-size channel,16",
+        2,
+        "times-dw2",
+    ),
+    "group sizes by what tells none": (
+        "search --proxy uniform --group-size channel,16",
+        1,
+        "cannot tell groups of weights",
+    ),
+    "pin on groups of a convolution": ("search --pin stem=8g16", 2, "groups of 16 weights"),
+    "pin on groups without a size": ("search --pin head=8g", 2, "must end in bit-widths"),
+    "pin on groups of few": ("search --pin head=8g4", 2, "at least 8, such as"),
     "pin that matches nothing": ("search --pin layer9*=8", 2, "'layer9*'"),
     "pin without bits": ("search --pin stem", 2, "PATTERN=8"),
     "pins that contradict": ("search --tie blocks.0* --pin *0.conv1=8 --pin *0.conv2=4", 2, "pin"),
@@ -339,6 +360,8 @@ CASES: dict[str, tuple[str, int, str]] = {
     "plan of another version": ("evaluate {f}/schema.json", 1, "proxyq/plan/9"),
     "plan of 12 bits": ("evaluate {f}/bits.json", 1, "layers.head.weight_bits"),
     "plan of unknown rounding": ("evaluate {f}/rounding.json", 1, "'method.rounding'"),
+    "plan of groups that are none": ("evaluate {f}/groups.json", 1, "groups of 64 weights"),
+    "plan of parts of groups": ("evaluate {f}/parts.json", 1, "no whole number of groups"),
     "plan of another model": ("evaluate {f}/renamed.json", 1, "another model"),
     "plan of another size": ("evaluate {f}/grown.json", 1, "321"),
     "one bad plan of two": ("evaluate {f}/good.json {f}/renamed.json", 1, "another model"),
@@ -398,6 +421,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "table of too many plans": ("table --plans 9 --bits 2", 2, "at most 1"),
     "table drawn in no known way": ("table --draw evenly", 2, "uniform, size"),
     "table of two activation widths": ("table --activation-bits 4,8", 2, "one number or float"),
+    "table of two group sizes": ("table --group-size channel,16", 2, "must be one size"),
     "table corrected as it comes": ("table --correction auto", 2, "the same for all plans"),
     "table of nine bits": ("table --bits 2,9", 2, "9"),
     "table by nobody": ("table --executor threads:2", 2, "'threads:2'"),

@@ -10,10 +10,11 @@ import pytest
 from commandline import here
 from flax import nnx
 from networks import small_net
+from rich.console import Console
 from torch_networks import SmallTransformer, plan_of, randomise, run_of, weight_of
 
 import proxyq
-from proxyq.api import allocate, pareto, quantize_model, score, search
+from proxyq.api import allocate, pareto, quantize_model, score, search, write_report
 from proxyq.api.evaluate import uniform_plan
 from proxyq.engine import Edit, Engine, collect
 from proxyq.engine.divergence import kl_divergence
@@ -33,6 +34,8 @@ from proxyq.ptq.packed import load_packed, save_packed
 from proxyq.ptq.plan_edits import PlanEdits
 from proxyq.quantize import GroupedBits, Rounding, quantize_columns
 from proxyq.quantize.integers import groups_of
+from proxyq.report.plots import draw_plan
+from proxyq.report.tables import layer_scores, plan_table
 from proxyq.search.allocate import Problem, build_problem, solve
 from proxyq.search.allocate.outliers import without_outliers
 from proxyq.search.allocate.plan import Plan, PlannedBudget
@@ -382,6 +385,24 @@ def test_a_plan_is_the_file_that_it_was(mixed):
         assert name not in plain.to_json()
 
 
+def test_pages_and_tables_tell_the_groups(mixed, tmp_path):
+    plan = mixed[0]
+    scores = score(MODEL, proxies="weight-mse", bits=(2, 3, 4), group_size=SIZES)
+    found, head = layer_scores(plan)
+    record = scores.record().values
+    # Of the candidates in order: 2, 2g32, 2g16, 3, 3g32, 3g16, 4, ...; nobody measured 8 bits.
+    assert head == "cost" and "head" not in found
+    assert found["two"] == record["two"][5] and found["one"] == record["one"][7]
+    page = write_report(plan, tmp_path / "page.html", scores=scores).read_text()
+    assert 'class="chip b3">3g16</span>' in page and "groups of 16" in page
+    assert "2, 2g32, 2g16, 3" in page
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(plan_table(plan))
+    assert "4g32*████" in shown.get() and "   8*████" in shown.get()
+    assert b"3g16" in draw_plan(plan, "plan.svg")
+
+
 def test_the_uniform_rival_has_groups_too(mixed):
     plan = mixed[0].model_copy(
         update={"budgets": [PlannedBudget(name="size", asked=4.4, achieved=4.0, unit="bit")]}
@@ -539,6 +560,13 @@ def test_fronts_tell_the_groups_of_each_point(tmp_path):
         assert plan.size_bits == point.size_bits
         assert plan.average_bits == pytest.approx(point.achieved)
     assert any(one.group_size for plan in plans for one in plan.layers.values())
+    wrong = json.loads(front.to_json())
+    wrong["points"][0]["group_sizes"]["one"] = 37
+    with pytest.raises(ProxyqError, match="must divide the weights of the layer 'one', 12288"):
+        Front.from_json(wrong)
+    del wrong["points"][0]["group_sizes"]
+    with pytest.raises(ProxyqError, match="must hold both 'group_sizes' and 'scale_bits'"):
+        Front.from_json(wrong)
     single = pareto(MODEL, proxy="sqnr", bits=(2, 4), budget="size=2bit..4bit", points=3)
     assert "group_sizes" not in single.to_json()
 
@@ -572,6 +600,13 @@ def test_what_cannot_tell_groups_is_refused():
     scores = score(MODEL, proxies="params", **{k: given[k] for k in ("bits", "group_size")})
     with pytest.raises(UsageError, match=r"cannot tell groups of weights .* times-dw2"):
         allocate(scores, "size=3bit")
+    # A stranger's proxy that does arithmetic on bits says nothing of groups either.
+    blind = score(MODEL, proxies="sqnr", **{k: given[k] for k in ("bits", "group_size")})
+    (record,) = blind.scores
+    same = {name: [row[0], row[0], row[2], row[2]] for name, row in record.values.items()}
+    blind = blind.model_copy(update={"scores": [record.model_copy(update={"values": same})]})
+    with pytest.raises(ProxyqError, match="'sqnr' cannot tell groups of weights from"):
+        allocate(blind, "size=3bit")
     requests = [(PROXIES.get(name), {}) for name in ("uniform", "sqnr")]
     left_out: list[str] = []
 

@@ -11,6 +11,7 @@ from proxyq.model.layers import Layer
 from proxyq.model.network import Network
 from proxyq.proxies import Scores, as_cost
 from proxyq.proxies.cost import WeightErrors
+from proxyq.proxies.proxy import blind_to_groups
 from proxyq.search.allocate import SOLVERS, Problem, build_problem
 from proxyq.search.allocate.build import ActivationBits, LayerLike
 from proxyq.search.allocate.outliers import without_outliers
@@ -42,8 +43,9 @@ def problem_from(
     - `binding`: what else `build_problem` takes.
 
     **Raises** `UsageError` when activation bits are to be chosen by scores that tell nothing of
-    activations.
+    activations, `ProxyqError` when group sizes are, by costs that are the same for all of them.
     """
+    _check_groups(layers, scores)
     if scores.shape != "layers":
         # Measured on each layer's own weights, whatever tensor it hands on.
         counted_once, shared = (), (*counted_once, *shared)
@@ -105,6 +107,19 @@ def products_at(network: Network, bits: int | None) -> dict[str, Multiplied]:
             f"{network.model.name!r} has none: leave it out."
         )
     return {product.name: Multiplied(product.macs, bits) for product in network.attention}
+
+
+def _check_groups(layers: Sequence[LayerLike], scores: Scores) -> None:
+    """Refuse costs of a proxy that says it rounds weights, and does arithmetic on bits alone."""
+    if scores.shape == "layers" or not groups_of_all(scores.bits) or not scores.values.any():
+        return
+    for row, layer in zip(scores.values, layers, strict=True):
+        for k, b in enumerate(scores.bits):
+            if group_of(b) in getattr(layer, "group_scale_bits", {}) and group_of(b) is not None:
+                plain = scores.bits.index(int(b)) if int(b) in scores.bits else k
+                if plain != k and row[k] != row[plain]:
+                    return
+    raise blind_to_groups(scores.proxy)
 
 
 def bits_record(layers: Sequence[LayerLike], bits: Sequence[int]) -> dict[str, Any]:

@@ -195,7 +195,8 @@ class LayerTap:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Taps:
-    """The taps of all layers, in the network's order, and the candidate bit-widths.
+    """The taps of all layers, in the network's order, and the candidate bit-widths, some of which
+    may bring a group size (`proxyq.quantize.GroupedBits`).
 
     - `engine`: the network as the taps were recorded with; `tape_engine` the same with batches
       small enough to be differentiated; `inputs`, `targets`: the images and what is true of

@@ -158,11 +158,7 @@ class Proxy:
     def check_groups(self, bits: Sequence[int]) -> None:
         """Refuse group sizes to choose from where its costs are the same for all of them."""
         if not self.groups and groups_of_all(bits):
-            raise ProxyqError(
-                f"the proxy {self.name!r} cannot tell groups of weights from whole channels, so "
-                "their size cannot be chosen: give one group size (--group-size 64), or use a "
-                "proxy that rounds the weights, such as output-error or sqnr."
-            )
+            raise blind_to_groups(self.name)
 
     def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options, defaults filled in; unknown names and other kinds of values are refused."""
@@ -338,6 +334,15 @@ class Proxy:
             progress=progress,
         )
         return scores
+
+
+def blind_to_groups(name: str) -> ProxyqError:
+    """What is told of a proxy whose costs are the same for all group sizes."""
+    return ProxyqError(
+        f"the proxy {name!r} cannot tell groups of weights from whole channels, so their size "
+        "cannot be chosen: give one group size (--group-size 64), or use a proxy that rounds the "
+        "weights, such as output-error or sqnr."
+    )
 
 
 def _kinds_like(default: Any) -> tuple[tuple[type, ...], str]:

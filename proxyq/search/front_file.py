@@ -137,6 +137,12 @@ class Front(Record):
                 for name in {*found} ^ {*self.layers}:
                     says = "name" if name in found else "say nothing of"
                     raise ValueError(f"the {what!r} of point {index} {says} the layer {name!r}")
+            for name, size in (point.group_sizes or {}).items():
+                if size is not None and self.layers[name].weights % size:
+                    raise ValueError(
+                        f"the 'group_sizes' of point {index} must divide the weights of the layer "
+                        f"{name!r}, {self.layers[name].weights}, got {size}"
+                    )
         return self
 
     def plan(self, point: int) -> Plan:
