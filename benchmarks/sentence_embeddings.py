@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--bits", default="2,3,4,5,6,8")
     parser.add_argument("--ways", default="sqnr,output-error,auto")
     parser.add_argument("--group-size", default="channel", help="so many weights share a grid")
+    parser.add_argument("--cache", help="folder of finished scores, for several budgets")
     parser.add_argument("--embeddings", action="store_true", help="round the table of words too")
     args = parser.parse_args()
     into = Path(args.into)
@@ -141,6 +142,7 @@ def main() -> None:
             budget=args.budget,
             bits=bits,
             proxy=None if way == "auto" else way,
+            cache_dir=args.cache,
             group_size=[None if s == "channel" else int(s) for s in args.group_size.split(",")],
         )
         plan.save(into / f"{way}.json")

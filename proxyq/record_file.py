@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from proxyq.errors import LONGEST, ProxyqError, shown
 from proxyq.files import MOST_LEVELS, deeper_than
+from proxyq.widths import check_group_size
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -38,7 +39,12 @@ def _usable(value: int | float) -> int | float:
     return value
 
 
+def _group_size(value: int | None) -> int | None:
+    return None if value is None else check_group_size(value)
+
+
 Bits = Annotated[int | None, AfterValidator(_bits)]
+GroupSize = Annotated[int | None, AfterValidator(_group_size)]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Json = Annotated[dict[str, Any], AfterValidator(plain_json)]
 # Not `allow_inf_nan`: of a long whole number, that check makes a float first, which fails.

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch_networks import SmallTransformer, plan_of, randomise, run_of, weight_of
 
 import proxyq
-from proxyq.api import allocate, pareto, quantize_model, score, search, write_report
+from proxyq.api import allocate, evaluate, pareto, quantize_model, score, search, write_report
 from proxyq.api.evaluate import uniform_plan
 from proxyq.engine import Edit, Engine, collect
 from proxyq.engine.divergence import kl_divergence
@@ -35,7 +35,7 @@ from proxyq.ptq.plan_edits import PlanEdits
 from proxyq.quantize import GroupedBits, Rounding, quantize_columns
 from proxyq.quantize.integers import groups_of
 from proxyq.report.plots import draw_plan
-from proxyq.report.tables import layer_scores, plan_table
+from proxyq.report.tables import accuracy_table, layer_scores, plan_table
 from proxyq.search.allocate import Problem, build_problem, solve
 from proxyq.search.allocate.outliers import without_outliers
 from proxyq.search.allocate.plan import Plan, PlannedBudget
@@ -418,6 +418,11 @@ def test_the_uniform_rival_has_groups_too(mixed):
     found = {name: str(one.width) for name, one in rival.layers.items()}
     assert found == {"stem": "3", "one": "3g32", "two": "3", "head": "3"}
     assert rival.average_bits <= 3.55
+    found = evaluate(MODEL, [free], "digits", "digits:test", correction="none", samples=16)
+    told = found.summary()["uniform"]
+    assert (told["bits"], told["group_size"]) == (3, 32)
+    (name, *_) = accuracy_table(found.to_json()).columns[0]._cells[1:2]
+    assert str(name) == "uniform 3g32 bit"
 
 
 @pytest.fixture(scope="module")

@@ -41,14 +41,15 @@ from proxyq.search.allocate.patterns import pinned_sizes
 from proxyq.search.allocate.plan import Plan, PlannedLayer, scale_bits_of
 from proxyq.search.allocate.products import Multiplied
 from proxyq.search.allocate.usage import Latencies
-from proxyq.widths import LEAST_GROUP, candidates
+from proxyq.widths import LEAST_GROUP, candidates, group_of, with_groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """Accuracy of one network: top-1 in percent, KL to the float network in nats.
 
-    - `activation_bits` are those of all searched layers, where they have one bit-width.
+    - `activation_bits` are those of all searched layers, where they have one bit-width, and `width`
+      those of their weights, with the group size of those that have their own.
     - `right`: bool `[images]`, which images it gets right, in the order of the data.
     - `images_per_second`: how fast it ran, as `Evaluation` says.
     """
@@ -60,6 +61,7 @@ class Measured:
     right: np.ndarray = field(repr=False, compare=False)
     kl: float | None = None
     activation_bits: int | None = None
+    width: int | None = None
     correction: str = "none"
     notes: Mapping[str, Any] | None = None
     images_per_second: float | None = field(default=None, compare=False)
@@ -121,7 +123,10 @@ class Evaluation:
         uniform = None
         rows = iter(self.versus_float)
         if self.uniform is not None:
-            uniform = {"bits": round(self.uniform.average_bits), **_record(self.uniform)}
+            width = self.uniform.width
+            bits = round(self.uniform.average_bits) if width is None else int(width)
+            size = {} if width is None or not group_of(width) else {"group_size": group_of(width)}
+            uniform = {"bits": bits, **size, **_record(self.uniform)}
             if self.uniform.activation_bits is not None:
                 uniform["activation_bits"] = self.uniform.activation_bits
             del uniform["file"]
@@ -363,6 +368,7 @@ def measure(
             right=found[key],
             kl=divergence[key] / number,
             activation_bits=_one_width(plan),
+            width=_one_weight_width(plan),
             correction=runs[key].correction,
             notes=runs[key].notes,
             images_per_second=speeds[key],
@@ -509,6 +515,15 @@ def _reading(plan: Plan) -> list[PlannedLayer]:
 def _one_width(plan: Plan) -> int | None:
     widths = {layer.activation_bits for layer in _reading(plan)}
     return widths.pop() if len(widths) == 1 else None
+
+
+def _one_weight_width(plan: Plan) -> int | None:
+    widths = {layer.weight_bits for layer in _searched(plan)}
+    sizes = {layer.group_size for layer in _searched(plan)} - {None}
+    if len(widths) != 1 or len(sizes) > 1:
+        return None
+    bits = widths.pop()
+    return None if bits is None else with_groups(bits, sizes.pop() if sizes else None)
 
 
 def _uniform_pairs(plan: Plan) -> list[tuple[int, int | None]]:

@@ -683,7 +683,7 @@ def _measured_table(found: EvaluationFile, labels: Mapping[int, Markup]) -> Mark
     """Float, uniform and plans; then what was compared, and classes."""
     records: list[tuple[Markup, NetworkMeasured]] = []
     if found.uniform is not None:
-        records.append((escaped(f"uniform {width_text(found.uniform.bits)} bit"), found.uniform))
+        records.append((escaped(f"uniform {width_text(found.uniform.width)} bit"), found.uniform))
     records += [(labels.get(id(one), escaped(one.file)), one) for one in found.plans]
     versus = any(one.versus_float is not None for _, one in records)
     heads: list[Cell] = ["network", ("top-1 %",)]

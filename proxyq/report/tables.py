@@ -286,7 +286,8 @@ def accuracy_table(measured: Mapping[str, Any], names: Sequence[str] | None = No
 
 
 def _uniform_name(uniform: Mapping[str, Any]) -> str:
-    return f"uniform {uniform['bits']} bit"
+    size = uniform.get("group_size")
+    return f"uniform {uniform['bits']}{f'g{size}' if size else ''} bit"
 
 
 def _plan_names(plans: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> list[str]:

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from proxyq.errors import LONGEST, ProxyqError
 from proxyq.files import read_json
-from proxyq.record_file import Bits, Count, Number, first_problem
+from proxyq.record_file import Bits, Count, GroupSize, Number, first_problem
+from proxyq.widths import with_groups
 
 Percent = Annotated[Number, Field(ge=0, le=100)]
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
@@ -67,9 +68,15 @@ class NetworkMeasured(_Record):
 
 
 class UniformMeasured(NetworkMeasured):
-    """The plan of one bit-width for all layers."""
+    """The plan of one bit-width for all layers, in groups of one size where it has such."""
 
     bits: Bits
+    group_size: GroupSize = None
+
+    @property
+    def width(self) -> int | None:
+        """`bits` with the group size: `GroupedBits` then."""
+        return None if self.bits is None else with_groups(self.bits, self.group_size)
 
 
 class PlanMeasured(NetworkMeasured):

@@ -16,11 +16,10 @@ from pydantic import Field, model_validator
 
 from proxyq.errors import UsageError
 from proxyq.files import read_json, write_atomic
-from proxyq.record_file import Bits, Count, Json, Number, Record, line, record_from
+from proxyq.record_file import Bits, Count, GroupSize, Json, Number, Record, line, record_from
 from proxyq.search.allocate.budget import Budget
 from proxyq.search.allocate.pareto import dominated
 from proxyq.search.allocate.plan import (
-    GroupSize,
     Plan,
     PlannedBudget,
     PlannedLayer,

@@ -26,8 +26,8 @@ from proxyq.proxies import COSTS, Scores
 from proxyq.proxies.cost import WeightErrors
 from proxyq.proxies.proxy import MOST
 from proxyq.quantize import Rounding
-from proxyq.record_file import Count, Json, Record, first_problem, record_from
-from proxyq.search.allocate.plan import GroupSize, PlannedProduct, without_scales
+from proxyq.record_file import Count, GroupSize, Json, Record, first_problem, record_from
+from proxyq.search.allocate.plan import PlannedProduct, without_scales
 from proxyq.search.allocate.problem import check_widths
 from proxyq.search.allocate.products import Attention
 from proxyq.widths import CHANNEL, check_group_size, groups_of_all, with_groups

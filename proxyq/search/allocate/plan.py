@@ -9,13 +9,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from proxyq.errors import ProxyqError, UsageError, shown
 from proxyq.files import read_json, write_atomic
-from proxyq.record_file import Bits, Count, Json, Number, Record, first_problem, line
+from proxyq.record_file import Bits, Count, GroupSize, Json, Number, Record, first_problem, line
 from proxyq.search.allocate.assignment import Assignment
 from proxyq.search.allocate.budget import SHARE, Budget, parse_budget, raw_budget, share_of
 from proxyq.search.allocate.build import ActivationBits, LayerLike, reads_numbers
@@ -24,20 +24,12 @@ from proxyq.search.allocate.text import elided, wrapped
 from proxyq.widths import (
     candidates,
     check_bits,
-    check_group_size,
     check_group_sizes,
     with_groups,
 )
 
 SCHEMA = "proxyq/plan/1"
 FLOAT_BITS = 32
-
-
-def _group_size(value: int | None) -> int | None:
-    return None if value is None else check_group_size(value)
-
-
-GroupSize = Annotated[int | None, AfterValidator(_group_size)]
 
 
 class PlannedLayer(Record):
