@@ -89,10 +89,13 @@ def groups_of_all(bits: Iterable[int]) -> tuple[GroupSize, ...] | None:
     return found if any(found) else None
 
 
-def by_size(bits: int) -> tuple[int, float]:
+def by_size(bits: int) -> tuple[int, tuple[bool, int]]:
     """What sorts candidates: by bits, then by what the scales take, one a channel first."""
-    size = group_of(bits)
-    return int(bits), 0.0 if size is None else 1.0 / size
+    return int(bits), _by_scales(group_of(bits))
+
+
+def _by_scales(size: GroupSize) -> tuple[bool, int]:
+    return size is not None, -(size or 0)
 
 
 def candidates(bits: Iterable[int], group_sizes: Sequence[GroupSize] = ()) -> tuple[int, ...]:
@@ -138,4 +141,4 @@ def check_group_sizes(given: Any) -> tuple[GroupSize, ...]:
     if len(set(checked)) < len(checked):
         twice = next(size for size in checked if checked.count(size) > 1)
         raise UsageError(f"`group_size` names {shown(twice or CHANNEL)} twice; name each once.")
-    return tuple(sorted(checked, key=lambda size: 0.0 if size is None else 1.0 / size))
+    return tuple(sorted(checked, key=_by_scales))

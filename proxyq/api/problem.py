@@ -113,13 +113,15 @@ def _check_groups(layers: Sequence[LayerLike], scores: Scores) -> None:
     """Refuse costs of a proxy that says it rounds weights, and does arithmetic on bits alone."""
     if scores.shape == "layers" or not groups_of_all(scores.bits) or not scores.values.any():
         return
-    for row, layer in zip(scores.values, layers, strict=True):
-        for k, b in enumerate(scores.bits):
-            if group_of(b) in getattr(layer, "group_scale_bits", {}) and group_of(b) is not None:
-                plain = scores.bits.index(int(b)) if int(b) in scores.bits else k
-                if plain != k and row[k] != row[plain]:
-                    return
-    raise blind_to_groups(scores.proxy)
+    place = {b: k for k, b in enumerate(scores.bits)}
+    pairs = [
+        (row[k], row[place[int(b)]])
+        for row, layer in zip(scores.values, layers, strict=True)
+        for b, k in place.items()
+        if group_of(b) in {*getattr(layer, "group_scale_bits", {})} - {None} and int(b) in place
+    ]
+    if pairs and all(grouped == plain for grouped, plain in pairs):
+        raise blind_to_groups(scores.proxy)
 
 
 def bits_record(layers: Sequence[LayerLike], bits: Sequence[int]) -> dict[str, Any]:
