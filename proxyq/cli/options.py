@@ -286,8 +286,8 @@ Pins = Annotated[
         "--pin",
         metavar="PATTERN=8",
         panel=LAYERS,
-        help="Layers that keep this bit-width: shell wildcards on their names, or `re:` and a "
-        "regular expression; repeatable.",
+        help="Layers that keep this bit-width, with PATTERN=8g64 in groups of 64 weights: shell "
+        "wildcards on their names, or `re:` and a regular expression; repeatable.",
     ),
 ]
 Ties = Annotated[
