@@ -40,9 +40,9 @@ def loss(record):
     return Loss(record["rescaled"], record["kl"])
 
 
-def judge_of(model, correction="none", fit=24, check=16):
+def judge_of(model, correction="none", fit=24, check=16, attention_bits=None):
     x = images(model, fit + check)
-    return Judge(model, x[:fit], x[fit:], correction=correction)
+    return Judge(model, x[:fit], x[fit:], correction=correction, attention_bits=attention_bits)
 
 
 def problem_of(budget="size=3bit", **binding):
@@ -174,12 +174,15 @@ def test_the_sweep_is_that_of_the_proxy():
         np.testing.assert_allclose(np.diag(own.coupling), own.values.ravel())
 
 
-@pytest.mark.parametrize(("build", "wrecked"), [(small_net, 0.25), (small_net, 0.0), (mixer, 0.25)])
-def test_anchored_changes_are_those_of_the_plan(build, wrecked, monkeypatch):
+@pytest.mark.parametrize(
+    ("build", "wrecked", "attention_bits"),
+    [(small_net, 0.25, None), (small_net, 0.0, None), (mixer, 0.25, None), (mixer, 0.25, 3)],
+)
+def test_anchored_changes_are_those_of_the_plan(build, wrecked, attention_bits, monkeypatch):
     """Every entry is what one full run says, by the divergence that orders such plans."""
     monkeypatch.setattr("proxyq.engine.loss.WRECKED", wrecked)
     model = build()
-    judge = judge_of(model)
+    judge = judge_of(model, attention_bits=attention_bits)
     scores = portfolio(judge, BITS)[0]
     answer = solve(problem_from(scores.layers, scores, "size=3bit"))
     spell = spelled(answer.problem, [None] * len(judge.names))

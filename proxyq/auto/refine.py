@@ -163,7 +163,8 @@ def anchored(
         moments=judge.moments if judge.correction == "statistics" else None,
         progress=progress,
     )
-    # A change of the weight leaves the layer's input as the plan has it, and the other way round.
+    # A change of the weight leaves the layer's input as the plan has it, and the other way round;
+    # both leave the products of two activations after it.
     for own in alternatives.values():
         for k, edits in enumerate(own):
             for site, edit in edits.items():
@@ -171,7 +172,8 @@ def anchored(
                 if kept is None:
                     continue
                 if k < len(bits):
-                    edits[site] = edit._replace(input_grid=kept.input_grid)
+                    beside = {"input_grid": kept.input_grid, "attention": kept.attention}
+                    edits[site] = edit._replace(**beside)
                 else:
                     edits[site] = kept._replace(input_grid=edit.input_grid)
 
