@@ -142,6 +142,21 @@ def test_products_without_a_softmax_between():
     assert found.name == "a@product" and found.macs == 6
 
 
+def test_products_of_whole_numbers_are_none():
+    """Counts of a mask would not be counts any more on a grid of few bits."""
+    rng = np.random.default_rng(0)
+    params = {"one": rng.normal(size=(6, 6)).astype(np.float32)}
+
+    def apply(p, x):
+        x = x @ p["one"]
+        mask = (x > 0).astype(jnp.int32)
+        return x * jnp.einsum("bi,bi->b", mask, mask)[:, None]
+
+    from proxyq.model.function_import import from_function
+
+    assert network(from_function(apply, params, (6,)), LAYERS_AT).attention == ()
+
+
 # -- the passes ------------------------------------------------------------------------
 
 

@@ -484,12 +484,17 @@ def _round_attention(model: Any, quantized: QuantizedModel, examples: Any) -> No
 
 
 def _nodes_of_two_activations(graph: Any) -> list[Any]:
-    """The products both of whose operands depend on the graph's inputs, in execution order."""
+    """The products both of whose operands depend on the graph's inputs, in execution order.
+
+    Those of whole numbers, such as masks, are none.
+    """
     known, found = set(graph.inputs), []
     for node in graph:
         data = [value in known for value in node.inputs]
         if node.op_type in (*PRODUCTS, "Einsum") and len(data) >= 2 and all(data[:2]):
-            found.append(node)
+            kinds = [value.dtype for value in node.inputs[:2] if value.dtype is not None]
+            if all(kind.is_floating_point() for kind in kinds):
+                found.append(node)
         if any(data):
             known.update(node.outputs)
     return found

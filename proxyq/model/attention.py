@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
+
 from proxyq.model.graph import Equation, Graph, Var, is_literal
 from proxyq.model.layers import Site
 
@@ -61,9 +63,16 @@ def find_products(graph: Graph, sites: Sequence[Site]) -> tuple[Product, ...]:
 
 
 def is_product(graph: Graph, eqn: Equation) -> bool:
-    """Whether an equation multiplies two tensors that depend on data."""
-    data = all(not is_literal(atom) and graph.is_data(atom) for atom in eqn.invars[:2])
-    return eqn.primitive.name == "dot_general" and data
+    """Whether an equation multiplies two tensors of real numbers that depend on data.
+
+    Whole numbers, such as masks, are as they are in every runtime: rounding would change them.
+    """
+    return eqn.primitive.name == "dot_general" and all(
+        not is_literal(atom)
+        and graph.is_data(atom)
+        and jnp.issubdtype(atom.aval.dtype, jnp.floating)
+        for atom in eqn.invars[:2]
+    )
 
 
 def _macs(eqn: Equation) -> int:
