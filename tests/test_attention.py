@@ -391,7 +391,7 @@ class Encoder(nn.Module):
         batch = x.shape[0]
         q, k, v = self.qkv(x).reshape(batch, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
         if self.kind == "fused":
-            mask = torch.ones(5, 5, dtype=torch.bool).tril()
+            mask = torch.ones(5, 5, dtype=torch.bool).tril(-1)  # the first row attends to nothing
             y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         elif self.kind == "plain":
             y = torch.softmax(q @ k.transpose(-2, -1) / 2, -1) @ v

@@ -343,6 +343,7 @@ def _attention(
     """softmax(q k' scale + mask) v, of torch's arguments, whose products read what proxyq's do.
 
     torch's own decomposition scales queries and keys beforehand, each by the root of the scale.
+    A row whose entries are all masked attends to nothing and gives zeros, as in torch.
     """
     torch = import_torch()
     if enable_gqa:
@@ -355,7 +356,11 @@ def _attention(
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    return torch.matmul(torch.softmax(scores, -1), value)
+    weights = torch.softmax(scores, -1)
+    if attn_mask is not None and not is_causal:
+        dead = scores.amax(-1, keepdim=True) == -math.inf
+        weights = weights.masked_fill(dead, 0.0)
+    return torch.matmul(weights, value)
 
 
 def _put_weights(
