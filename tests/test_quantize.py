@@ -128,6 +128,10 @@ def test_straight_through_gradient():
     x = jnp.array([-3.0, -1.2, -0.9, 0.1, 0.6, 2.0])
     slope = jax.vmap(jax.grad(lambda v: fake_quantize(v, grid)))(x)
     np.testing.assert_array_equal(slope, [0, 1, 1, 1, 1, 0])
+    # Activations of a network in bfloat16, which goes on in bfloat16 after the grid.
+    half, one = x.astype(jnp.bfloat16), jnp.bfloat16(1)
+    slope = jax.grad(lambda v: jnp.sum(fake_quantize(v * one, grid).astype(v.dtype)))(half)
+    np.testing.assert_array_equal(slope.astype(np.float32), [0, 1, 1, 1, 1, 0])
 
 
 def test_zero_channel_stays_zero():

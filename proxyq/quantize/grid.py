@@ -63,12 +63,13 @@ def _forward(x: Any, grid: Grid) -> tuple[Any, Any]:
     exact = x / grid.scale + grid.zero
     # Half a step beyond the last code still rounds onto it.
     inside = (exact >= grid.lower - 0.5) & (exact <= grid.upper + 0.5)
-    return fake_quantize(x, grid), (inside, grid)
+    return fake_quantize(x, grid), (inside, grid, jnp.zeros((), x.dtype))
 
 
 def _backward(saved: Any, cotangent: Any) -> tuple[Any, Grid]:
-    inside, grid = saved
-    return cotangent * inside, jax.tree.map(jnp.zeros_like, grid)
+    inside, grid, like = saved
+    # Of bfloat16 the values on a float32 grid are float32; the derivative is of what was given.
+    return (cotangent * inside).astype(like.dtype), jax.tree.map(jnp.zeros_like, grid)
 
 
 fake_quantize.defvjp(_forward, _backward)
