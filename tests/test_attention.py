@@ -308,6 +308,7 @@ def test_the_packed_file_holds_their_grids(tmp_path):
     for old, new, told in (
         (b'"@scores\\"', b'"@scored\\"', "@scored"),
         (b'\\"operands\\"', b'\\"operandz\\"', "operands"),
+        (b'{\\"scale\\": 0.', b'{\\"scale\\":-0.', "without a step"),
     ):
         assert old in content
         (tmp_path / "bad.safetensors").write_bytes(content.replace(old, new))

@@ -220,7 +220,7 @@ def load_packed(path: str | os.PathLike[str], model: Model) -> QuantizedModel:
             edits[index] = edit
     if set(records) - used:
         raise _other(path, min(set(records) - used))
-    attention, products = {}, header.get("attention") or {}
+    attention, products = {}, header.get("attention", {})
     for place, product in enumerate(traced.attention):
         if (record := products.get(product.name)) is not None:
             left, right = (_grid(own, int(record["bits"])) for own in record["operands"])

@@ -74,7 +74,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.nda
         tensors = {name: _tensor(data, entry) for name, entry in table.items()}
         for name, layer in header["layers"].items():
             _check(name, layer, tensors)
-        for name, product in (header.get("attention") or {}).items():
+        for name, product in header.get("attention", {}).items():
             left, right = product["operands"]
             for grid in (left, right):
                 _check_grid(grid, product["bits"], f"operands of the product {name!r}")
@@ -155,6 +155,8 @@ def _check_grid(grid: dict[str, Any], bits: Any, what: str) -> None:
         raise ValueError(f"the {what} have the wrong bits")
     if any(type(one) not in (int, float) or not abs(one) < 1e30 for one in numbers):
         raise ValueError(f"the {what} have no grid")
+    if not np.float32(numbers[0]) > 0:
+        raise ValueError(f"the {what} have a grid without a step")
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
