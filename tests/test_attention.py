@@ -454,6 +454,17 @@ def test_onnx_refuses_products_that_it_cannot_find(tmp_path, monkeypatch):
     assert not (tmp_path / "net.onnx").exists()
 
 
+def test_to_torch_refuses_products_that_no_hook_reaches():
+    module, model = encoder("plain")
+    x = inputs_of(model, 16)
+    made = quantize_model(model, with_products(model, plan_of(model, (8,)), 8), x)
+    with pytest.raises(ProxyqError, match=r"the 2 products .*round_inputs=False"):
+        proxyq.to_torch(made, module)
+    found = proxyq.to_torch(made, module, round_inputs=False)(torch.from_numpy(x))
+    alone = quantize_model(model, plan_of(model, (8,)), x).logits(x)
+    np.testing.assert_allclose(found.detach(), alone, atol=1e-4)
+
+
 @pytest.mark.parametrize("write", [export_torchao, export_compressed_tensors])
 def test_other_formats_say_that_they_leave_them_float(write, tmp_path):
     import_torchvision()  # which compressed-tensors needs beside a CPU-only torch

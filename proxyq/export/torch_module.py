@@ -31,11 +31,18 @@ def to_torch(quantized: QuantizedModel, module: Any, *, round_inputs: bool = Tru
 
     **Raises** `ProxyqError` when a layer cannot be put back: its module is missing or has another
     shape, its weight is computed from several parameters, something other than batch norm went
-    into it, or its input cannot be reached.
+    into it, or its input cannot be reached; with `round_inputs` also where the plan rounds
+    products of two activations, which no hook reaches.
     """
     torch = import_torch()
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"`module` must be a torch.nn.Module, got {type(module).__name__}.")
+    if round_inputs and quantized.attention_bits:
+        raise ProxyqError(
+            f"the {len(quantized.attention_bits)} products of two activations (attention) that the "
+            "plan rounds cannot be reached from outside of their modules: search without "
+            "--attention-bits, or round no inputs (round_inputs=False)."
+        )
     made = copy.deepcopy(module).eval().float()
     _fill(torch, made, quantized.model.params)
     layers = deployed_layers(quantized)
