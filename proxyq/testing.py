@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxyq.engine import NEEDS, OF_ALL, Engine, TapOptions, Taps, collect
+from proxyq.engine.compared import matrices_bytes
 from proxyq.engine.memory import bytes_per_image, tape_bytes_per_image
 from proxyq.errors import ProxyqError, UsageError
 from proxyq.model.function_import import from_function
@@ -440,6 +441,10 @@ def batches(subject: Subject) -> None:
         return  # all images at once, by its method
     if subject.proxy.cost_class == "training":
         return  # so are its batches
+    compared = len({"gram", "codes"} & set(subject.proxy.needs))
+    if compared:  # what relates all images to each other is held beside them
+        feature = {**subject.settings, **subject.proxy.fixed}.get("feature", TapOptions().feature)
+        memory += matrices_bytes(Engine.build(model, IMAGES), IMAGES, compared, feature)
     scores = subject.score(model, memory=memory)
     scale = np.abs(subject.plain.values).max()
     wrong = np.abs(scores.values - subject.plain.values).max() / scale

@@ -286,3 +286,17 @@ def test_parameters_lie_in_the_file_by_name(tmp_path):
         np.testing.assert_array_equal(found[name], value)
     codes = found["head.kernel"] / found["head.kernel.scale"]
     np.testing.assert_allclose(codes, np.round(codes), atol=1e-4)
+
+
+def test_a_module_that_qwix_cannot_run(tmp_path, monkeypatch):
+    """As with attention that is no layer of Flax: products outside of any module's method."""
+
+    def fails(*args, **kwargs):
+        raise ValueError("Current module is not known")
+
+    module, model = convolutions()
+    quantized = quantize_model(model, plan_of(model, 4), images(model))
+    monkeypatch.setattr(qwix, "quantize_model", fails)
+    with pytest.raises(ProxyqError, match="qwix cannot run the module .ValueError: Current module"):
+        export_qwix(quantized, tmp_path / "out", module=module)
+    assert not list(tmp_path.glob("out/*"))

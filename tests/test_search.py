@@ -140,6 +140,10 @@ def test_a_plan_for_another_model_is_refused():
 def test_missing_data_is_asked_for():
     with pytest.raises(UsageError, match="calibration images are needed by 'orthogonality'"):
         proxyq.search(small_net(), proxy="orthogonality")
+    with pytest.raises(UsageError, match="needed by the ranges of activations: give"):
+        proxyq.search(
+            mixer(), proxy="sqnr", attention_bits=8, correction="none", eval_data=images(mixer())
+        )
     with pytest.raises(UsageError, match="give a proxy or a recipe, not both"):
         proxyq.search(small_net(), proxy="sqnr", recipe="ompq")
     with pytest.raises(UsageError, match="accuracy needs labelled images"):

@@ -42,6 +42,8 @@ from proxyq.search.recipes import Recipe
 
 DEFAULT_BUDGET = "size=4bit"
 DEFAULT_EFFORT = "medium"
+CORRECTED = ("auto", "statistics")
+"""Corrections that read calibration images."""
 LEAST = 8
 """Calibration images without which no plan is measured."""
 
@@ -144,12 +146,11 @@ def search(
     model = as_model(model)
     task = _Task.of(model, method, budget, candidates=candidates, latency=latency)
     measured = evaluate or eval_data is not None
-    needs_data = method.needs_images or refine > 0 or (measured and _runs_on_images(method))
-    calibration = as_data(data, model) if needs_data else None
-    if calibration is None and needs_data:
+    readers = _readers_of_images(method, refine, measured)
+    calibration = as_data(data, model) if readers else None
+    if calibration is None and readers:
         raise UsageError(
-            f"calibration images are needed by {method.name!r} or by "
-            f"correction={method.correction!r}: give `data` (--data)."
+            f"calibration images are needed by {' and by '.join(readers)}: give `data` (--data)."
         )
     # What cannot be solved (or not by this solver) and images that do not fit are told before
     # minutes of measuring.
@@ -488,9 +489,16 @@ def _effort(method: Method, effort: str | None, time_budget: float | None, refin
     return effort or DEFAULT_EFFORT
 
 
-def _runs_on_images(method: Method) -> bool:
-    rounds = method.activation_bits is not None or method.attention_bits is not None
-    return method.correction in ("auto", "statistics") or rounds
+def _readers_of_images(method: Method, refine: float, measured: bool) -> list[str]:
+    """What of a search reads calibration images."""
+    rounds = method.activation_bits is not None, method.attention_bits is not None
+    asked = {
+        repr(method.name): method.needs_images,
+        "refinement": refine > 0,
+        f"correction={method.correction!r}": measured and method.correction in CORRECTED,
+        "the ranges of activations": measured and any(rounds),
+    }
+    return [reader for reader, reads in asked.items() if reads]
 
 
 def _by_layer(scores: Scores) -> dict[str, Any]:

@@ -30,7 +30,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from proxyq.engine import Engine
-from proxyq.errors import MissingExtra, ProxyqError, UsageError, reason, shown
+from proxyq.errors import (
+    MissingExtra,
+    ProxyqError,
+    UsageError,
+    kind_and_line,
+    reason,
+    shown,
+)
 from proxyq.export.agreement import (
     LOOSEST_TOLERANCE,
     TOLERANCE,
@@ -433,7 +440,15 @@ def _quantize(
     kind = _Linen if isinstance(module, tuple) else _Nnx
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # qwix calls what Flax has renamed
-        return kind(provider, module, params, args, keywords)
+        try:
+            return kind(provider, module, params, args, keywords)
+        except ProxyqError:
+            raise
+        except Exception as error:  # whatever qwix, or the module in its hands, says
+            raise ProxyqError(
+                f"qwix cannot run the module ({kind_and_line(error)}): write what it multiplies as "
+                "layers of Flax, or choose another format (--to)."
+            ) from error
 
 
 class _Nnx:
