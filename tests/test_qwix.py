@@ -297,6 +297,6 @@ def test_a_module_that_qwix_cannot_run(tmp_path, monkeypatch):
     module, model = convolutions()
     quantized = quantize_model(model, plan_of(model, 4), images(model))
     monkeypatch.setattr(qwix, "quantize_model", fails)
-    with pytest.raises(ProxyqError, match="qwix cannot run the module .ValueError: Current module"):
+    with pytest.raises(ProxyqError, match="qwix cannot run the module"):
         export_qwix(quantized, tmp_path / "out", module=module)
     assert not list(tmp_path.glob("out/*"))
