@@ -29,6 +29,7 @@ from proxyq.model.schedule import schedule
 from proxyq.model.torch_import import import_torchvision
 from proxyq.ptq.packed import load_packed, save_packed
 from proxyq.ptq.quantized import attention_grids, with_grids
+from proxyq.report.tables import counted
 from proxyq.search.allocate.plan import Plan, PlannedProduct
 
 BITS = 4
@@ -225,7 +226,10 @@ def test_bops_count_them(bits):
     layers = sum(one.macs * one.weight_bits * one.activation_bits for one in plan.layers.values())
     products = sum(one.macs for one in network(model, LAYERS_AT).attention)
     assert budget.achieved * 1e9 == pytest.approx(layers + products * (bits or 32) ** 2)
-    assert {one.bits for one in plan.attention.values()} == (set() if bits is None else {bits})
+    # What a budget counts stands in the plan, rounded or not.
+    assert {one.bits for one in plan.attention.values()} == {bits}
+    assert sum(one.macs for one in plan.attention.values()) == products
+    assert counted(budget, plan).endswith("all 7 layers, and 2 products of activations")
 
 
 def test_memory_counts_what_they_read():
@@ -261,8 +265,10 @@ def test_scores_hold_them_for_allocate(tmp_path):
     alone = search(model, proxy="weight-mse", budget="bops=1M", activation_bits=8, attention_bits=8)
     assert plan.bits() == alone.bits() and plan.attention == alone.attention
     assert plan.budgets == alone.budgets
-    assert allocate(again, "bops=1M", attention_bits="float").attention == {}
-    assert {p.bits for p in allocate(again, "bops=1M", attention_bits=4).attention.values()} == {4}
+    for asked, bits in (("float", None), (4, 4)):
+        found = allocate(again, "bops=1M", attention_bits=asked).attention
+        assert {one.bits for one in found.values()} == {bits}
+    assert allocate(again, "size=4bit", attention_bits="float").attention == {}
     assert "attention" not in json.loads(score(small_net(), proxies="weight-mse").to_json())
 
 

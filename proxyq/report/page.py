@@ -325,8 +325,8 @@ def _summary(
     ]
     how = (
         "Bits on average count the weights of layers that are not pinned. The size counts all "
-        "weights, not scales and biases. The gap is how far the cost can at most lie above the "
-        "least possible one."
+        "weights, and scales where groups of weights have their own, but no biases. The gap is how "
+        "far the cost can at most lie above the least possible one."
     )
     digests = {str(one.plan.model.get("digest")) for one in shown} - {"None"}
     note = None

@@ -219,14 +219,20 @@ def counted(budget: PlannedBudget, plan: Plan) -> str:
 def _what_counts(budget: PlannedBudget, plan: Plan) -> str:
     layers = len(plan.layers)
     pinned = sum(layer.pinned for layer in plan.layers.values())
+    grouped = any(layer.scale_bits for layer in plan.layers.values())
+    grouping = "and scales of groups " if grouped else ""
+    without = "not scales of channels" if grouped else "not scales"
     if budget.name == "size" and budget.unit == "bit":
         searched = layers - pinned
-        return f"weights of the {searched} searched layers; not scales, biases, pinned layers"
+        return (
+            f"weights {grouping}of the {searched} searched layers; {without}, biases, pinned layers"
+        )
     everything = f"all {_layers(layers)}" + (f" ({pinned} pinned)" if pinned else "")
     if budget.name == "size":
-        return f"weights of {everything}; not scales, biases"
+        return f"weights {grouping}of {everything}; {without}, biases"
     if budget.name == "bops":
-        return f"MACs × weight bits × activation bits (float: 32), {everything}"
+        beside = f", and {len(plan.attention)} products of activations" if plan.attention else ""
+        return f"MACs × weight bits × activation bits (float: 32), {everything}{beside}"
     if budget.name == "activation-memory":
         return "the peak of live activations, one image; what no layer reads is float"
     if budget.name == "latency":

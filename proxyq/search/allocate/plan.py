@@ -124,8 +124,8 @@ class SolverRecord(Record):
 class Plan(Record):
     """A bit-width for every layer, with its budgets and its origin.
 
-    `attention` holds products of two activations whose operands are rounded; those that it does
-    not name stay float.
+    `attention` holds products of two activations whose operands are rounded, and where a budget
+    counts them the others too; what it does not name stays float.
     `model`, `method`, `provenance`, `predicted` and `measured` are free-form JSON objects.
     """
 
@@ -296,7 +296,8 @@ def plan_from(
     """The plan of an `Assignment`; `layers` are those that the problem was built from.
 
     Activation bits are the assignment's where they were chosen, else `activation_bits`, for all
-    layers or by name; an embedding has none. Of `attention` the plan names what is rounded.
+    layers or by name; an embedding has none. Of `attention` the plan names what is rounded, or
+    counted by a budget.
 
     **Raises** `ProxyqError` when the names differ or a free-form part is no plain JSON.
     """
@@ -324,6 +325,7 @@ def plan_from(
         for limit, amount in assignment.achieved
     ]
     sizes = assignment.group_sizes or (None,) * len(layers)
+    counted = any(budget.name == "bops" for budget in budgets)
     try:
         planned = {
             layer.name: PlannedLayer(
@@ -345,7 +347,7 @@ def plan_from(
             attention={
                 name: PlannedProduct(bits=own.bits, macs=own.macs)
                 for name, own in (attention or {}).items()
-                if own.bits is not None
+                if own.bits is not None or counted
             },
             budgets=budgets,
             solver=SolverRecord(
