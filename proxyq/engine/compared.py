@@ -9,11 +9,9 @@ where it is too large, and read back some columns at a time: each matrix is a su
 so that one pass over the images is enough, whatever their number.
 """
 
-import tempfile
 from collections.abc import Iterator
 from functools import partial
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +20,7 @@ import numpy as np
 from proxyq.engine.engine import Engine
 from proxyq.engine.memory import WHOLE_MEMORY, bytes_per_image, evenly, too_little
 from proxyq.engine.segments import NO_EDIT
-from proxyq.engine.spill import Spill, no_room
+from proxyq.engine.spill import Overflow, Spill, no_room
 from proxyq.model.examples import Examples, split_examples
 from proxyq.model.features import features
 from proxyq.model.graph import Var
@@ -126,47 +124,33 @@ def _rows(feature: Any, where: Examples, batch: int) -> Any:
     return split_examples(feature, where, batch).reshape(batch, -1).astype(jnp.float32)
 
 
-class _Features:
+class _Features(Overflow):
     """Features of all images, float32 `[images, values]` each, in memory where they are not wider
     than a `tile`, else in a file; put by rows and taken by columns."""
 
     def __init__(self, images: int, variables: tuple[Var, ...], batch: int, tile: int):
+        super().__init__()
         self.images, self.tile = images, tile
         self.widths = {var: var.aval.size // batch for var in variables}
         self._here: dict[Var, np.ndarray] = {}
         self._starts: dict[Var, int] = {}
-        self._file: IO[bytes] | None = None
         end = 0
         for var, width in self.widths.items():
             if sum(self.widths.values()) <= self.tile:
                 self._here[var] = np.empty((images, width), np.float32)
             else:
                 self._starts[var], end = end, end + 4 * images * width
-        if self._starts:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115
-
-    def __enter__(self) -> "_Features":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
 
     def put(self, var: Var, first: int, rows: np.ndarray) -> None:
         """The features of some images, from the `first` on."""
         if var in self._here:
             self._here[var][first : first + len(rows)] = rows
             return
-        assert self._file is not None
         try:
-            self._file.seek(self._starts[var] + 4 * self.widths[var] * first)
-            self._file.write(np.ascontiguousarray(rows).data)
-            self._file.flush()  # what has no room is told here, not where it is read
+            file = self._open()
+            file.seek(self._starts[var] + 4 * self.widths[var] * first)
+            file.write(np.ascontiguousarray(rows).data)
+            file.flush()  # what has no room is told here, not where it is read
         except OSError as error:
             raise no_room(error) from None
 
@@ -181,10 +165,10 @@ class _Features:
             if var in self._here:
                 tile[:, :count] = self._here[var]
             else:
-                assert self._file is not None
+                file = self._open()
                 for row in range(self.images):
-                    self._file.seek(self._starts[var] + 4 * (width * row + start))
-                    self._file.readinto(tile[row, :count].view(np.uint8))  # type: ignore[attr-defined]
+                    file.seek(self._starts[var] + 4 * (width * row + start))
+                    file.readinto(tile[row, :count].view(np.uint8))  # type: ignore[attr-defined]
             yield tile, count
 
 

@@ -9,7 +9,7 @@ the network again from its inputs would take as many passes as it has layers.
 import tempfile
 from collections.abc import Mapping
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import jax
 import numpy as np
@@ -19,23 +19,13 @@ from proxyq.errors import ProxyqError
 from proxyq.model.graph import Var
 
 
-class Spill:
-    """States by the number of their batch, in at most `room` bytes; `None` is any number.
+class Overflow:
+    """What lies partly in a file without a name, which a `with` gives back early."""
 
-    A `with` gives the file back early.
-
-    **Raises** `ProxyqError` where the folder for temporary files has no room either.
-    """
-
-    def __init__(self, room: int | None = None):
-        self.room, self.taken = room, 0
-        self._here: dict[int, State] = {}
-        self._away: dict[int, dict[Var, Any]] = {}
-        self._places: dict[int, tuple[int, int]] = {}  # offset and length of what lies in the file
+    def __init__(self) -> None:
         self._file: IO[bytes] | None = None
-        self._end = 0
 
-    def __enter__(self) -> "Spill":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -46,6 +36,27 @@ class Spill:
     ) -> None:
         if self._file is not None:
             self._file.close()
+
+    def _open(self) -> IO[bytes]:
+        """The file, made where there is none yet."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        return self._file
+
+
+class Spill(Overflow):
+    """States by the number of their batch, in at most `room` bytes; `None` is any number.
+
+    **Raises** `ProxyqError` where the folder for temporary files has no room either.
+    """
+
+    def __init__(self, room: int | None = None):
+        super().__init__()
+        self.room, self.taken = room, 0
+        self._here: dict[int, State] = {}
+        self._away: dict[int, dict[Var, Any]] = {}
+        self._places: dict[int, tuple[int, int]] = {}  # offset and length of what lies in the file
+        self._end = 0
 
     def __len__(self) -> int:
         return len(self._here) + len(self._away)
@@ -78,14 +89,13 @@ class Spill:
         return found
 
     def _written(self, number: int, state: State, size: int) -> dict[Var, Any]:
-        if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        file = self._open()
         if self._places.get(number, (0, -1))[1] < size:  # a larger state moves to the end
             self._places[number], self._end = (self._end, size), self._end + size
-        self._file.seek(self._places[number][0])
+        file.seek(self._places[number][0])
         written: dict[Var, Any] = {}
         for var, array in state.items():
-            self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             written[var] = (array.shape, array.dtype, getattr(array, "sharding", None))
         return written
 
@@ -93,7 +103,7 @@ class Spill:
 def no_room(error: OSError) -> ProxyqError:
     """The sentence for a disk that is full too."""
     return ProxyqError(
-        f"the states of batches for which memory (--memory) has no room do not fit into "
+        "what memory (--memory) has no room for does not fit into "
         f"{tempfile.gettempdir()} either ({error.strerror}): allow more memory, free "
         "some of the disk, or set TMPDIR to a folder on a larger one."
     )
