@@ -402,7 +402,7 @@ def _plan_of(one: Plan | QuantizedModel) -> Plan:
 def _what_runs(plan: Plan) -> tuple[Any, ...]:
     """What of a plan decides the network that runs."""
     layers = ((n, p.width, p.activation_bits) for n, p in plan.layers.items())
-    attention = ((name, own.bits) for name, own in plan.attention.items())
+    attention = ((n, p.bits) for n, p in plan.attention.items() if p.bits is not None)
     return (*layers, *attention, plan.method.get("correction"), rounding_of(plan))
 
 
